@@ -1,0 +1,3 @@
+"""Masked-language-model experiments whose numbers can be compared."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,255 @@
+"""From the command line to a command: help, checks before anything is made, Hydra, exit codes.
+
+1. ``--help`` and mistyped commands are answered from text alone: no Hydra, no torch.
+2. Every job of the request is composed and checked before Hydra makes its first folder.
+3. Hydra runs the job(s); errors become one line and an exit code (0 done, 2 wrong request, 1 failed).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import argparse
+
+    from omegaconf import DictConfig
+
+COMMANDS = {
+    "train": "adapt an encoder to a text collection by masked language modelling; -m sweeps",
+    "evaluate": "score a finished run, or any masked-LM folder, on held-out text",
+    "predict": 'fill the mask in a text: predict text="This is a great [MASK]."',
+    "ui": "open the MLflow UI on the runs made here, on this machine only",
+}
+HELP_FLAGS = ("-h", "--help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in HELP_FLAGS:
+        print(_program_help())
+        return 0
+    if arguments[0] == "--version":
+        print(importlib.import_module("mlmx").__version__)
+        return 0
+    command, *rest = arguments
+    if command.startswith("-sc") or command.startswith("--shell-completion"):
+        return _complete(arguments)
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"mlmx: {command}: unknown command{hint} (commands: {', '.join(COMMANDS)})", file=sys.stderr)
+        return 2
+    if any(flag in HELP_FLAGS for flag in rest):
+        print(_command_help(command, _config_dirs(rest)))
+        return 0
+    return _guarded(command, rest)
+
+
+# ------------------------------------------------------------------------------------------ help
+
+
+def conf_dir() -> Path:
+    """The shipped configs: ``mlmx/conf`` in an installed wheel, ``conf/`` of a checkout otherwise."""
+    package = Path(__file__).resolve().parent
+    checkout = package.parents[1] / "conf"
+    # A checkout comes first: an editable install must show the files one edits.
+    return checkout if (package.parents[1] / "pyproject.toml").is_file() else package / "conf"
+
+
+def _program_help() -> str:
+    commands = "\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())
+    return (
+        "mlmx: masked-language-model experiments whose numbers can be compared.\n\n"
+        "usage: python -m mlmx <command> [key=value ...]\n\n"
+        f"commands:\n{commands}\n\n"
+        "examples:\n"
+        "  python -m mlmx train experiment=demo\n"
+        "  python -m mlmx train chunk_size=256 lr=5e-5\n"
+        "  python -m mlmx train -m chunk_size=128,256,512 lr=2e-5,5e-5\n\n"
+        "python -m mlmx <command> --help lists its dials and groups. MLMX_DEBUG=1 shows tracebacks."
+    )
+
+
+def _command_help(command: str, extra_dirs: list[Path]) -> str:
+    """The annotated YAML of the command and the options of its groups, read as text."""
+    lines = (conf_dir() / f"{command}.yaml").read_text(encoding="utf-8").split("\n")
+    dials = "\n".join(lines[: lines.index("hydra:")]).rstrip() if "hydra:" in lines else "\n".join(lines)
+    groups = [line.split("- ")[1].split(":")[0] for line in lines if line.startswith("  - ") and ": " in line]
+    rows = []
+    for group in groups:
+        folders = [folder / group for folder in (conf_dir(), *extra_dirs)]
+        names = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+        if names:
+            rows.append(f"  {group:<11}{', '.join(names)}")
+    chosen = "groups (group=option; group.key=value sets one of its options):\n" + "\n".join(rows) + "\n\n"
+    return (
+        f"mlmx {command}: {COMMANDS[command]}\n\n"
+        f"usage: python -m mlmx {command} [key=value ...] [-m] [--cfg job] [--config-dir DIR] [--hydra-help]\n\n"
+        f"{chosen if rows else ''}keys and defaults (conf/{command}.yaml):\n\n{dials}"
+    )
+
+
+def _config_dirs(arguments: Sequence[str]) -> list[Path]:
+    following = zip(arguments, [*arguments[1:], ""], strict=True)
+    return [Path(value) for flag, value in following if flag in ("--config-dir", "-cd")]
+
+
+# ------------------------------------------------------------------------------------- execution
+
+
+def _guarded(command: str, arguments: list[str]) -> int:
+    """Run a command; every ending is an exit code and, if it is an error, one line."""
+    try:
+        return _run(command, arguments)
+    except SystemExit as ending:
+        return ending.code if isinstance(ending.code, int) else (0 if ending.code is None else 1)
+    except KeyboardInterrupt:
+        print("mlmx: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("MLMX_DEBUG"):
+            raise
+        from mlmx.errors import explain
+
+        code, line = explain(error, command)
+        print(f"mlmx: {line}", file=sys.stderr)
+        return code
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    import hydra
+    from hydra._internal.utils import get_args_parser
+
+    from mlmx.config import register_schemas
+    from mlmx.runs import register_resolvers
+
+    register_schemas()
+    register_resolvers()
+    # Hydra's own parser refuses a key=value behind a flag (model=minilm -m lr=1,2); intermixed does not.
+    parsed = get_args_parser().parse_intermixed_args(_literal_texts(command, arguments))
+    if not (parsed.cfg or parsed.info or parsed.hydra_help or parsed.shell_completion):
+        _check_jobs(command, parsed)
+    sys.argv = ["mlmx", *_flags_first(parsed)]
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us whole; we turn them into one line
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)(_task)()
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
+    return 0
+
+
+def _literal_texts(command: str, arguments: list[str]) -> list[str]:
+    """``text=`` of ``predict`` is taken as it stands: a sentence is no Hydra expression.
+
+    ``text="A [MASK]." text="B [MASK]."`` → ``text=['A [MASK].','B [MASK].']``
+    """
+    if command != "predict":
+        return arguments
+    texts = [argument.removeprefix("text=") for argument in arguments if argument.startswith("text=")]
+    others = [argument for argument in arguments if not argument.startswith("text=")]
+    if not texts:
+        return others
+    quoted = ",".join("'" + _escaped(text) + "'" for text in texts)
+    return [*others, f"text=[{quoted}]"]
+
+
+def _escaped(text: str) -> str:
+    """Inside Hydra's single quotes: quotes, and the backslashes before them, are escaped."""
+    import re
+
+    return re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", text)).replace("${", "\\${")
+
+
+def _flags_first(parsed: argparse.Namespace) -> list[str]:
+    flags: list[str] = []
+    for name, value in vars(parsed).items():
+        flag = "--" + name.replace("_", "-")
+        if name == "overrides" or value in (None, False):
+            continue
+        if name == "shell_completion":
+            flag = "--shell-completion"
+        flags += [flag] if value is True else [flag, str(value)]
+    return [*flags, *parsed.overrides]
+
+
+def _check_jobs(command: str, parsed: argparse.Namespace) -> None:
+    """Compose and check every job of the request before a folder is made or a library is loaded."""
+    from hydra import compose, initialize_config_dir
+
+    from mlmx.config import to_config
+
+    module = importlib.import_module(f"mlmx.{command}")
+    path = [f"hydra.searchpath=[file://{os.path.abspath(parsed.config_dir)}]"] if parsed.config_dir else []
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        for number, overrides in enumerate(_jobs(parsed)):
+            try:
+                config = to_config(command, compose(command, [*overrides, *path]))
+                module.check(config)
+            except Exception as error:
+                if parsed.multirun:
+                    swept = " ".join(o for o in overrides if o not in parsed.overrides)
+                    error.add_note(f"job {number} of the sweep ({swept})")
+                raise
+
+
+def _jobs(parsed: argparse.Namespace) -> list[list[str]]:
+    """The overrides of each job: one list without ``-m``, the basic sweeper's grid with it."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    overrides: list[str] = [o for o in parsed.overrides if not o.startswith(("hydra.", "hydra/"))]
+    if not parsed.multirun:
+        return [overrides]
+    parsed_overrides = OverridesParser.create().parse_overrides(overrides)
+    if any(o.is_sweep_override() and not o.is_discrete_sweep() for o in parsed_overrides):
+        return []  # a continuous interval: its values are known to its sweeper only
+    return [list(job) for batch in BasicSweeper.split_arguments(parsed_overrides, None) for job in batch]
+
+
+def _task(composed: DictConfig) -> Any:
+    """What Hydra runs for each job: the command of the composed config."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from mlmx.config import Job, RequestError, register_schemas, to_config
+    from mlmx.runs import discard_empty, register_resolvers
+
+    register_schemas()  # a launcher may run this in a fresh process
+    register_resolvers()
+    hydra_config = HydraConfig.get()
+    command = str(hydra_config.job.config_name)
+    folder = Path(hydra_config.runtime.output_dir)
+    job = Job(folder, tuple(hydra_config.overrides.task), dict(hydra_config.runtime.choices))
+    try:
+        return getattr(importlib.import_module(f"mlmx.{command}"), command)(to_config(command, composed), job)
+    except RequestError:
+        discard_empty(folder)
+        raise
+
+
+def _complete(arguments: list[str]) -> int:
+    """Tab completion (``mlmx -sc install=bash``): Hydra's, with the command taken off its line."""
+    line = os.environ.get("COMP_LINE", "")
+    words = line.split()
+    if len(words) < 2 or words[1] not in COMMANDS:
+        if any("query" in argument for argument in arguments):
+            typed = words[1] if len(words) > 1 else ""
+            print(" ".join(name for name in COMMANDS if name.startswith(typed)))
+            return 0
+        return _guarded("train", arguments)
+    prefix = line.index(words[1], len(words[0])) + len(words[1])
+    os.environ["COMP_LINE"] = words[0] + line[prefix:]
+    point = os.environ.get("COMP_POINT")
+    if point is not None:
+        os.environ["COMP_POINT"] = str(int(point) - (prefix - len(words[0])))
+    return _guarded(words[1], arguments)

@@ -1,0 +1,162 @@
+"""Chunks: rows of the flat token array, and the split into training and evaluation rows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlmx.config import RequestError, table
+from mlmx.data.tokens import Tokens
+
+DOCUMENTS_PER_GROUP = 1000
+
+
+@dataclass
+class Chunks:
+    """A map-style dataset that is a view of `Tokens`; a row is at most ``chunk_size`` tokens.
+
+    ``chunks[i]`` → ``{"input_ids": int32[T], "word_starts": bool[T] | None, "sample": int, "epoch": int}``
+
+    Attributes:
+        starts, lengths: int64[n], each row's own tokens within ``tokens.ids``.
+        prefix, suffix: special tokens set around each row (document chunking), else empty.
+        samples: int64[n], a row's number among all chunks of the corpus; masks are keyed by it.
+        epoch: set by training at the start of each epoch, before workers copy the dataset.
+    """
+
+    tokens: Tokens
+    chunk_size: int
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    samples: NDArray[np.int64]
+    prefix: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    suffix: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    epoch: int = 0
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        first = self.starts[index]
+        own = slice(first, first + self.lengths[index])
+        ids, words = self.tokens.ids[own], self.tokens.word_starts
+        starts = None if words is None else words[own]
+        if len(self.prefix) or len(self.suffix):
+            ids = np.concatenate([self.prefix, ids, self.suffix])
+            if starts is not None:
+                edges = np.ones(len(self.prefix), np.bool_), np.ones(len(self.suffix), np.bool_)
+                starts = np.concatenate([edges[0], starts, edges[1]])
+        return {"input_ids": ids, "word_starts": starts, "sample": int(self.samples[index]), "epoch": self.epoch}
+
+    def select(self, rows: NDArray[np.int64]) -> Chunks:
+        """These rows, in this order."""
+        chosen = {name: getattr(self, name)[rows] for name in ("starts", "lengths", "samples")}
+        return replace(self, **chosen)
+
+
+def concat(tokens: Tokens, chunk_size: int) -> Chunks:
+    """Documents joined end to end and cut every ``chunk_size`` tokens, as in the HF course, chapter 7.3.
+
+    Every 1,000 documents are joined by themselves and their last tokens that fill no chunk are dropped:
+    that is what ``datasets.map(batched=True)`` did there, and keeps the rows identical.
+
+    ``[CLS a b SEP][CLS c SEP]``, chunk_size 3 → ``[CLS a b] [SEP CLS c]`` (the last SEP is dropped)
+    """
+    edges = tokens.offsets[::DOCUMENTS_PER_GROUP]
+    if edges[-1] != tokens.offsets[-1]:
+        edges = np.append(edges, tokens.offsets[-1])
+    groups = zip(edges[:-1], edges[1:], strict=True)
+    starts = np.concatenate([np.arange(a, b - chunk_size + 1, chunk_size) for a, b in groups]).astype(np.int64)
+    return Chunks(tokens, chunk_size, starts, np.full(len(starts), chunk_size), np.arange(len(starts)))
+
+
+def document(tokens: Tokens, chunk_size: int) -> Chunks:
+    """Each document cut by itself, every piece with its own special tokens; no chunk spans two documents.
+
+    ``[CLS a b c SEP]``, chunk_size 4 → ``[CLS a b SEP] [CLS c SEP]`` (padded within its batch)
+    """
+    room = chunk_size - tokens.num_prefix - tokens.num_suffix
+    first = tokens.offsets[:-1] + tokens.num_prefix
+    last = tokens.offsets[1:] - tokens.num_suffix
+    pieces = np.maximum(-(-(last - first) // room), 0)
+    piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    starts = np.repeat(first, pieces) + piece * room
+    lengths = np.minimum(np.repeat(last, pieces) - starts, room)
+    edge = tokens.offsets[:2]
+    return Chunks(
+        tokens,
+        chunk_size,
+        starts,
+        lengths,
+        np.arange(len(starts)),
+        prefix=tokens.ids[edge[0] : edge[0] + tokens.num_prefix],
+        suffix=tokens.ids[edge[1] - tokens.num_suffix : edge[1]],
+    )
+
+
+CHUNKINGS: dict[str, Callable[..., Chunks]] = table(concat, document)
+
+
+def split_chunks(
+    chunks: Chunks, *, train_chunks: float = 10_000, eval_chunks: float = 1_000, split_seed: int = 42
+) -> tuple[Chunks, Chunks]:
+    """Rows for training and for evaluation, drawn after chunking by ``datasets``' ``train_test_split``.
+
+    Args:
+        train_chunks, eval_chunks: numbers of chunks, or shares between 0 and 1.
+    Raises:
+        RequestError: the corpus has fewer chunks than asked for.
+    """
+    from datasets import Dataset
+
+    wanted = require_amounts(train_chunks, eval_chunks)
+    counts = [int(w) if isinstance(w, int) else w * len(chunks) for w in wanted.values()]
+    if len(chunks) == 0:
+        raise RequestError(
+            f"the corpus gives no chunk of {chunks.chunk_size} tokens (it has {len(chunks.tokens.ids):,} tokens); "
+            "choose a smaller chunk_size, chunking=document, or more text"
+        )
+    if sum(counts) > len(chunks) or min(counts) < 1:
+        raise RequestError(
+            f"the corpus gives {len(chunks):,} chunks of {chunks.chunk_size} tokens, too few for "
+            f"dataset.train_chunks={train_chunks:g} and dataset.eval_chunks={eval_chunks:g}; lower these "
+            "(shares such as 0.9 and 0.1 work too) or chunk_size"
+        )
+    # The library draws the rows, on a table of row numbers, so that the split is its split.
+    rows = Dataset.from_dict({"row": np.arange(len(chunks))})
+    halves = rows.train_test_split(train_size=wanted["train_chunks"], test_size=wanted["eval_chunks"], seed=split_seed)
+    train, evaluation = (chunks.select(np.asarray(halves[name]["row"])) for name in ("train", "test"))
+    return train, evaluation
+
+
+def require_amounts(train_chunks: float = 1, eval_chunks: float = 1, **_: object) -> dict[str, int | float]:
+    """Both amounts as whole numbers of chunks, or shares that leave something to the other."""
+    wanted = {"train_chunks": _amount("train_chunks", train_chunks), "eval_chunks": _amount("eval_chunks", eval_chunks)}
+    shares = sum(value for value in wanted.values() if isinstance(value, float))
+    if shares > 1:
+        raise RequestError(
+            f"dataset.train_chunks={train_chunks:g} and dataset.eval_chunks={eval_chunks:g}: shares of one corpus "
+            "must not exceed 1 together"
+        )
+    return wanted
+
+
+def _amount(name: str, value: float) -> int | float:
+    if value >= 1 and float(value).is_integer():
+        return int(value)
+    if not 0 < value < 1:
+        raise RequestError(f"dataset.{name}={value:g}: give a number of chunks from 1 up, or a share between 0 and 1")
+    return float(value)
+
+
+def rows_sha256(chunks: Chunks) -> str:
+    """sha256 of the int32 little-endian bytes of ``input_ids``, rows in order."""
+    digest = hashlib.sha256()
+    for row in range(len(chunks)):
+        digest.update(chunks[row]["input_ids"].astype("<i4", copy=False).tobytes())
+    return digest.hexdigest()

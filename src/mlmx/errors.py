@@ -1,0 +1,59 @@
+"""Errors as one line: what was given, what is allowed, what to do next."""
+
+from __future__ import annotations
+
+import re
+
+from mlmx.config import CONFIGS, RequestError, did_you_mean, group_names
+
+
+def explain(error: BaseException, command: str) -> tuple[int, str]:
+    """``(exit code, line)``: 2 where the request was wrong, 1 where the work failed."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    where = "".join(f"{note}: " for note in getattr(error, "__notes__", []))
+    if isinstance(error, RequestError):
+        return 2, where + one_line(error)
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return 2, where + _composition(error, command)
+    if isinstance(error, ValueError) and "Config group override" in str(error):
+        return 2, where + one_line(error)
+    return 1, f"{where}{type(error).__name__}: {one_line(error)} (MLMX_DEBUG=1 shows where)"
+
+
+def one_line(error: BaseException | str) -> str:
+    """A message without its line breaks.
+
+    >>> one_line("no such file:\\n  a.txt")
+    'no such file: a.txt'
+    """
+    return " ".join(str(error).split())
+
+
+def _composition(error: BaseException, command: str) -> str:
+    """Hydra's composition errors in our words."""
+    from hydra.errors import MissingConfigException
+
+    text = str(error)
+    roots = [*CONFIGS[command].__dataclass_fields__, "experiment"]
+    listing = f"(python -m mlmx {command} --help lists them)"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        known = list(error.options or [])
+        return f"{group}={option}: no such option{did_you_mean(option, known)} (options: {', '.join(known)})"
+    unknown = re.search(r"Could not override '([^']*)'|Could not find match|Could not delete.*?'([^']*)'", text)
+    if unknown and unknown.group(1):
+        key = unknown.group(1)
+        return f"{key}: unknown key{did_you_mean(key, roots)} {listing}"
+    merging = re.search(r"Error merging override (.*)", text)
+    if merging:
+        given = merging.group(1).strip()
+        cause = str(error.__cause__ or "").split("\n")[0]
+        key = given.lstrip("+").split("=")[0]
+        groups = group_names(CONFIGS[command])
+        if key in groups:
+            return f"{given}: {key} is a group: {key}=<option>, or {key}.<key>=<value> {listing}"
+        return f"{given}: {cause.replace(' could not be converted to', ' is not of type')}"
+    cause = f" ({one_line(error.__cause__)})" if error.__cause__ else ""
+    return one_line(text) + cause

