@@ -7,13 +7,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 if TYPE_CHECKING:
     import argparse
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(importlib.import_module("mlmx").__version__)
         return 0
     command, *rest = arguments
-    if command.startswith("-sc") or command.startswith("--shell-completion"):
+    if command.startswith(("-sc", "--shell-completion")):
         return _complete(arguments)
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
@@ -133,20 +134,45 @@ def _run(command: str, arguments: list[str]) -> int:
     register_schemas()
     register_resolvers()
     # Hydra's own parser refuses a key=value behind a flag (model=minilm -m lr=1,2); intermixed does not.
-    parsed = get_args_parser().parse_intermixed_args(_literal_texts(command, arguments))
+    parser = get_args_parser()
+    parser.error = _refuse
+    parsed = parser.parse_intermixed_args(_literal_texts(command, arguments))
+    for override in parsed.overrides:
+        if "=" not in override and not override.startswith("~"):
+            _refuse(f"{override}: is no key=value (python -m mlmx {command} --help lists the keys)")
     if not (parsed.cfg or parsed.info or parsed.hydra_help or parsed.shell_completion):
         _check_jobs(command, parsed)
     sys.argv = ["mlmx", *_flags_first(parsed)]
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us whole; we turn them into one line
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)(_task)()
+        with contextlib.redirect_stderr(_WithoutJobLine(sys.stderr)):  # type: ignore[type-var]
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)(_task)()
     finally:
         if before is None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = before
     return 0
+
+
+def _refuse(message: str) -> NoReturn:
+    from mlmx.config import RequestError
+
+    raise RequestError(message)
+
+
+class _WithoutJobLine:
+    """stderr without Hydra's "Error executing job with overrides", which our own line follows."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return len(text) if text.startswith("Error executing job with overrides") else self.stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def _literal_texts(command: str, arguments: list[str]) -> list[str]:
@@ -190,7 +216,7 @@ def _check_jobs(command: str, parsed: argparse.Namespace) -> None:
     from mlmx.config import to_config
 
     module = importlib.import_module(f"mlmx.{command}")
-    path = [f"hydra.searchpath=[file://{os.path.abspath(parsed.config_dir)}]"] if parsed.config_dir else []
+    path = [f"hydra.searchpath=[file://{Path(parsed.config_dir).resolve()}]"] if parsed.config_dir else []
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         for number, overrides in enumerate(_jobs(parsed)):
             try:
@@ -220,6 +246,7 @@ def _jobs(parsed: argparse.Namespace) -> list[list[str]]:
 def _task(composed: DictConfig) -> Any:
     """What Hydra runs for each job: the command of the composed config."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     from mlmx.config import Job, RequestError, register_schemas, to_config
     from mlmx.runs import discard_empty, register_resolvers
@@ -232,8 +259,11 @@ def _task(composed: DictConfig) -> Any:
     job = Job(folder, tuple(hydra_config.overrides.task), dict(hydra_config.runtime.choices))
     try:
         return getattr(importlib.import_module(f"mlmx.{command}"), command)(to_config(command, composed), job)
-    except RequestError:
-        discard_empty(folder)
+    except Exception as error:
+        if isinstance(error, RequestError):
+            discard_empty(folder)
+        if hydra_config.mode == RunMode.MULTIRUN:
+            error.add_note(f"job {hydra_config.job.num} of the sweep ({hydra_config.job.override_dirname})")
         raise
 
 

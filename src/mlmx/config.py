@@ -185,16 +185,14 @@ def group_names(schema: type[Config]) -> list[str]:
 
 def to_config(command: str, composed: DictConfig) -> Config:
     """Hydra's composition as a plain dataclass, every root key checked (``+key=…`` slips past Hydra)."""
-    schema = CONFIGS[command]
-    known = [f.name for f in fields(schema)]
-    for key in composed:
+    known = [f.name for f in fields(CONFIGS[command])]
+    for key in map(str, composed):
         require(
-            str(key) in known,
-            f"{key}: unknown key{did_you_mean(str(key), known)} (python -m mlmx {command} --help lists them)",
+            key in known,
+            f"{key}: unknown key{did_you_mean(key, known)} (python -m mlmx {command} --help lists them)",
         )
     refuse_targets(composed)
-    plain = OmegaConf.to_container(composed, resolve=True)
-    return from_plain(command, typing.cast(dict[str, Any], plain))
+    return from_plain(command, typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True)))
 
 
 def from_plain(command: str, values: Mapping[str, Any]) -> Config:
@@ -217,7 +215,7 @@ def refuse_targets(node: Any, path: str = "") -> None:
                 f"{path}{key}: a config names functions by 'name:', _target_ is not accepted; "
                 "your own functions come in through the entry point group mlmx.plugins",
             )
-            refuse_targets(node._get_node(key), f"{path}{key}.")
+            refuse_targets(node._get_node(key), f"{path}{key!s}.")
     elif OmegaConf.is_list(node) and not node._is_none() and not node._is_interpolation():
         for index in range(len(node)):
             refuse_targets(node._get_node(index), f"{path}{index}.")
@@ -226,6 +224,7 @@ def refuse_targets(node: Any, path: str = "") -> None:
 # --------------------------------------------------------------------- names and their signatures
 
 F = TypeVar("F", bound=Callable[..., Any])
+Function = Callable[..., Any]
 
 
 def table(*functions: F) -> dict[str, F]:
@@ -254,7 +253,7 @@ def bind(
     name = options.get("name")
     require(isinstance(name, str) and bool(name), f"{group}.name: missing; one of {', '.join(functions)}")
     function = functions.get(str(name)) or _plugin(group, str(name), functions)
-    targets = [function, *shared]
+    targets: list[Function] = [function, *shared]
     accepted = {key: parameter for target in targets for key, parameter in _options_of(target).items()}
     filled: list[dict[str, Any]] = [{} for _ in targets]
     for key, value in options.items():

@@ -72,7 +72,9 @@ def protocol_id(cfg: TrainConfig, report: Mapping[str, Mapping[str, Any]]) -> st
     return "eval-" + hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
 
 
-def introduction(cfg: TrainConfig, job: Job, report: Mapping[str, Mapping[str, Any]], arguments: Any, model: Any) -> str:
+def introduction(
+    cfg: TrainConfig, job: Job, report: Mapping[str, Mapping[str, Any]], arguments: Any, model: Any
+) -> str:
     """The three lines a run opens with."""
     corpus, train, evaluation = report["corpus"], report["train"], report["eval"]
     size = sum(p.numel() for p in model.parameters()) / 1e6

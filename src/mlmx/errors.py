@@ -6,6 +6,8 @@ import re
 
 from mlmx.config import CONFIGS, RequestError, did_you_mean, group_names
 
+KINDS = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false", "String": "a text"}
+
 
 def explain(error: BaseException, command: str) -> tuple[int, str]:
     """``(exit code, line)``: 2 where the request was wrong, 1 where the work failed."""
@@ -54,6 +56,7 @@ def _composition(error: BaseException, command: str) -> str:
         groups = group_names(CONFIGS[command])
         if key in groups:
             return f"{given}: {key} is a group: {key}=<option>, or {key}.<key>=<value> {listing}"
-        return f"{given}: {cause.replace(' could not be converted to', ' is not of type')}"
+        kind = re.search(r"could not be converted to (\w+)", cause)
+        return f"{given}: {KINDS.get(kind.group(1), kind.group(1)) + ' is needed' if kind else cause}"
     cause = f" ({one_line(error.__cause__)})" if error.__cause__ else ""
     return one_line(text) + cause

@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label of a position that is not scored, as in torch's cross-entropy
 # Position ids of these architectures begin after the padding id: 514 positions hold 512 tokens.
-OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl", "data2vec-text", "ibert")
+OFFSET_POSITIONS = (
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "mpnet",
+    "xlm-roberta-xl",
+    "data2vec-text",
+    "ibert",
+)
 # These bias attention by distance and have no longest input.
 RELATIVE_POSITIONS = ("deberta-v2", "t5", "xlnet")
 
@@ -123,9 +131,8 @@ def require_fit(encoder: Encoder, chunk_size: int) -> None:
         )
 
 
-def quick_check(encoder: Encoder, chunk_size: int) -> None:
-    """What can be judged before torch is imported: the chunk's length, and that the hub or a copy is there."""
-    require_fit(encoder, chunk_size)
+def require_there(encoder: Encoder) -> None:
+    """Refuse a hub model of which neither the hub nor a cached copy can be reached."""
     if not encoder.is_local:
         require_reachable("model", encoder.path)
 
@@ -159,17 +166,17 @@ def load_tokenizer(encoder: Encoder, chunk_size: int) -> PreTrainedTokenizerBase
 def load_model(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """The masked LM in fp32; parts without weights (a packaged encoder's head) start fresh from ``seed``."""
     from transformers import AutoConfig, AutoModelForMaskedLM, set_seed
-    from transformers.utils import logging
+    from transformers.utils import logging as library_log
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet: Any = library_log
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
     set_seed(seed)
     if encoder.fresh is not None:
         fresh = dict(encoder.fresh)
         special = {"pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)}
-        made: PreTrainedModel = AutoModelForMaskedLM.from_config(
-            AutoConfig.for_model(fresh.pop("model_type"), **fresh, **special)
-        )
+        auto: Any = AutoModelForMaskedLM
+        made: PreTrainedModel = auto.from_config(AutoConfig.for_model(fresh.pop("model_type"), **fresh, **special))
         return made
     try:
         loaded: PreTrainedModel = AutoModelForMaskedLM.from_pretrained(
@@ -180,9 +187,7 @@ def load_model(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, seed: int) 
     return loaded
 
 
-def masked_logits(
-    model: torch.nn.Module, batch: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def masked_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and labels of the masked positions only: float[M, V], long[M].
 
     Hidden states are gathered before the vocabulary projection, by a hook on the encoder, so that wrapped
@@ -223,7 +228,7 @@ def _longest_input(config: dict[str, Any]) -> int | None:
 
 
 def _name(encoder: Encoder) -> str:
-    return f"the model {encoder.path}" if not encoder.is_local else f"the model in {Path(encoder.path).name}"
+    return f"the model in {encoder.path}" if encoder.is_local else f"the model {encoder.path}"
 
 
 def fill_masks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, top_k: int) -> list[list[Fill]]:
@@ -239,10 +244,11 @@ def fill_masks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
     prompt = text.replace("[MASK]", str(tokenizer.mask_token))
     ids = tokenizer(prompt)["input_ids"]
     require(tokenizer.mask_token_id in ids, f"text={text!r}: holds no [MASK] (or {tokenizer.mask_token}) to fill")
-    require_fit(Encoder(model.name_or_path, max_length=_longest_input(model.config.to_dict())), len(ids))
+    require_fit(Encoder(str(model.name_or_path), max_length=_longest_input(model.config.to_dict())), len(ids))
     was_training = model.training
-    pipeline = FillMaskPipeline(model=model.eval(), tokenizer=tokenizer, device=model.device)
-    found = pipeline(prompt, top_k=min(top_k, len(tokenizer)))
+    model.train(False)
+    pipeline: Any = FillMaskPipeline
+    found = pipeline(model=model, tokenizer=tokenizer, device=model.device)(prompt, top_k=min(top_k, len(tokenizer)))
     model.train(was_training)
     per_mask = found if isinstance(found[0], list) else [found]
     return [[Fill(one["token_str"].strip(), one["score"]) for one in mask] for mask in per_mask]

@@ -41,7 +41,7 @@ def outputs_dir() -> Path:
 
 def _moment() -> str:
     """Local time to the millisecond, so that runs started together get folders of their own."""
-    return datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")[:-3]
+    return datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S.%f")[:-3]
 
 
 def register_resolvers() -> None:
@@ -94,7 +94,12 @@ class Run:
 
     def append_metrics(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
         """One line of ``metrics.jsonl``."""
-        row = {"step": step, "epoch": round(epoch, 6), "time": datetime.now().astimezone().isoformat(), **metrics}
+        row = {
+            "step": step,
+            "epoch": round(epoch, 6),
+            "time": datetime.now().astimezone().isoformat(),
+            **metrics,
+        }
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -71,8 +71,9 @@ def check(cfg: TrainConfig) -> None:
     parts = parts_of(cfg)
     require("[MASK]" in cfg.example, f"example={cfg.example!r}: holds no [MASK] to fill")
     data.require_amounts(**parts.split.keywords)
-    model.quick_check(parts.encoder, cfg.chunk_size)
+    model.require_fit(parts.encoder, cfg.chunk_size)
     data.quick_check(parts.source)
+    model.require_there(parts.encoder)
 
 
 def train(cfg: TrainConfig, job: Job) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -51,7 +52,12 @@ class Chunks:
             if starts is not None:
                 edges = np.ones(len(self.prefix), np.bool_), np.ones(len(self.suffix), np.bool_)
                 starts = np.concatenate([edges[0], starts, edges[1]])
-        return {"input_ids": ids, "word_starts": starts, "sample": int(self.samples[index]), "epoch": self.epoch}
+        return {
+            "input_ids": ids,
+            "word_starts": starts,
+            "sample": int(self.samples[index]),
+            "epoch": self.epoch,
+        }
 
     def select(self, rows: NDArray[np.int64]) -> Chunks:
         """These rows, in this order."""
@@ -70,7 +76,7 @@ def concat(tokens: Tokens, chunk_size: int) -> Chunks:
     edges = tokens.offsets[::DOCUMENTS_PER_GROUP]
     if edges[-1] != tokens.offsets[-1]:
         edges = np.append(edges, tokens.offsets[-1])
-    groups = zip(edges[:-1], edges[1:], strict=True)
+    groups = itertools.pairwise(edges)
     starts = np.concatenate([np.arange(a, b - chunk_size + 1, chunk_size) for a, b in groups]).astype(np.int64)
     return Chunks(tokens, chunk_size, starts, np.full(len(starts), chunk_size), np.arange(len(starts)))
 
@@ -136,7 +142,10 @@ def split_chunks(
 
 def require_amounts(train_chunks: float = 1, eval_chunks: float = 1, **_: object) -> dict[str, int | float]:
     """Both amounts as whole numbers of chunks, or shares that leave something to the other."""
-    wanted = {"train_chunks": _amount("train_chunks", train_chunks), "eval_chunks": _amount("eval_chunks", eval_chunks)}
+    wanted = {
+        "train_chunks": _amount("train_chunks", train_chunks),
+        "eval_chunks": _amount("eval_chunks", eval_chunks),
+    }
     shares = sum(value for value in wanted.values() if isinstance(value, float))
     if shares > 1:
         raise RequestError(

@@ -49,7 +49,9 @@ def tokenize(texts: Dataset, tokenizer: Any) -> Tokens:
         tokenizer: a ``PreTrainedTokenizerBase``; a fast one also tells where words begin.
     """
     encode = _fast if getattr(tokenizer, "backend_tokenizer", None) is not None else _slow
-    ids, starts, lengths = [], [], []
+    ids: list[Any] = []
+    starts: list[Any] = []
+    lengths: list[Any] = []
     for first in range(0, len(texts), DOCUMENTS_PER_BATCH):
         batch = encode(texts[first : first + DOCUMENTS_PER_BATCH]["text"], tokenizer)
         for array, parts in zip(batch, (ids, starts, lengths), strict=True):

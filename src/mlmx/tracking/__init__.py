@@ -138,3 +138,15 @@ class Tracker:
             reason,
             self.run.folder / "metrics.jsonl",
         )
+
+
+def add_metrics(store: Store | None, run_id: str | None, step: int, metrics: Mapping[str, float]) -> None:
+    """Add points to an MLflow run made earlier; a store that is away is said, not raised."""
+    if store is None or run_id is None:
+        return
+    try:
+        from mlmx.tracking.mlflow_run import reopen
+
+        reopen(store, run_id, step, metrics)
+    except Exception as error:
+        log.warning("MLflow run %s did not get these numbers (%s: %s)", run_id, type(error).__name__, error)

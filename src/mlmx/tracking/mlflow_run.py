@@ -23,12 +23,16 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
+import logging
+
+logging.getLogger("mlflow").setLevel(logging.WARNING)  # not "Creating initial MLflow database tables..."
+logging.getLogger("alembic").setLevel(logging.WARNING)
+
 import mlflow.entities as entities  # noqa: E402
 from mlflow import MlflowClient  # noqa: E402
 
 # What makes a checkpoint loadable; the optimizer, scheduler and random states are for resuming, and stay local.
 NOT_THE_MODEL = (".pt", ".pth", ".bin", "trainer_state.json")
-MAX_METRICS_PER_BATCH = 1000
 
 
 class MlflowRun:
@@ -56,9 +60,7 @@ class MlflowRun:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Points of all metrics at one step, in one call."""
-        now = int(time.time() * 1000)
-        points = [entities.Metric(name, value, now, step) for name, value in metrics.items()]
-        self.client.log_batch(self.run_id, metrics=points[:MAX_METRICS_PER_BATCH])
+        self.client.log_batch(self.run_id, metrics=_points(step, metrics))
 
     def add_model(self, folder: Path, name: str) -> None:
         """A saved model's folder as artifact ``name``, without what only resuming needs."""
@@ -90,6 +92,17 @@ class MlflowRun:
     def finish(self, status: str) -> None:
         """Close the run with its final status."""
         self.client.set_terminated(self.run_id, status)
+
+
+def reopen(store: Store, run_id: str, step: int, metrics: Mapping[str, float]) -> None:
+    """Add points to a run that has ended."""
+    client, _ = connect(store)
+    client.log_batch(run_id, metrics=_points(step, metrics))
+
+
+def _points(step: int, metrics: Mapping[str, float]) -> list[entities.Metric]:
+    now = int(time.time() * 1000)
+    return [entities.Metric(name, value, now, step) for name, value in metrics.items()]
 
 
 def connect(store: Store) -> tuple[MlflowClient, str]:

@@ -9,7 +9,10 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-CURVES = {"loss": ("train/loss", "eval/loss", "heldout/loss"), "perplexity": ("eval/perplexity", "heldout/perplexity")}
+CURVES = {
+    "loss": ("train/loss", "eval/loss", "heldout/loss"),
+    "perplexity": ("eval/perplexity", "heldout/perplexity"),
+}
 UNITS = {"loss": "loss (nats per masked token)", "perplexity": "perplexity (log scale)"}
 COLOURS = {"train": "#8a8a8a", "eval": "#0b6e99", "heldout": "#b5482a"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -105,16 +105,16 @@ class CorrectedTrainer(CountedTrainer):
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def scored(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        scores = {f"eval_{name}": value for name, value in self.scores(self.model).items()}
+        scores = {f"eval_{name}": value for name, value in self.scores(cast(PreTrainedModel, self.model)).items()}
         self.log(scores)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
         return scores
 
 
-class Reporter(TrainerCallback):  # type: ignore[misc]
+class Reporter(TrainerCallback):
     """Names the library's numbers as ours and hands them, and each checkpoint, to the recorder."""
 
-    NAMES = {"loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/learning_rate"}
+    NAMES: ClassVar = {"loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/learning_rate"}
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
@@ -124,7 +124,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.train_dataset.epoch = int(state.epoch or 0)  # before worker processes copy the dataset
+        # before worker processes copy the dataset
+        cast(Any, self.trainer.train_dataset).epoch = int(state.epoch or 0)
 
     def on_log(
         self,
@@ -153,11 +154,9 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         self.marked = (tokens, seconds)
         return speed
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             self.recorder.checkpoint(folder, state.global_step, state.epoch or 0.0)
 
 
@@ -177,7 +176,7 @@ def make_trainer(
 ) -> CountedTrainer:
     """A trainer of the named arithmetic, reporting to ``recorder`` and showing its progress."""
     arguments.eval_on_start = True
-    parts = {"model": model, "args": arguments, "processing_class": tokenizer}
+    parts: dict[str, Any] = {"model": model, "args": arguments, "processing_class": tokenizer}
     reporter = Reporter(recorder)
     trainer: CountedTrainer
     if name == "stock":

@@ -22,7 +22,7 @@ LINE_EVERY_SECONDS = 15.0
 LOOK_EVERY_SECONDS = 0.5  # reading the loss waits for the device: not at every step
 
 
-class Progress(TrainerCallback):  # type: ignore[misc]
+class Progress(TrainerCallback):
     """Steps done, tokens/s, loss and time left of the training steps."""
 
     def __init__(self, trainer: CountedTrainer) -> None:
@@ -48,9 +48,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             self.task = self.bar.add_task("", total=state.max_steps, speed="–", loss="–")
             self.bar.start()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         now = time.monotonic()
         every = LOOK_EVERY_SECONDS if self.bar else LINE_EVERY_SECONDS
         if now - max(self.looked, self.began) < every or not state.is_world_process_zero:

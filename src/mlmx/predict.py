@@ -1,0 +1,33 @@
+"""``predict``: fill the masks of texts with a run's model."""
+
+from __future__ import annotations
+
+import sys
+
+from mlmx import model, runs
+from mlmx.config import Job, PredictConfig, require
+
+
+def check(cfg: PredictConfig) -> None:
+    """The run is there and finished, and every text holds a mask."""
+    runs.find(cfg.run)
+    require(bool(cfg.text) or not sys.stdin.isatty(), 'text: missing; give text="This is a great [MASK]."')
+    for text in cfg.text:
+        require("[MASK]" in text or "<mask>" in text, f"text={text!r}: holds no [MASK] to fill")
+
+
+def predict(cfg: PredictConfig, job: Job) -> None:
+    """Print the likeliest tokens for each mask of each text; texts may come on standard input, one a line."""
+    texts = cfg.text or [line.strip() for line in sys.stdin if line.strip()]
+    require(bool(texts), "text: standard input holds no line; give text=… or lines with a [MASK]")
+    for text in texts:
+        require("[MASK]" in text or "<mask>" in text, f"text={text!r}: holds no [MASK] to fill")
+    encoder = model.pretrained(path=str(runs.find(cfg.run).model))
+    tokenizer = model.load_tokenizer(encoder, chunk_size=3)
+    loaded = model.load_model(encoder, tokenizer, seed=0)
+    for text in texts:
+        masks = model.fill_masks(loaded, tokenizer, text, cfg.top_k)
+        print(text)
+        for number, fills in enumerate(masks, start=1):
+            for fill in fills:
+                print(f"  {f'mask {number}  ' if len(masks) > 1 else ''}{fill.probability:7.2%}  {fill.token}")
