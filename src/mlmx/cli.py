@@ -135,20 +135,21 @@ def _run(command: str, arguments: list[str]) -> int:
     register_resolvers()
     # Hydra's own parser refuses a key=value behind a flag (model=minilm -m lr=1,2); intermixed does not.
     parser = get_args_parser()
-    parser.error = _refuse
+    parser.error = _refuse  # type: ignore[method-assign]
     parsed = parser.parse_intermixed_args(_literal_texts(command, arguments))
     for override in parsed.overrides:
         if "=" not in override and not override.startswith("~"):
             _refuse(f"{override}: is no key=value (python -m mlmx {command} --help lists the keys)")
     if not (parsed.cfg or parsed.info or parsed.hydra_help or parsed.shell_completion):
         _check_jobs(command, parsed)
-    sys.argv = ["mlmx", *_flags_first(parsed)]
+    argv_before, sys.argv = sys.argv, ["mlmx", *_flags_first(parsed)]
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us whole; we turn them into one line
     try:
-        with contextlib.redirect_stderr(_WithoutJobLine(sys.stderr)):  # type: ignore[type-var]
+        with contextlib.redirect_stderr(_WithoutJobLine(sys.stderr)):
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)(_task)()
     finally:
+        sys.argv = argv_before
         if before is None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:

@@ -59,6 +59,8 @@ def evaluate(cfg: EvaluateConfig, job: Job) -> dict[str, float]:
         batches = batches_of(eval_chunks, replace(mask, fixed=True), cfg.batch_size)
         scored = numbers(score(loaded, batches, model.masked_logits))
         where = describe.source_name(settings, job)
+        if run is not None and not cfg.dataset:
+            where = run.read_json("data.json")["eval"]["source"]
         shown = "  ".join(f"{name} {value:,.6g}" for name, value in scored.items())
         log.info(
             "%s on %s, %s chunks of %d: %s",
@@ -75,7 +77,7 @@ def evaluate(cfg: EvaluateConfig, job: Job) -> dict[str, float]:
 
 def record(cfg: EvaluateConfig, run: runs.Run, scored: dict[str, float]) -> None:
     """Add the score to the run's folder and to its own MLflow run."""
-    result = run.result()
+    result = run.read_json("result.json")
     last = run.metrics()[-1]
     metrics = {f"evaluate/{name}": value for name, value in scored.items()}
     run.append_metrics(last["step"], last["epoch"], metrics)

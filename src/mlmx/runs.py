@@ -110,11 +110,11 @@ class Run:
             return []
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
-    def result(self) -> dict[str, Any]:
-        """``result.json``, or an empty mapping where the run has none yet."""
-        path = self.folder / "result.json"
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return result
+    def read_json(self, name: str) -> dict[str, Any]:
+        """``result.json`` or ``data.json``; empty where the run has none yet."""
+        path = self.folder / name
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return value
 
     def config(self) -> TrainConfig:
         """The resolved config the run was made with."""
@@ -144,7 +144,7 @@ def find(wanted: str) -> Run:
         RequestError: no such run, or one that has not finished.
     """
     if wanted == "last":
-        finished = [run for run in all_runs() if run.result().get("status") == "FINISHED"]
+        finished = [run for run in all_runs() if run.read_json("result.json").get("status") == "FINISHED"]
         if not finished:
             raise RequestError(f"run=last: no finished run below {outputs_dir() / 'train'}; train one first")
         return finished[-1]
@@ -152,14 +152,14 @@ def find(wanted: str) -> Run:
     if folder.is_dir() and (folder / "result.json").is_file():
         run = Run(folder.resolve())
     else:
-        by_id = [run for run in all_runs() if wanted and run.result().get("run_id") == wanted]
+        by_id = [run for run in all_runs() if wanted and run.read_json("result.json").get("run_id") == wanted]
         if not by_id:
             raise RequestError(
                 f"run={wanted}: no such run; give a run folder (below {outputs_dir() / 'train'}), an MLflow run id, "
                 "or last"
             )
         run = by_id[0]
-    status = run.result().get("status")
+    status = run.read_json("result.json").get("status")
     if status != "FINISHED" or not (run.model / "config.json").is_file():
         raise RequestError(f"run={wanted}: this run is unfinished (status {status}); choose one that finished")
     return run

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
@@ -105,10 +106,28 @@ class CorrectedTrainer(CountedTrainer):
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def scored(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        scores = {f"eval_{name}": value for name, value in self.scores(cast(PreTrainedModel, self.model)).items()}
+        model = cast(PreTrainedModel, self.model)
+        with in_full_precision(model):
+            scores = {f"eval_{name}": value for name, value in self.scores(model).items()}
         self.log(scores)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
         return scores
+
+
+@contextlib.contextmanager
+def in_full_precision(model: PreTrainedModel) -> Iterator[None]:
+    """The model's own ``forward`` inside the block: accelerate wraps it in autocast for mixed precision.
+
+    Scores are taken in fp32 whatever a run trains in, so that ``evaluate`` on the saved model repeats them.
+    """
+    wrapped, own = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
+    if own is not None:
+        model.forward = own
+    try:
+        yield
+    finally:
+        if own is not None:
+            model.forward = wrapped
 
 
 class Reporter(TrainerCallback):
@@ -226,4 +245,5 @@ def run_and_save(trainer: CountedTrainer, folder: Path) -> None:
             if isinstance(callback, Progress):
                 callback.close()
     trainer.save_model(str(folder))
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # whoever fills masks next gets fp32
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all of it is in config.yaml
