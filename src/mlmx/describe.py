@@ -6,6 +6,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,10 @@ SHOWN_TARGETS = 12
 
 
 def choice(group: str, cfg: TrainConfig, job: Job) -> str:
-    """The chosen option of a group (``minilm``), or the function's name where none was chosen by name."""
+    """The chosen option of a group (``minilm``), or the folder's or file's name where a path was given."""
+    path = next((o.partition("=")[2] for o in job.overrides if o.lstrip("+").startswith(f"{group}.path=")), None)
+    if path and group == "model":
+        return Path(path).name
     return str(job.choices.get(group) or getattr(cfg, group).get("name"))
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from mlmx import tracking
 from mlmx.config import Job, RequestError, UiConfig, bind, require
@@ -46,7 +50,7 @@ def check(cfg: UiConfig) -> None:
 def ui(cfg: UiConfig, job: Job) -> None:
     """Serve until interrupted; no job workers, no telemetry, no other host."""
     store = store_of(cfg)
-    print(f"MLflow UI on http://{HOST}:{cfg.port} for {store.uri}; Ctrl-C ends it", flush=True)
+    print(f"MLflow UI on {address(cfg.port, store)} for {store.uri}; Ctrl-C ends it", flush=True)
     environment = {
         **os.environ,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
@@ -66,11 +70,42 @@ def ui(cfg: UiConfig, job: Job) -> None:
         "1",
     ]
     command += ["--backend-store-uri", store.uri, "--default-artifact-root", str(store.artifacts)]
-    server = subprocess.Popen(command, env=environment)
-    try:
-        code = server.wait()
-    finally:
-        server.terminate()
-        server.wait()
+    with ended_by_signals():
+        server = subprocess.Popen(command, env=environment)
+        try:
+            code = server.wait()
+        finally:
+            server.terminate()  # it ends its own server process
+            server.wait()
     if code not in (0, -2, -15):
         raise RuntimeError(f"mlflow server ended with exit code {code}")
+
+
+def address(port: int, store: tracking.Store) -> str:
+    """The page that lists the experiment's runs: left to itself, MLflow opens on its views of LLM applications."""
+    root, found = f"http://{HOST}:{port}", None
+    with contextlib.suppress(sqlite3.Error):
+        path = store.uri.removeprefix("sqlite:///")
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            query = "SELECT experiment_id FROM experiments WHERE name = ?"
+            found = database.execute(query, (store.experiment,)).fetchone()
+    return f"{root}/#/experiments/{found[0]}/runs?workflowType=machine_learning" if found else root
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Inside the block SIGTERM and SIGHUP unwind the program, as SIGINT does: by default they would leave the
+    server running without it."""
+
+    def leave(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    # What is ignored stays ignored: nohup.
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)

@@ -71,7 +71,7 @@ def _fast(texts: list[str], tokenizer: Any) -> tuple[Any, Any, Any]:
     # A tokenizer file may carry truncation and padding of its own; documents are taken whole.
     backend.no_truncation()
     backend.no_padding()
-    encodings = backend.encode_batch_fast(texts, add_special_tokens=True)
+    encodings = backend.encode_batch(texts, add_special_tokens=True)  # encode_batch_fast gives no word ids
     lengths = np.fromiter((len(e) for e in encodings), np.int64, len(encodings))
     total = int(lengths.sum())
     ids = np.fromiter((i for e in encodings for i in e.ids), np.int32, total)

