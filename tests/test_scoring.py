@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mlmx import data, masking, model
-from mlmx.scoring import Sums, batches_of, numbers, score
+from mlmx.scoring import METRICS, Sums, batches_of, numbers, score
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def test_score_does_not_move_with_batch_size(parts):
     whole = scored(parts, 40)
     for batch_size in (1, 7, 16):
         other = scored(parts, batch_size)
-        assert other.loss == pytest.approx(whole.loss, rel=1e-6)
-        assert (other.correct, other.tokens) == (whole.correct, whole.tokens)
+        assert other.totals["loss"] == pytest.approx(whole.totals["loss"], rel=1e-6)
+        assert (other.totals["accuracy"], other.tokens) == (whole.totals["accuracy"], whole.tokens)
 
 
 def test_score_repeats_to_the_bit(parts):
@@ -45,7 +45,7 @@ def test_score_is_additive(parts):
     rows = torch.arange(40).numpy()
     halves = [scored((loaded, chunks.select(half), mask), 8) for half in (rows[:24], rows[24:])]
     whole = scored(parts, 8)
-    assert (halves[0] + halves[1]).loss == pytest.approx(whole.loss, rel=1e-12)
+    assert (halves[0] + halves[1]).totals == pytest.approx(whole.totals, rel=1e-12)
     assert (halves[0] + halves[1]).tokens == whole.tokens
 
 
@@ -56,9 +56,9 @@ def test_score_is_the_cross_entropy_over_all_logits(parts):
         logits = loaded.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
     found = score(loaded, [batch], model.masked_logits)
-    assert found.loss == pytest.approx(float(expected), rel=1e-6)
+    assert found.totals["loss"] == pytest.approx(float(expected), rel=1e-6)
     chosen = batch["labels"] != masking.IGNORED
-    assert found.correct == int((logits.argmax(-1)[chosen] == batch["labels"][chosen]).sum())
+    assert found.totals["accuracy"] == int((logits.argmax(-1)[chosen] == batch["labels"][chosen]).sum())
 
 
 def test_score_leaves_the_model_as_it_was_and_uses_no_dropout(parts, tokenizer):
@@ -80,11 +80,20 @@ def test_a_batch_without_targets_counts_nothing(parts):
 
 
 def test_numbers():
-    assert numbers(Sums(loss=2 * math.log(3), correct=1, tokens=2)) == {
+    assert numbers(Sums(2, {"loss": 2 * math.log(3), "accuracy": 1})) == {
         "loss": pytest.approx(math.log(3)),
         "perplexity": pytest.approx(3.0),
         "accuracy": 0.5,
     }
     assert all(math.isnan(value) for value in numbers(Sums()).values())
-    assert numbers(Sums(loss=1e6, tokens=1))["perplexity"] == math.inf
-    assert math.isnan(numbers(Sums(loss=math.nan, tokens=1))["perplexity"])
+    assert numbers(Sums(1, {"loss": 1e6}))["perplexity"] == math.inf
+    assert math.isnan(numbers(Sums(1, {"loss": math.nan}))["perplexity"])
+
+
+def test_a_metric_is_one_function(parts, monkeypatch: pytest.MonkeyPatch):
+    def in_top_5(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return (logits.topk(5).indices == labels[:, None]).any(1).float()
+
+    monkeypatch.setitem(METRICS, "in_top_5", in_top_5)
+    found = numbers(scored(parts, 8))
+    assert found["accuracy"] <= found["in_top_5"] <= 1

@@ -438,7 +438,7 @@ def test_multirun_numbers_its_jobs(
 
 
 def test_a_terminal_gets_a_bar_and_ctrl_c_ends_it(tiny: Path, corpus: Path, outputs: Path, tmp_path: Path) -> None:
-    asked = [*request(tiny, corpus), "dataset.train_chunks=800", "epochs=50", "tracking=none"]
+    asked = [*request(tiny, corpus), "dataset.train_chunks=240", "epochs=50", "tracking=none"]
     environment = {**os.environ, "TERM": "xterm-256color"}
     environment.pop("NO_COLOR", None)
     master, terminal = pty.openpty()
@@ -454,9 +454,9 @@ def test_a_terminal_gets_a_bar_and_ctrl_c_ends_it(tiny: Path, corpus: Path, outp
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # Ctrl-C reaches whoever owns the terminal
     )
     os.close(terminal)
-    bar = re.compile(r"training [━╸╺ ]+ \d+/5000 [\d,]+ tok/s · loss \d+\.\d+ · [\d:-]+")
+    bar = re.compile(r"training [━╸╺ ]+ \d+/1500 [\d,]+ tok/s · loss \d+\.\d+ · [\d:-]+")
     try:
-        seen = _read_until(master, lambda text: bool(bar.search(_plain(text))) and "checkpoint-100" in text)
+        seen = _read_until(master, lambda text: bool(bar.search(_plain(text))) and "checkpoint-30" in text)
         os.write(master, b"\x03")
         seen += _read_until(master, None)
         assert process.wait(60) == 130
@@ -465,12 +465,13 @@ def test_a_terminal_gets_a_bar_and_ctrl_c_ends_it(tiny: Path, corpus: Path, outp
         process.wait()
         os.close(master)
     shown = _plain(seen)
+    Path("/tmp/e2e/pty.txt").write_text(seen)
     assert bar.search(shown), shown[-2000:]
     assert "mlmx: interrupted" in shown
     assert seen.count("\x1b[?25h") >= 1, "the cursor is not given back"
     # lines pass above the bar, whole
     assert re.search(r"^epoch 0  step 0  eval/loss", shown, re.MULTILINE)
-    assert re.search(r"^epoch 1  step 100  eval/loss", shown, re.MULTILINE)
+    assert re.search(r"^epoch 1  step 30  eval/loss", shown, re.MULTILINE)
     (folder,) = run_folders(outputs)
     assert Done(outputs, folder).json("result.json")["status"] == "KILLED"
 

@@ -133,6 +133,7 @@ def in_full_precision(model: PreTrainedModel) -> Iterator[None]:
 class Reporter(TrainerCallback):
     """Names the library's numbers as ours and hands them, and each checkpoint, to the recorder."""
 
+    TIMINGS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
     NAMES: ClassVar = {"loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/learning_rate"}
 
     def __init__(self, recorder: Recorder) -> None:
@@ -156,9 +157,8 @@ class Reporter(TrainerCallback):
     ) -> None:
         logs = logs or {}
         metrics = {name: float(logs[key]) for key, name in self.NAMES.items() if key in logs}
-        for key in ("loss", "perplexity", "accuracy"):
-            if f"eval_{key}" in logs:
-                metrics[f"eval/{key}"] = float(logs[f"eval_{key}"])
+        own = {key: value for key, value in logs.items() if key.startswith("eval_") and key not in self.TIMINGS}
+        metrics |= {f"eval/{key.removeprefix('eval_')}": float(value) for key, value in own.items()}
         if "eval/loss" in metrics and "eval/perplexity" not in metrics:
             metrics["eval/perplexity"] = float(torch.tensor(metrics["eval/loss"], dtype=torch.float64).exp())
         if "train/loss" in metrics:
