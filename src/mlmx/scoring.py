@@ -10,14 +10,18 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
-from mlmx.config import table
+from mlmx.config import require, table
 
 Batch = dict[str, torch.Tensor]
+IGNORED = -100
 
 
 # ------------------------------------------------------------------------------------ the metrics
@@ -80,22 +84,123 @@ def perplexity(mean_loss: float) -> float:
         return math.inf
 
 
+MaskedLogits = Callable[[torch.nn.Module, Batch], tuple[torch.Tensor, torch.Tensor]]
+# Of one batch: the row of each target, long[M], and each metric's value there, float64[M].
+Values = tuple[torch.Tensor, dict[str, torch.Tensor]]
+
+
 @torch.no_grad()
-def score(
-    model: torch.nn.Module,
-    batches: Iterable[Batch],
-    masked_logits: Callable[[torch.nn.Module, Batch], tuple[torch.Tensor, torch.Tensor]],
-) -> Sums:
-    """Add up the batches' targets in fp32 without dropout, whatever precision the model trains in."""
+def values(model: torch.nn.Module, batches: Iterable[Batch], masked_logits: MaskedLogits) -> Iterator[Values]:
+    """Each metric at each target, in fp32 without dropout, whatever precision the model trains in."""
     device = next(model.parameters()).device
-    sums = Sums()
     with evaluating(model), torch.autocast(device.type, enabled=False):
         for batch in batches:
-            logits, labels = masked_logits(model, {name: value.to(device) for name, value in batch.items()})
-            if labels.numel():
-                totals = {name: float(metric(logits, labels).double().sum()) for name, metric in METRICS.items()}
-                sums += Sums(labels.numel(), totals)
+            rows = batch["labels"].ne(IGNORED).nonzero()[:, 0]
+            if len(rows):
+                logits, labels = masked_logits(model, {name: value.to(device) for name, value in batch.items()})
+                yield rows, {name: metric(logits, labels).double().cpu() for name, metric in METRICS.items()}
+
+
+def score(model: torch.nn.Module, batches: Iterable[Batch], masked_logits: MaskedLogits) -> Sums:
+    """Add up the batches' targets."""
+    sums = Sums()
+    for rows, found in values(model, batches, masked_logits):
+        sums += Sums(len(rows), {name: float(value.sum()) for name, value in found.items()})
     return sums
+
+
+@dataclass(frozen=True)
+class DocumentSums:
+    """Additive parts per held-out document: what two runs can be compared by, pair by pair.
+
+    Attributes:
+        keys: uint64[D], each document's key.
+        tokens: int64[D], number of targets.
+        totals: float64[D] per metric, Σ over the document's targets.
+    """
+
+    keys: NDArray[np.uint64]
+    tokens: NDArray[np.int64]
+    totals: dict[str, NDArray[np.float64]]
+
+    def sums(self) -> Sums:
+        """All documents together."""
+        return Sums(int(self.tokens.sum()), {name: float(total.sum()) for name, total in self.totals.items()})
+
+    def save(self, path: Path) -> None:
+        """One small .npz; no pickle."""
+        np.savez_compressed(path, keys=self.keys, tokens=self.tokens, **self.totals)
+
+    @classmethod
+    def load(cls, path: Path) -> DocumentSums:
+        """What `save` wrote."""
+        with np.load(path, allow_pickle=False) as file:
+            totals = {name: file[name] for name in file.files if name not in ("keys", "tokens")}
+            return cls(file["keys"], file["tokens"], totals)
+
+
+def score_documents(
+    model: torch.nn.Module,
+    rows: Any,
+    collate: Callable[[Sequence[Any]], Batch],
+    batch_size: int,
+    masked_logits: MaskedLogits,
+) -> DocumentSums:
+    """Score held-out rows (`data.HeldoutChunks`), summed per document.
+
+    Targets are added in the order of the rows, whatever the batch size.
+    """
+    tokens = np.zeros(len(rows.keys), np.int64)
+    totals = {name: np.zeros(len(rows.keys)) for name in METRICS}
+    first = 0
+    for batch in batches_of(rows, collate, batch_size):
+        for in_batch, found in values(model, [batch], masked_logits):
+            documents = rows.rows_of[first + in_batch.numpy()]
+            np.add.at(tokens, documents, 1)
+            for name, value in found.items():
+                np.add.at(totals[name], documents, value.numpy())
+        first += len(batch["input_ids"])
+    return DocumentSums(rows.keys, tokens, totals)
+
+
+def bits_per_byte(words: DocumentSums, word_bytes: NDArray[np.int64]) -> float:
+    """Σ bits of all chosen words ÷ Σ their UTF-8 bytes: comparable between tokenizers; NaN without words."""
+    total = int(word_bytes.sum())
+    return float(words.totals["loss"].sum()) / math.log(2) / total if total else math.nan
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean loss per target of one run minus another's, with a bootstrap interval over documents."""
+
+    mean: float
+    low: float
+    high: float
+    documents: int
+
+
+def paired_difference(
+    one: DocumentSums, other: DocumentSums, *, level: float = 0.95, draws: int = 2000, seed: int = 0
+) -> Difference:
+    """How much more loss ``one`` has than ``other`` on the same held-out targets (nats per target).
+
+    Documents are drawn with replacement, both runs on the same draw: documents differ far more than runs do, and
+    targets of one document are no independent observations (Koehn 2004, paired bootstrap).
+
+    Raises:
+        RequestError: the two did not score the same targets.
+    """
+    same = np.array_equal(one.keys, other.keys) and np.array_equal(one.tokens, other.tokens)
+    require(same, "these runs did not score the same held-out targets; only runs of one protocol can be compared")
+    difference = one.totals["loss"] - other.totals["loss"]
+    rng = np.random.default_rng(seed)
+    means = np.empty(draws)
+    for draw in range(draws):
+        picked = rng.integers(0, len(difference), len(difference))
+        means[draw] = difference[picked].sum() / max(one.tokens[picked].sum(), 1)
+    tail = (1 - level) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Difference(float(difference.sum() / one.tokens.sum()), float(low), float(high), len(difference))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,47 @@
+"""Random numbers as a function of a key and a position: SplitMix64 (Steele, Lea, Flood 2014) read at a counter.
+
+Number t of a key needs no numbers before it, so whoever asks, in whatever order, gets the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Words = NDArray[np.uint64]
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+STREAM = 0xD1342543DE82EF95
+
+
+def mix(state: Words) -> Words:
+    """SplitMix64's output function: a bijection of 64-bit words that leaves no visible structure."""
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def sample_keys(seed: int, epochs: NDArray[Any], samples: NDArray[Any], stream: int = 0) -> Words:
+    """One 64-bit key per sample, uint64[B], from (seed, stream, epoch, sample)."""
+    key = np.full(len(samples), seed * 2 + stream, np.uint64)
+    for part in (epochs, samples):
+        key = mix(key + GOLDEN) ^ part.astype(np.uint64)
+    return mix(key + GOLDEN)
+
+
+def random_bits(keys: Words, length: int, stream: int = 0, first: Words | None = None) -> Words:
+    """uint64[B, length] random words: number t of a row depends on its key, the stream and t alone.
+
+    Args:
+        first: uint64[B], the position each row begins at, 0 by default.
+    """
+    counters = np.arange(1, length + 1, dtype=np.uint64)[None, :]
+    if first is not None:
+        counters = counters + first[:, None]
+    return mix((keys[:, None] ^ np.uint64(stream * STREAM % 2**64)) + counters * GOLDEN)
+
+
+def uniform(bits: Words) -> NDArray[np.float64]:
+    """Uniform numbers in [0, 1) from the upper 53 bits."""
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
