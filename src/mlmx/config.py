@@ -23,6 +23,8 @@ from typing import Any, Literal, TypeVar
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from mlmx.places import conf_dir
+
 Options = dict[str, Any]
 
 
@@ -64,6 +66,7 @@ class TrainConfig:
     run_name: str | None = None
     note: str | None = None
     example: str = "This is a great [MASK]."
+    heldout: Options = field(default_factory=dict)
     model: Options = field(default_factory=dict)
     dataset: Options = field(default_factory=dict)
     chunking: Options = field(default_factory=dict)
@@ -219,6 +222,17 @@ def refuse_targets(node: Any, path: str = "") -> None:
     elif OmegaConf.is_list(node) and not node._is_none() and not node._is_interpolation():
         for index in range(len(node)):
             refuse_targets(node._get_node(index), f"{path}{index}.")
+
+
+def load_option(group: str, option: str) -> Options:
+    """A shipped option of a group (``conf/dataset/imdb.yaml``) as plain values, for use in another place."""
+    folder = conf_dir() / group
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    require(
+        option in known,
+        f"{group}={option}: no such option{did_you_mean(option, known)} (options: {', '.join(known)})",
+    )
+    return typing.cast(Options, OmegaConf.to_container(OmegaConf.load(folder / f"{option}.yaml"), resolve=True))
 
 
 # --------------------------------------------------------------------- names and their signatures

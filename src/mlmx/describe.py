@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mlmx.config import Job, TrainConfig
-from mlmx.data import Chunks, rows_sha256
+from mlmx.data import Chunks
 from mlmx.masking import IGNORED, Masker
 from mlmx.runs import Run
 from mlmx.tracking import Store
@@ -43,39 +39,6 @@ def source_name(cfg: TrainConfig, job: Job) -> str:
     return ":".join([choice("dataset", cfg, job), *map(str, paths)])
 
 
-def data_report(source: str, chunks: Chunks, train_chunks: Chunks, eval_chunks: Chunks) -> dict[str, dict[str, Any]]:
-    """``data.json``: for the corpus and each split of it, counts and the sha256 of its rows.
-
-    ``dropped_tokens`` are those of the corpus that fill no chunk; a split drops none of its own.
-    """
-    report = {}
-    for name, rows in (("corpus", chunks), ("train", train_chunks), ("eval", eval_chunks)):
-        offsets = chunks.tokens.offsets
-        first = np.searchsorted(offsets, rows.starts, side="right") - 1
-        last = np.searchsorted(offsets, rows.starts + rows.lengths - 1, side="right") - 1
-        touched = np.zeros(len(offsets) + 1, np.int64)
-        np.add.at(touched, first, 1)
-        np.add.at(touched, last + 1, -1)
-        own = int(rows.lengths.sum())
-        added = len(rows) * (len(rows.prefix) + len(rows.suffix))
-        report[name] = {
-            "source": source,
-            "documents": chunks.tokens.num_documents if name == "corpus" else int((touched.cumsum() > 0).sum()),
-            "tokens": len(chunks.tokens.ids) if name == "corpus" else own + added,
-            "chunks": len(rows),
-            "dropped_tokens": max(len(chunks.tokens.ids) - own - added, 0) if name == "corpus" else 0,
-            "sha256": rows_sha256(rows),
-        }
-    return report
-
-
-def protocol_id(cfg: TrainConfig, report: Mapping[str, Mapping[str, Any]]) -> str:
-    """What ``eval/*`` of this run was measured on: two runs with one id scored the same targets."""
-    stock = cfg.trainer["name"] == "stock"
-    what = [report["eval"]["sha256"], cfg.mlm_probability, dict(sorted(cfg.masking.items())), cfg.seed, stock]
-    return "eval-" + hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
-
-
 def introduction(
     cfg: TrainConfig, job: Job, report: Mapping[str, Mapping[str, Any]], arguments: Any, model: Any
 ) -> str:
@@ -87,6 +50,8 @@ def introduction(
         f"data     {corpus['source']}: {corpus['documents']:,} documents, {corpus['tokens']:,} tokens, "
         f"{corpus['chunks']:,} chunks of {cfg.chunk_size}; {train['chunks']:,} to train on, "
         f"{evaluation['chunks']:,} to evaluate on\n"
+        f"heldout  {report['heldout']['source']}: {report['heldout']['documents']:,} documents, "
+        f"{report['heldout']['tokens']:,} tokens\n"
         f"model    {choice('model', cfg, job)}, {size:.1f} M parameters, on {arguments.device.type} "
         f"in {precision(arguments)}; {cfg.epochs:g} epochs of batch "
         f"{arguments.train_batch_size * arguments.gradient_accumulation_steps}, lr {cfg.lr:g}"
@@ -159,7 +124,7 @@ def tags(cfg: TrainConfig, job: Job, report: Mapping[str, Mapping[str, Any]], pr
 
 def ending(run: Run, metrics: Mapping[str, float], seconds: Mapping[str, float], store: Store | None) -> str:
     """The last lines: numbers, folder, what to do next."""
-    numbers = "  ".join(f"{name} {value:,.5g}" for name, value in metrics.items() if name.startswith("eval/"))
+    numbers = "  ".join(f"{name} {value:,.5g}" for name, value in metrics.items() if name.startswith(("eval/", "heldout/")))
     lines = [
         f"done     {numbers}  ({seconds['total']:.0f} s)",
         f"folder   {run.folder}",

@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 from mlmx.config import RequestError, TrainConfig, from_plain, plain
 
 log = logging.getLogger("mlmx")
+HELDOUT_FILE = "heldout.npz"  # per-document sums of the last scoring, by which pairs of runs are compared
 
 
 def outputs_dir() -> Path:

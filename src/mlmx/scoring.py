@@ -163,6 +163,29 @@ def score_documents(
     return DocumentSums(rows.keys, tokens, totals)
 
 
+def score_groups(
+    model: torch.nn.Module,
+    rows: Any,
+    groups: Callable[[Sequence[Any]], NDArray[np.integer[Any]]],
+    collate: Callable[[Sequence[Any]], Batch],
+    batch_size: int,
+    masked_logits: MaskedLogits,
+) -> dict[int, Sums]:
+    """Sums per group of targets; ``groups`` gives the group of every position of a batch, int[B, T]."""
+    found: dict[int, Sums] = {}
+    for first in range(0, len(rows), batch_size):
+        some = [rows[i] for i in range(first, min(first + batch_size, len(rows)))]
+        batch = collate(some)
+        targets = (batch["labels"] != IGNORED).numpy()
+        for _, by_metric in values(model, [batch], masked_logits):
+            of_target = groups(some)[targets]
+            for group in np.unique(of_target).tolist():
+                chosen = torch.from_numpy(of_target == group)
+                totals = {name: float(value[chosen].sum()) for name, value in by_metric.items()}
+                found[group] = found.get(group, Sums()) + Sums(int(chosen.sum()), totals)
+    return found
+
+
 def bits_per_byte(words: DocumentSums, word_bytes: NDArray[np.int64]) -> float:
     """Σ bits of all chosen words ÷ Σ their UTF-8 bytes: comparable between tokenizers; NaN without words."""
     total = int(word_bytes.sum())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlmx import data, describe, masking, model, provenance, runs, tracking, training
 from mlmx.config import Job, TrainConfig, bind, require
+from mlmx.measure import HeldoutSource, Measure, heldout_source, protocol_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -28,8 +29,10 @@ class Parts:
     source: partial[Any]
     split: partial[Any]
     chunking: partial[Any]
+    heldout: HeldoutSource
     strategy: partial[Any]
     shares: tuple[float, float]
+    final_probability: float | None
     store: tracking.Store | None
 
 
@@ -42,7 +45,8 @@ class Ready:
     model: PreTrainedModel
     mask: masking.Masker
     train_chunks: data.Chunks
-    eval_chunks: data.Chunks
+    measure: Measure
+    protocol: str
     report: dict[str, dict[str, Any]]
 
 
@@ -53,9 +57,11 @@ def parts_of(cfg: TrainConfig) -> Parts:
         RequestError: an unknown name or option, a wrong type or value.
     """
     (encoder,) = bind("model", cfg.model, model.MODELS)
-    source, split = bind("dataset", cfg.dataset, data.DATASETS, data.split_chunks)
+    source, split, _ = bind("dataset", cfg.dataset, data.DATASETS, data.split_chunks, data.dataset_heldout)
     (chunking,) = bind("chunking", cfg.chunking, data.CHUNKINGS)
-    strategy, shares = bind("masking", cfg.masking, masking.MASKINGS, masking.replacement_shares)
+    strategy, shares, schedule = bind(
+        "masking", cfg.masking, masking.MASKINGS, masking.replacement_shares, masking.rate_schedule
+    )
     (store,) = bind("tracking", cfg.tracking, tracking.TRACKINGS)
     training.require_names(cfg.trainer)
     require(
@@ -63,7 +69,8 @@ def parts_of(cfg: TrainConfig) -> Parts:
         "trainer.name=stock: is the library's own collator on joined documents; it goes with masking=token and "
         "chunking=concat, both without options",
     )
-    return Parts(encoder(), source, split, chunking, strategy, shares(), store())
+    heldout = heldout_source(cfg)
+    return Parts(encoder(), source, split, chunking, heldout, strategy, shares(), schedule(), store())
 
 
 def check(cfg: TrainConfig) -> None:
@@ -72,12 +79,14 @@ def check(cfg: TrainConfig) -> None:
     require("[MASK]" in cfg.example, f"example={cfg.example!r}: holds no [MASK] to fill")
     data.require_amounts(**parts.split.keywords)
     model.require_fit(parts.encoder, cfg.chunk_size)
-    data.quick_check(parts.source)
+    masking.require_budget(min(cfg.mlm_probability, parts.final_probability or 1.0), cfg.chunk_size)
+    for source in filter(None, (parts.source, parts.heldout.source)):
+        data.quick_check(source)
     model.require_there(parts.encoder)
 
 
 def train(cfg: TrainConfig, job: Job) -> float:
-    """One run, from the baseline to the saved model; returns its last ``eval/loss``."""
+    """One run, from the baseline to the saved model; returns its last ``heldout/loss``."""
     parts, clock = parts_of(cfg), Clock()
     with runs.log_to():
         ready = prepare(cfg, job, parts, clock)
@@ -89,9 +98,10 @@ def train(cfg: TrainConfig, job: Job) -> float:
             fit(cfg, ready, run, tracker)
             clock.lap("train")
             log.info("before training  %s\nafter training   %s", before, fills())
+            conclude(ready, run, tracker)
             tracker.plots = draw_plots(run, describe.run_name(cfg, job))
         log.info("%s", describe.ending(run, tracker.last, clock.seconds, tracker.store))
-    return tracker.last.get("eval/loss", math.nan)
+    return tracker.last.get("heldout/loss", math.nan)
 
 
 def prepare(cfg: TrainConfig, job: Job, parts: Parts, clock: Clock) -> Ready:
@@ -111,41 +121,47 @@ def prepare(cfg: TrainConfig, job: Job, parts: Parts, clock: Clock) -> Ready:
         precision=cfg.precision,
     )
     tokenizer = model.load_tokenizer(parts.encoder, cfg.chunk_size)
-    mask = masking.masker(parts.strategy, tokenizer, cfg.mlm_probability, cfg.seed, parts.shares)
-    tokens = data.tokenize(parts.source(), tokenizer)
-    chunks = parts.chunking(tokens, cfg.chunk_size)
+    mask = masking.masker(
+        parts.strategy, tokenizer, cfg.mlm_probability, cfg.seed, parts.shares, parts.final_probability, cfg.epochs
+    )
+    texts = parts.heldout.split(parts.source())
+    chunks = parts.chunking(data.tokenize(texts.train, tokenizer), cfg.chunk_size)
     train_chunks, eval_chunks = parts.split(chunks)
-    report = describe.data_report(describe.source_name(cfg, job), chunks, train_chunks, eval_chunks)
+    heldout = data.heldout_chunks(texts.heldout, tokenizer, cfg.chunk_size)
+    stock = cfg.trainer["name"] == "stock"
+    fixed = None if stock else replace(mask, fixed=True)
+    measure = Measure(eval_chunks, fixed, heldout, mask.vocabulary, arguments.per_device_eval_batch_size)
+    report = data.data_report(
+        describe.source_name(cfg, job),
+        texts,
+        tokenizer,
+        parts.chunking,
+        chunks,
+        {"train": train_chunks, "eval": eval_chunks},
+        heldout,
+    )
     clock.lap("data")
     loaded = model.load_model(parts.encoder, tokenizer, cfg.seed)
     clock.lap("model")
-    return Ready(arguments, tokenizer, loaded, mask, train_chunks, eval_chunks, report)
+    return Ready(arguments, tokenizer, loaded, mask, train_chunks, measure, protocol_id(heldout, tokenizer), report)
 
 
 def announce(cfg: TrainConfig, job: Job, ready: Ready, tracker: tracking.Tracker) -> None:
     """Say what is about to happen, to the person, the run folder and MLflow."""
-    protocol = describe.protocol_id(cfg, ready.report)
     log.info("%s", describe.introduction(cfg, job, ready.report, ready.arguments, ready.model))
     log.info("%s", describe.masked_sample(ready.mask, ready.train_chunks, ready.tokenizer))
     tracker.start(
         describe.run_name(cfg, job),
-        protocol,
+        ready.protocol,
         describe.params(cfg, job, ready.arguments, ready.model, ready.report),
-        describe.tags(cfg, job, ready.report, protocol) | provenance.tags(),
+        describe.tags(cfg, job, ready.report, ready.protocol) | provenance.tags(),
         ready.report,
     )
 
 
 def fit(cfg: TrainConfig, ready: Ready, run: runs.Run, tracker: tracking.Tracker) -> None:
     """Train from the baseline to the last epoch and save the model."""
-    from mlmx.scoring import batches_of, numbers, score
     from mlmx.training.engine import make_trainer, run_and_save
-
-    fixed = replace(ready.mask, fixed=True)
-
-    def scores(trained: PreTrainedModel) -> dict[str, float]:
-        batches = batches_of(ready.eval_chunks, fixed, ready.arguments.per_device_eval_batch_size)
-        return numbers(score(trained, batches, model.masked_logits))
 
     trainer = make_trainer(
         cfg.trainer["name"],
@@ -153,14 +169,23 @@ def fit(cfg: TrainConfig, ready: Ready, run: runs.Run, tracker: tracking.Tracker
         model=ready.model,
         tokenizer=ready.tokenizer,
         train_chunks=ready.train_chunks,
-        eval_chunks=ready.eval_chunks,
+        eval_chunks=ready.measure.eval_chunks,
         mask=ready.mask,
         mlm_probability=cfg.mlm_probability,
         masked_logits=model.masked_logits,
-        scores=scores,
+        scores=ready.measure,
         recorder=tracker,
     )
     run_and_save(trainer, run.model)
+
+
+def conclude(ready: Ready, run: runs.Run, tracker: tracking.Tracker) -> None:
+    """What is measured once, at the end: losses by kind of word, and the sums that pairs of runs are compared by."""
+    found = ready.measure.breakdown(ready.model, ready.train_chunks.tokens)
+    step, epoch = tracker.latest
+    tracker.log(step, epoch, found)
+    if ready.measure.documents is not None:
+        ready.measure.documents.save(run.folder / runs.HELDOUT_FILE)
 
 
 def draw_plots(run: runs.Run, title: str) -> list[Any]:

@@ -2,26 +2,49 @@
 
 1. `texts`: a dataset's rows ``{"text": str}``, read from the hub, a package or files.
 2. `tokens`: all documents as one flat array of token ids, with document offsets and word starts.
-3. `chunks`: rows of that array, without copying; `split` chooses those for training and evaluation.
+3. `chunks`: rows of that array, without copying; `split_chunks` chooses those for training and evaluation.
+4. `heldout`: documents that are never trained on, as rows of the yardstick.
 """
 
 from mlmx.data.chunks import CHUNKINGS, Chunks, concat, document, require_amounts, rows_sha256, split_chunks
+from mlmx.data.heldout import (
+    BANDS,
+    PIECES,
+    HeldoutChunks,
+    Split,
+    dataset_heldout,
+    heldout_chunks,
+    heldout_dials,
+    split_off,
+    token_groups,
+)
+from mlmx.data.report import data_report
 from mlmx.data.texts import DATASETS, files, hub, packaged_reviews, quick_check
 from mlmx.data.tokens import Tokens, tokenize
 
 __all__ = [
+    "BANDS",
     "CHUNKINGS",
     "DATASETS",
+    "PIECES",
     "Chunks",
+    "HeldoutChunks",
+    "Split",
     "Tokens",
     "concat",
+    "data_report",
+    "dataset_heldout",
     "document",
     "files",
+    "heldout_chunks",
+    "heldout_dials",
     "hub",
     "packaged_reviews",
     "quick_check",
     "require_amounts",
     "rows_sha256",
     "split_chunks",
+    "split_off",
+    "token_groups",
     "tokenize",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from mlmx.data.tokens import Tokens, tokenize
 from mlmx.draws import mix, sample_keys, uniform
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
 
 WORD = re.compile(r"\w+|[^\w\s]")
 WORD_RATE = 0.15
@@ -57,9 +57,72 @@ def choose(texts: Dataset, most: int) -> Dataset:
     return texts.select(np.sort(chosen))
 
 
-def overlap(training: Dataset, heldout: Dataset) -> list[int]:
-    """Row numbers of held-out documents whose text also stands in the training documents."""
-    return np.flatnonzero(np.isin(document_keys(heldout), document_keys(training))).tolist()
+@dataclass(frozen=True)
+class Split:
+    """Training and held-out documents, which share no text.
+
+    Attributes:
+        origin: where the held-out documents come from, in words.
+        left_out: documents of the held-out source that also stand in the training texts, and so are not scored.
+    """
+
+    train: Dataset
+    heldout: Dataset
+    origin: str
+    left_out: int = 0
+
+
+def heldout_dials(
+    *, dataset: str | dict[str, Any] | None = None, documents: int = 400, share: float = 0.02
+) -> tuple[str | dict[str, Any] | None, int, float]:
+    """The ``heldout`` node of a config.
+
+    Args:
+        dataset: a dataset option (``rotten_tomatoes_packaged``) or the options of one to take documents from; null:
+            the dataset's own test split, else what the dataset names, else a share of it.
+        documents: at most so many are scored, chosen by content hash.
+        share: of the documents, taken out before chunking where there is no other source.
+    """
+    require(documents >= 1, f"heldout.documents={documents}: must be at least 1; the default is 400")
+    require(0 < share < 1, f"heldout.share={share:g}: must lie between 0 and 1, both excluded; the default is 0.02")
+    return dataset, documents, share
+
+
+def dataset_heldout(*, heldout: str | None = None, allow_overlap: bool = False) -> tuple[str | None, bool]:
+    """What a dataset says of its held-out documents.
+
+    Args:
+        heldout: the dataset option they come from where the dataset has no split of its own.
+        allow_overlap: leave held-out documents that also stand in the training texts unscored, instead of refusing.
+    """
+    return heldout, allow_overlap
+
+
+def split_off(
+    texts: Dataset | DatasetDict, other: Dataset | None, origin: str, documents: int, share: float, allow_overlap: bool
+) -> Split:
+    """Held-out documents: of another source where one is given, else the dataset's own, else a share of it.
+
+    Raises:
+        RequestError: held-out documents stand in the training texts too (counted, the first one quoted).
+    """
+    own = texts.get("heldout") if isinstance(texts, dict) else None
+    train: Dataset = texts["train"] if isinstance(texts, dict) else texts
+    if other is None and own is None:
+        rest, held = hold_out(train, share, documents)
+        return Split(rest, held, f"a share of {share:g} of the documents")
+    source: Dataset = other if other is not None else own
+    shared = np.isin(document_keys(source), document_keys(train))
+    count = int(shared.sum())
+    require(
+        count == 0 or allow_overlap,
+        f"{origin}: {count:,} of its {len(source):,} documents also stand in the training texts, the first: "
+        f"{source[int(shared.argmax())]['text'][:60]!r}; take other held-out documents, or leave these unscored by "
+        "dataset.allow_overlap=true",
+    )
+    remaining = source.select(np.flatnonzero(~shared))
+    require(len(remaining) > 0, f"{origin}: no held-out document is left that does not stand in the training texts")
+    return Split(train, choose(remaining, documents), origin, count)
 
 
 @dataclass
@@ -76,15 +139,12 @@ class HeldoutChunks(Chunks):
         word_bytes: int64[D], UTF-8 bytes of each document's chosen words.
     """
 
-    keys: NDArray[np.uint64] | None = None
-    rows_of: NDArray[np.int64] | None = None
-    chosen: NDArray[np.bool_] | None = None
-    word_bytes: NDArray[np.int64] | None = None
+    keys: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    rows_of: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    chosen: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    word_bytes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        assert self.keys is not None
-        assert self.rows_of is not None
-        assert self.chosen is not None
         row, number = super().__getitem__(index), int(self.rows_of[index])
         first = int(self.starts[index])
         own = self.chosen[first : first + int(self.lengths[index])]
@@ -93,6 +153,8 @@ class HeldoutChunks(Chunks):
             **row,
             "document": self.keys[number],
             "position": first - int(self.tokens.offsets[number]) - self.tokens.num_prefix,
+            "start": first,
+            "length": int(self.lengths[index]),
             "num_prefix": len(self.prefix),
             "num_suffix": len(self.suffix),
             "chosen": np.concatenate([edges[0], own, edges[1]]),
@@ -141,3 +203,35 @@ def chosen_words(
         touches &= (picked[last, 1] if len(picked) else 0) > offsets[:, 0]
         chosen[tokens.offsets[number] : tokens.offsets[number + 1]] = touches
     return chosen, word_bytes
+
+
+# ------------------------------------------------------------------------------- word frequencies
+
+# A word's occurrences in the training tokens → its band.
+BANDS = {"unseen": 0, "rare": 1, "medium": 10, "common": 1000}
+PIECES = ("first", "continuation")
+
+
+def token_groups(heldout: Tokens, training: Tokens) -> NDArray[np.int8]:
+    """For each held-out token, int8[N]: the frequency band of its word, times two, plus 1 for a continuation piece.
+
+    Bands by occurrences of the word (its exact pieces) in the training tokens: 0, 1–9, 10–999, 1,000 and more.
+    """
+    known, counts = np.unique(_words(training)[0], return_counts=True)
+    words, first_pieces = _words(heldout)
+    place = np.minimum(np.searchsorted(known, words), len(known) - 1)
+    occurrences = np.where(known[place] == words, counts[place], 0)
+    bands = np.searchsorted(list(BANDS.values()), occurrences, side="right") - 1
+    per_word = np.diff(np.append(np.flatnonzero(first_pieces), len(heldout.ids)))
+    groups: NDArray[np.int8] = (np.repeat(bands, per_word) * 2 + ~first_pieces).astype(np.int8)
+    return groups
+
+
+def _words(tokens: Tokens) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
+    """A hash of each word's pieces, uint64[W], and where words begin, bool[N]."""
+    starts = np.ones(len(tokens.ids), np.bool_) if tokens.word_starts is None else tokens.word_starts.copy()
+    starts[0] = True
+    positions = np.arange(len(starts))
+    piece = positions - np.maximum.accumulate(np.where(starts, positions, 0))
+    hashes = mix(tokens.ids.astype(np.uint64) + (piece.astype(np.uint64) << np.uint64(32)))
+    return np.add.reduceat(hashes, np.flatnonzero(starts)), starts

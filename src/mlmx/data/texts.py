@@ -30,10 +30,11 @@ def hub(
     path: str,
     subset: str | None = None,
     split: str = "train",
+    heldout_split: str | None = None,
     revision: str | None = None,
     text_column: str = "text",
-) -> Dataset:
-    """A split of a dataset on the Hugging Face hub, or of its local cache.
+) -> Dataset | dict[str, Dataset]:
+    """A split of a dataset on the Hugging Face hub, or of its local cache, and one to hold out beside it.
 
     Raises:
         RequestError: the hub cannot be reached and nothing is cached, or there is no such dataset or column.
@@ -43,10 +44,13 @@ def hub(
     require_reachable("dataset", path)
     datasets = _datasets()
     try:
-        loaded = datasets.load_dataset(path, subset, split=split, revision=revision)
+        wanted = {"train": split} | ({"heldout": heldout_split} if heldout_split else {})
+        loaded = {
+            name: datasets.load_dataset(path, subset, split=one, revision=revision) for name, one in wanted.items()
+        }
     except (ConnectionError, FileNotFoundError, HfHubHTTPError, ValueError) as error:
         raise RequestError(f"dataset.path={path}: cannot be loaded ({error})") from error
-    return _text_only(loaded, text_column, path)
+    return {name: _text_only(rows, text_column, path) for name, rows in loaded.items()}
 
 
 def packaged_reviews(*, source: Literal["imdb", "rotten_tomatoes"]) -> Dataset:

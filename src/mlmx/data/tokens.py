@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -95,13 +94,3 @@ def _special_affixes(tokenizer: Any) -> tuple[int, int]:
     extra = len(with_specials) - len(own)
     prefix = next((n for n in range(extra + 1) if with_specials[n : n + len(own)] == own), 0)
     return prefix, extra - prefix
-
-
-def texts_sha256(texts: Dataset) -> str:
-    """Content hash of the texts, in order: sha256 over each text's byte length and bytes."""
-    digest = hashlib.sha256()
-    for first in range(0, len(texts), DOCUMENTS_PER_BATCH):
-        for text in texts[first : first + DOCUMENTS_PER_BATCH]["text"]:
-            data = text.encode("utf-8", "surrogatepass")
-            digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()

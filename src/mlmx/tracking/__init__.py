@@ -64,6 +64,7 @@ class Tracker:
         self.mlflow: MlflowRun | None = None
         self.run_id: str | None = None
         self.last: dict[str, float] = {}
+        self.latest = (0, 0.0)
         self.plots: list[Path] = []
         self.about: dict[str, Any] = {}
 
@@ -97,6 +98,7 @@ class Tracker:
     def log(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
         """Numbers of an optimizer step: a line of metrics.jsonl, then points in MLflow; said aloud as well."""
         self.last |= metrics
+        self.latest = (step, epoch)
         self.run.append_metrics(step, epoch, metrics)
         shown = "  ".join(f"{name} {value:,.5g}" for name, value in metrics.items())
         log.info("epoch %g  step %d  %s", round(epoch, 2), step, shown)

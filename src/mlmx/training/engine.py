@@ -38,7 +38,10 @@ class Recorder(Protocol):
 
 
 class CountedTrainer(Trainer):
-    """A Trainer that knows its speed and its latest loss, and whose first evaluation leaves no trace."""
+    """A Trainer that knows its speed and its latest loss, and whose first evaluation leaves no trace.
+
+    Its own evaluation stays the library's; ``scores`` are logged beside it.
+    """
 
     tokens_seen = 0
     train_seconds = 0.0
@@ -60,8 +63,21 @@ class CountedTrainer(Trainer):
         with torch.random.fork_rng(enabled=self.state.global_step == 0):
             return self.scored(*args, **kwargs)
 
+    def __init__(self, *, scores: Scores, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.scores = scores
+
     def scored(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        return super().evaluate(*args, **kwargs)
+        found = super().evaluate(*args, **kwargs)
+        return found | self.own_scores()
+
+    def own_scores(self) -> dict[str, float]:
+        """Our scores, logged, by the names the library knows metrics by: ``eval/loss`` → ``eval_loss``."""
+        model = cast(PreTrainedModel, self.model)
+        with in_full_precision(model):
+            found = self.scores(model)
+        self.log(dict(found))
+        return {("" if name.startswith("eval/") else "eval_") + name.replace("/", "_"): v for name, v in found.items()}
 
 
 class CorrectedTrainer(CountedTrainer):
@@ -73,10 +89,9 @@ class CorrectedTrainer(CountedTrainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *, masked_logits: MaskedLogits, scores: Scores, **kwargs: Any) -> None:
+    def __init__(self, *, masked_logits: MaskedLogits, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.masked_logits = masked_logits
-        self.scores = scores
         self.model_accepts_loss_kwargs = True  # makes the library count targets over the effective batch
         self.micro_batch = 0
 
@@ -106,10 +121,7 @@ class CorrectedTrainer(CountedTrainer):
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def scored(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        model = cast(PreTrainedModel, self.model)
-        with in_full_precision(model):
-            scores = {f"eval_{name}": value for name, value in self.scores(model).items()}
-        self.log(scores)
+        scores = self.own_scores()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
         return scores
 
@@ -159,6 +171,7 @@ class Reporter(TrainerCallback):
         metrics = {name: float(logs[key]) for key, name in self.NAMES.items() if key in logs}
         own = {key: value for key, value in logs.items() if key.startswith("eval_") and key not in self.TIMINGS}
         metrics |= {f"eval/{key.removeprefix('eval_')}": float(value) for key, value in own.items()}
+        metrics |= {key: float(value) for key, value in logs.items() if "/" in key}  # our own scores
         if "eval/loss" in metrics and "eval/perplexity" not in metrics:
             metrics["eval/perplexity"] = float(torch.tensor(metrics["eval/loss"], dtype=torch.float64).exp())
         if "train/loss" in metrics:
@@ -200,6 +213,7 @@ def make_trainer(
     trainer: CountedTrainer
     if name == "stock":
         trainer = CountedTrainer(
+            scores=scores,
             train_dataset=InputIds(train_chunks),
             eval_dataset=InputIds(eval_chunks),
             data_collator=DataCollatorForLanguageModeling(tokenizer=tokenizer, mlm_probability=mlm_probability),

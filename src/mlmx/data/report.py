@@ -1,0 +1,98 @@
+"""The data report: what a run is trained, evaluated and measured on, in counts and hashes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlmx.data.chunks import Chunks, rows_sha256
+from mlmx.data.heldout import HeldoutChunks, Split, document_keys
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from mlmx.data.tokens import Tokens
+
+CHUNK_SIZES = (64, 128, 256, 512)
+
+
+def data_report(
+    source: str,
+    texts: Split,
+    tokenizer: Any,
+    chunking: Callable[[Tokens, int], Chunks],
+    chunks: Chunks,
+    splits: dict[str, Chunks],
+    heldout: HeldoutChunks,
+) -> dict[str, dict[str, Any]]:
+    """``data.json``: for the corpus, each split of it and the held-out documents, counts and hashes.
+
+    ``sha256`` is of the int32 little-endian bytes of ``input_ids``, rows in order; ``content_sha256`` of the texts.
+    ``dropped_tokens`` are those of the corpus that fill no chunk; a split drops none of its own.
+    """
+    report = {name: rows_report(source, rows) for name, rows in (("corpus", chunks), *splits.items())}
+    tokens = chunks.tokens
+    sizes = sorted({*CHUNK_SIZES, chunks.chunk_size})
+    report["corpus"] |= {
+        "documents": tokens.num_documents,
+        "tokens": len(tokens.ids),
+        "dropped_tokens": max(len(tokens.ids) - report["corpus"]["tokens"], 0),
+        "chunks_per_chunk_size": {str(size): len(chunking(tokens, size)) for size in sizes},
+        **words_report(tokens, tokenizer),
+        "content_sha256": content_sha256(texts.train),
+    }
+    report["heldout"] = rows_report(texts.origin, heldout) | {
+        "documents": heldout.tokens.num_documents,
+        **words_report(heldout.tokens, tokenizer),
+        "content_sha256": content_sha256(texts.heldout),
+        "left_out_for_overlap": texts.left_out,
+        "overlap_with_training": int(np.isin(heldout.keys, document_keys(texts.train)).sum()),
+    }
+    return report
+
+
+def rows_report(source: str, rows: Chunks) -> dict[str, Any]:
+    """Counts of some rows: the documents they touch, tokens as the model sees them, chunks of several documents."""
+    offsets = rows.tokens.offsets
+    first = np.searchsorted(offsets, rows.starts, side="right") - 1
+    last = np.searchsorted(offsets, rows.starts + rows.lengths - 1, side="right") - 1
+    touched = np.zeros(len(offsets) + 1, np.int64)
+    np.add.at(touched, first, 1)
+    np.add.at(touched, last + 1, -1)
+    return {
+        "source": source,
+        "documents": int((touched.cumsum() > 0).sum()),
+        "tokens": int(rows.lengths.sum()) + len(rows) * (len(rows.prefix) + len(rows.suffix)),
+        "chunks": len(rows),
+        "dropped_tokens": 0,
+        "chunks_spanning_documents": int((first != last).sum()),
+        "sha256": rows_sha256(rows),
+    }
+
+
+def words_report(tokens: Tokens, tokenizer: Any) -> dict[str, float]:
+    """How well the tokenizer fits the texts: tokens per word, and the share of tokens it does not know."""
+    special = tokens.num_documents * (tokens.num_prefix + tokens.num_suffix)
+    own = max(len(tokens.ids) - special, 1)
+    unknown = 0 if tokenizer.unk_token_id is None else int((tokens.ids == tokenizer.unk_token_id).sum())
+    report = {"unknown_share": unknown / own}
+    if tokens.word_starts is not None:
+        report["tokens_per_word"] = own / max(int(tokens.word_starts.sum()) - special, 1)
+    return report
+
+
+def content_sha256(texts: Dataset) -> str:
+    """Hash of the texts in order: sha256 over each text's byte length (8 bytes, little-endian) and UTF-8 bytes."""
+    digest = hashlib.sha256()
+    for text in _each(texts):
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def _each(texts: Dataset) -> Iterable[str]:
+    for first in range(0, len(texts), 1000):
+        yield from texts[first : first + 1000]["text"]

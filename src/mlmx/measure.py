@@ -1,0 +1,149 @@
+"""What a model is measured on: the run's own validation chunks (``eval/*``) and the yardstick (``heldout/*``)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlmx import data, masking, model
+from mlmx.config import TrainConfig, bind, load_option, require
+from mlmx.masking import yardstick
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from mlmx.scoring import DocumentSums
+
+YARDSTICK_VERSION = 1
+
+
+@dataclass(frozen=True)
+class HeldoutSource:
+    """Where held-out documents come from, and how many; ``source`` is None for the dataset's own or a share."""
+
+    source: partial[Any] | None
+    origin: str
+    documents: int
+    share: float
+    allow_overlap: bool
+
+    def split(self, texts: Any) -> data.Split:
+        """Training and held-out documents; see `data.split_off`."""
+        other = self.source() if self.source else None
+        if isinstance(other, dict):
+            other = other.get("heldout", other["train"])
+        return data.split_off(texts, other, self.origin, self.documents, self.share, self.allow_overlap)
+
+
+def heldout_source(cfg: TrainConfig) -> HeldoutSource:
+    """Bind the ``heldout`` node and what the dataset says of it.
+
+    Raises:
+        RequestError: an unknown option, or the training source named as the held-out one.
+    """
+    dials = bind("heldout", {"name": "heldout_dials", **cfg.heldout}, {"heldout_dials": data.heldout_dials})[0]
+    asked, documents, share = dials()
+    *_, says = bind("dataset", cfg.dataset, data.DATASETS, data.split_chunks, data.dataset_heldout)
+    named, allow_overlap = says()
+    wanted = asked or named
+    if not wanted:
+        return HeldoutSource(None, "the dataset's own held-out split", documents, share, allow_overlap)
+    options = load_option("dataset", wanted) if isinstance(wanted, str) else wanted
+    source, *_ = bind("heldout.dataset", options, data.DATASETS, data.split_chunks, data.dataset_heldout)
+    training, *_ = bind("dataset", cfg.dataset, data.DATASETS, data.split_chunks, data.dataset_heldout)
+    origin = wanted if isinstance(wanted, str) else ":".join(str(v) for v in (options["name"], options.get("path")))
+    require(
+        (source.func, source.keywords) != (training.func, training.keywords),
+        f"heldout.dataset={origin}: is the training source itself; name another dataset, or leave it out for "
+        "a share of documents that is then not trained on",
+    )
+    return HeldoutSource(source, f"heldout.dataset={origin}", documents, share, allow_overlap)
+
+
+def protocol_id(rows: data.HeldoutChunks, tokenizer: Any) -> str:
+    """What ``heldout/*`` was measured on: documents, tokenizer, rate, shares and the version of the draws.
+
+    Only runs of one id scored the same targets; runs of different ids are never ranked together.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    what = [
+        np.sort(rows.keys).tolist(),
+        hashlib.sha256(words.encode()).hexdigest(),
+        [yardstick.RATE, *yardstick.SHARES],
+        YARDSTICK_VERSION,
+    ]
+    return "heldout-" + hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+
+
+@dataclass
+class Measure:
+    """Scores a model on both; the same targets each time it is called.
+
+    Attributes:
+        eval_mask: the run's masker with masks fixed, or None where the trainer scores ``eval/*`` itself.
+        documents: per-document sums of the last call.
+    """
+
+    eval_chunks: data.Chunks
+    eval_mask: masking.Masker | None
+    heldout: data.HeldoutChunks
+    vocabulary: masking.Vocabulary
+    batch_size: int
+    documents: DocumentSums | None = None
+
+    def __call__(self, trained: PreTrainedModel) -> dict[str, float]:
+        """``eval/loss eval/perplexity eval/accuracy``, the same of ``heldout/``, and ``heldout/bits_per_byte``."""
+        from mlmx import scoring
+
+        found: dict[str, float] = {}
+        if self.eval_mask is not None:
+            batches = scoring.batches_of(self.eval_chunks, self.eval_mask, self.batch_size)
+            sums = scoring.score(trained, batches, model.masked_logits)
+            found |= {f"eval/{name}": value for name, value in scoring.numbers(sums).items()}
+        score = partial(scoring.score_documents, trained, self.heldout, batch_size=self.batch_size)
+        self.documents = score(collate=yardstick.Yardstick(self.vocabulary), masked_logits=model.masked_logits)
+        found |= {f"heldout/{name}": value for name, value in scoring.numbers(self.documents.sums()).items()}
+        words = score(collate=yardstick.WholeWords(self.vocabulary), masked_logits=model.masked_logits)
+        if self.heldout.word_bytes.any():
+            found["heldout/bits_per_byte"] = scoring.bits_per_byte(words, self.heldout.word_bytes)
+        return found
+
+    def breakdown(self, trained: PreTrainedModel, training: data.Tokens) -> dict[str, float]:
+        """``final/heldout_loss_rare`` and the like: loss and accuracy by word frequency and by piece."""
+        from mlmx import scoring
+
+        per_token = data.token_groups(self.heldout.tokens, training)
+        found = scoring.score_groups(
+            trained,
+            self.heldout,
+            partial(_groups_of, per_token),
+            yardstick.Yardstick(self.vocabulary),
+            self.batch_size,
+            model.masked_logits,
+        )
+        named: dict[str, scoring.Sums] = {}
+        for group, sums in found.items():
+            for name in (list(data.BANDS)[group // 2], data.PIECES[group % 2]):
+                named[name] = named.get(name, scoring.Sums()) + sums
+        return {
+            f"final/heldout_{metric}_{name}": value
+            for name in [*data.BANDS, *data.PIECES]
+            if name in named
+            for metric, value in scoring.numbers(named[name]).items()
+            if metric in ("loss", "accuracy")
+        }
+
+
+def _groups_of(per_token: Any, rows: Sequence[Any]) -> Any:
+    groups = np.zeros((len(rows), max(len(row["input_ids"]) for row in rows)), np.int8)
+    for line, row in zip(groups, rows, strict=True):
+        own = per_token[row["start"] : row["start"] + row["length"]]
+        line[row["num_prefix"] : row["num_prefix"] + len(own)] = own
+    return groups
