@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "train": "adapt an encoder to a text collection by masked language modelling; -m sweeps",
+    "prepare": "fetch model and data ahead of time, report on the data, preview the masking",
     "evaluate": "score a finished run, or any masked-LM folder, on held-out text",
     "predict": 'fill the mask in a text: predict text="This is a great [MASK]."',
     "ui": "open the MLflow UI on the runs made here, on this machine only",

@@ -106,6 +106,21 @@ class TrainConfig:
 
 
 @dataclass
+class PrepareConfig:
+    """Dials of ``prepare``: those of ``train`` that decide what the data is."""
+
+    chunk_size: int = 512
+    mlm_probability: float = 0.15
+    seed: int = 42
+    preview: int = 0
+    heldout: Options = field(default_factory=dict)
+    model: Options = field(default_factory=dict)
+    dataset: Options = field(default_factory=dict)
+    chunking: Options = field(default_factory=dict)
+    masking: Options = field(default_factory=dict)
+
+
+@dataclass
 class EvaluateConfig:
     """Dials of ``evaluate``."""
 
@@ -146,9 +161,10 @@ class UiConfig:
         require(1 <= self.port <= 65535, f"port={self.port}: must lie between 1 and 65535")
 
 
-Config = TrainConfig | EvaluateConfig | PredictConfig | UiConfig
+Config = TrainConfig | PrepareConfig | EvaluateConfig | PredictConfig | UiConfig
 CONFIGS: dict[str, type[Config]] = {
     "train": TrainConfig,
+    "prepare": PrepareConfig,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
     "ui": UiConfig,

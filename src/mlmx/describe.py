@@ -72,6 +72,16 @@ def masked_sample(mask: Masker, chunks: Chunks, tokenizer: Any) -> str:
     return f"masked   {tokenizer.decode(inputs)}\ntargets  {' '.join(targets[:SHOWN_TARGETS])}{more}"
 
 
+def preview(mask: Masker, row: Mapping[str, Any], tokenizer: Any) -> str:
+    """A chunk with its targets marked, as seen → as it is: ``this was a ⟦[MASK] → great⟧ ⟦xylophone → film⟧``."""
+    batch = mask([row])
+    pieces = []
+    for seen, label in zip(batch["input_ids"][0].tolist(), batch["labels"][0].tolist(), strict=True):
+        shown = tokenizer.convert_ids_to_tokens(seen)
+        pieces.append(shown if label == IGNORED else f"⟦{shown} → {tokenizer.convert_ids_to_tokens(label)}⟧")
+    return " ".join(pieces)
+
+
 def fills(model: Any, tokenizer: Any, text: str, fill_masks: Callable[..., Any]) -> str:
     """``This is a great [MASK].  →  movie 31.2 %, film 20.1 %, …``."""
     masks = fill_masks(model, tokenizer, text, 5)
@@ -122,9 +132,21 @@ def tags(cfg: TrainConfig, job: Job, report: Mapping[str, Mapping[str, Any]], pr
     return found
 
 
+def scores(found: Mapping[str, float], report: Mapping[str, Mapping[str, Any]], protocol: str) -> str:
+    """A line per section: what was scored, and its numbers."""
+    lines = []
+    for section in ("eval", "heldout"):
+        own = "  ".join(f"{name} {value:,.6g}" for name, value in found.items() if name.startswith(f"{section}/"))
+        where = report[section]
+        lines.append(f"{section:<9}{where['source']}, {where['chunks']:,} chunks: {own}")
+    return "\n".join([*lines, f"protocol {protocol}"])
+
+
 def ending(run: Run, metrics: Mapping[str, float], seconds: Mapping[str, float], store: Store | None) -> str:
     """The last lines: numbers, folder, what to do next."""
-    numbers = "  ".join(f"{name} {value:,.5g}" for name, value in metrics.items() if name.startswith(("eval/", "heldout/")))
+    numbers = "  ".join(
+        f"{name} {value:,.5g}" for name, value in metrics.items() if name.startswith(("eval/", "heldout/"))
+    )
     lines = [
         f"done     {numbers}  ({seconds['total']:.0f} s)",
         f"folder   {run.folder}",

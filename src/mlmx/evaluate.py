@@ -6,9 +6,10 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from mlmx import data, describe, masking, model, runs, tracking
+from mlmx import data, describe, model, runs, tracking
 from mlmx.config import EvaluateConfig, Job, RequestError, TrainConfig, bind
-from mlmx.train import parts_of
+from mlmx.measure import Measure
+from mlmx.parts import gather, parts_of
 
 log = logging.getLogger("mlmx")
 
@@ -44,32 +45,16 @@ def resolve(cfg: EvaluateConfig) -> tuple[Path, TrainConfig, runs.Run | None]:
 
 
 def evaluate(cfg: EvaluateConfig, job: Job) -> dict[str, float]:
-    """Print loss, perplexity and accuracy; a run's own MLflow run gets them as ``evaluate/*``."""
-    from mlmx.scoring import batches_of, numbers, score
-
+    """Print the scores; a run's own MLflow run gets them as ``evaluate/…``."""
     folder, settings, run = resolve(cfg)
     parts = parts_of(settings)
     with runs.log_to():
-        tokenizer = model.load_tokenizer(parts.encoder, settings.chunk_size)
-        mask = masking.masker(parts.strategy, tokenizer, settings.mlm_probability, settings.seed, parts.shares)
-        chunks = parts.chunking(data.tokenize(parts.source(), tokenizer), settings.chunk_size)
-        _, eval_chunks = parts.split(chunks)
-        loaded = model.load_model(parts.encoder, tokenizer, settings.seed)
+        material = gather(settings, parts, describe.source_name(settings, job))
+        loaded = model.load_model(parts.encoder, material.tokenizer, settings.seed)
         loaded.to(device())  # type: ignore[arg-type]
-        batches = batches_of(eval_chunks, replace(mask, fixed=True), cfg.batch_size)
-        scored = numbers(score(loaded, batches, model.masked_logits))
-        where = describe.source_name(settings, job)
-        if run is not None and not cfg.dataset:
-            where = run.read_json("data.json")["eval"]["source"]
-        shown = "  ".join(f"{name} {value:,.6g}" for name, value in scored.items())
-        log.info(
-            "%s on %s, %s chunks of %d: %s",
-            folder,
-            where,
-            f"{len(eval_chunks):,}",
-            settings.chunk_size,
-            shown,
-        )
+        measure = Measure(material, cfg.batch_size)
+        scored = measure(loaded)
+        log.info("%s\n%s", folder, describe.scores(scored, material.report, measure.protocol))
         if run is not None:
             record(cfg, run, scored)
     return scored

@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlmx import data, masking, model
+from mlmx import data, model
 from mlmx.config import TrainConfig, bind, load_option, require
 from mlmx.masking import yardstick
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from mlmx.parts import Material
     from mlmx.scoring import DocumentSums
 
 YARDSTICK_VERSION = 1
@@ -82,21 +83,22 @@ def protocol_id(rows: data.HeldoutChunks, tokenizer: Any) -> str:
     return "heldout-" + hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
 
 
-@dataclass
 class Measure:
     """Scores a model on both; the same targets each time it is called.
 
     Attributes:
-        eval_mask: the run's masker with masks fixed, or None where the trainer scores ``eval/*`` itself.
+        protocol: what ``heldout/*`` is measured on, as an id.
         documents: per-document sums of the last call.
     """
 
-    eval_chunks: data.Chunks
-    eval_mask: masking.Masker | None
-    heldout: data.HeldoutChunks
-    vocabulary: masking.Vocabulary
-    batch_size: int
-    documents: DocumentSums | None = None
+    def __init__(self, material: Material, batch_size: int, own_eval: bool = True) -> None:
+        self.material = material
+        self.heldout = material.heldout
+        self.vocabulary = material.mask.vocabulary
+        self.batch_size = batch_size
+        self.eval_mask = replace(material.mask, fixed=True) if own_eval else None
+        self.protocol = protocol_id(material.heldout, material.tokenizer)
+        self.documents: DocumentSums | None = None
 
     def __call__(self, trained: PreTrainedModel) -> dict[str, float]:
         """``eval/loss eval/perplexity eval/accuracy``, the same of ``heldout/``, and ``heldout/bits_per_byte``."""
@@ -104,7 +106,7 @@ class Measure:
 
         found: dict[str, float] = {}
         if self.eval_mask is not None:
-            batches = scoring.batches_of(self.eval_chunks, self.eval_mask, self.batch_size)
+            batches = scoring.batches_of(self.material.eval_chunks, self.eval_mask, self.batch_size)
             sums = scoring.score(trained, batches, model.masked_logits)
             found |= {f"eval/{name}": value for name, value in scoring.numbers(sums).items()}
         score = partial(scoring.score_documents, trained, self.heldout, batch_size=self.batch_size)
@@ -115,11 +117,11 @@ class Measure:
             found["heldout/bits_per_byte"] = scoring.bits_per_byte(words, self.heldout.word_bytes)
         return found
 
-    def breakdown(self, trained: PreTrainedModel, training: data.Tokens) -> dict[str, float]:
+    def breakdown(self, trained: PreTrainedModel) -> dict[str, float]:
         """``final/heldout_loss_rare`` and the like: loss and accuracy by word frequency and by piece."""
         from mlmx import scoring
 
-        per_token = data.token_groups(self.heldout.tokens, training)
+        per_token = data.token_groups(self.heldout.tokens, self.material.train_chunks.tokens)
         found = scoring.score_groups(
             trained,
             self.heldout,

@@ -129,7 +129,8 @@ class DocumentSums:
 
     def save(self, path: Path) -> None:
         """One small .npz; no pickle."""
-        np.savez_compressed(path, keys=self.keys, tokens=self.tokens, **self.totals)
+        arrays: dict[str, Any] = {"keys": self.keys, "tokens": self.tokens, **self.totals}
+        np.savez_compressed(path, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> DocumentSums:

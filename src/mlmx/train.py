@@ -7,33 +7,20 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mlmx import data, describe, masking, model, provenance, runs, tracking, training
-from mlmx.config import Job, TrainConfig, bind, require
-from mlmx.measure import HeldoutSource, Measure, heldout_source, protocol_id
+from mlmx import describe, model, provenance, runs, tracking, training
+from mlmx.config import Job, TrainConfig
+from mlmx.measure import Measure
+from mlmx.parts import Material, Parts, check, gather, parts_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from transformers import PreTrainedModel, TrainingArguments
 
+__all__ = ["check", "train"]
 log = logging.getLogger("mlmx")
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The group options of a config as functions with their options filled in, all checked."""
-
-    encoder: model.Encoder
-    source: partial[Any]
-    split: partial[Any]
-    chunking: partial[Any]
-    heldout: HeldoutSource
-    strategy: partial[Any]
-    shares: tuple[float, float]
-    final_probability: float | None
-    store: tracking.Store | None
 
 
 @dataclass(frozen=True)
@@ -41,59 +28,20 @@ class Ready:
     """Everything a training needs; making it has refused whatever can be refused."""
 
     arguments: TrainingArguments
-    tokenizer: PreTrainedTokenizerBase
+    material: Material
     model: PreTrainedModel
-    mask: masking.Masker
-    train_chunks: data.Chunks
     measure: Measure
-    protocol: str
-    report: dict[str, dict[str, Any]]
-
-
-def parts_of(cfg: TrainConfig) -> Parts:
-    """Bind every group of a config.
-
-    Raises:
-        RequestError: an unknown name or option, a wrong type or value.
-    """
-    (encoder,) = bind("model", cfg.model, model.MODELS)
-    source, split, _ = bind("dataset", cfg.dataset, data.DATASETS, data.split_chunks, data.dataset_heldout)
-    (chunking,) = bind("chunking", cfg.chunking, data.CHUNKINGS)
-    strategy, shares, schedule = bind(
-        "masking", cfg.masking, masking.MASKINGS, masking.replacement_shares, masking.rate_schedule
-    )
-    (store,) = bind("tracking", cfg.tracking, tracking.TRACKINGS)
-    training.require_names(cfg.trainer)
-    require(
-        cfg.trainer["name"] != "stock" or (cfg.masking == {"name": "token"} and cfg.chunking == {"name": "concat"}),
-        "trainer.name=stock: is the library's own collator on joined documents; it goes with masking=token and "
-        "chunking=concat, both without options",
-    )
-    heldout = heldout_source(cfg)
-    return Parts(encoder(), source, split, chunking, heldout, strategy, shares(), schedule(), store())
-
-
-def check(cfg: TrainConfig) -> None:
-    """Everything that can be judged before torch is imported and anything is written."""
-    parts = parts_of(cfg)
-    require("[MASK]" in cfg.example, f"example={cfg.example!r}: holds no [MASK] to fill")
-    data.require_amounts(**parts.split.keywords)
-    model.require_fit(parts.encoder, cfg.chunk_size)
-    masking.require_budget(min(cfg.mlm_probability, parts.final_probability or 1.0), cfg.chunk_size)
-    for source in filter(None, (parts.source, parts.heldout.source)):
-        data.quick_check(source)
-    model.require_there(parts.encoder)
 
 
 def train(cfg: TrainConfig, job: Job) -> float:
     """One run, from the baseline to the saved model; returns its last ``heldout/loss``."""
     parts, clock = parts_of(cfg), Clock()
     with runs.log_to():
-        ready = prepare(cfg, job, parts, clock)
+        ready = make_ready(cfg, job, parts, clock)
         run = runs.begin(job.folder, cfg, job.overrides)
         with runs.log_to_file(run), recorded(run, parts.store, clock) as tracker:
             announce(cfg, job, ready, tracker)
-            fills = partial(describe.fills, ready.model, ready.tokenizer, cfg.example, model.fill_masks)
+            fills = partial(describe.fills, ready.model, ready.material.tokenizer, cfg.example, model.fill_masks)
             before = fills()
             fit(cfg, ready, run, tracker)
             clock.lap("train")
@@ -104,7 +52,7 @@ def train(cfg: TrainConfig, job: Job) -> float:
     return tracker.last.get("heldout/loss", math.nan)
 
 
-def prepare(cfg: TrainConfig, job: Job, parts: Parts, clock: Clock) -> Ready:
+def make_ready(cfg: TrainConfig, job: Job, parts: Parts, clock: Clock) -> Ready:
     """Load and check all parts of the run; writes nothing.
 
     Raises:
@@ -120,42 +68,25 @@ def prepare(cfg: TrainConfig, job: Job, parts: Parts, clock: Clock) -> Ready:
         seed=cfg.seed,
         precision=cfg.precision,
     )
-    tokenizer = model.load_tokenizer(parts.encoder, cfg.chunk_size)
-    mask = masking.masker(
-        parts.strategy, tokenizer, cfg.mlm_probability, cfg.seed, parts.shares, parts.final_probability, cfg.epochs
-    )
-    texts = parts.heldout.split(parts.source())
-    chunks = parts.chunking(data.tokenize(texts.train, tokenizer), cfg.chunk_size)
-    train_chunks, eval_chunks = parts.split(chunks)
-    heldout = data.heldout_chunks(texts.heldout, tokenizer, cfg.chunk_size)
-    stock = cfg.trainer["name"] == "stock"
-    fixed = None if stock else replace(mask, fixed=True)
-    measure = Measure(eval_chunks, fixed, heldout, mask.vocabulary, arguments.per_device_eval_batch_size)
-    report = data.data_report(
-        describe.source_name(cfg, job),
-        texts,
-        tokenizer,
-        parts.chunking,
-        chunks,
-        {"train": train_chunks, "eval": eval_chunks},
-        heldout,
-    )
+    material = gather(cfg, parts, describe.source_name(cfg, job))
     clock.lap("data")
-    loaded = model.load_model(parts.encoder, tokenizer, cfg.seed)
+    loaded = model.load_model(parts.encoder, material.tokenizer, cfg.seed)
+    model.prompt_of(loaded, material.tokenizer, cfg.example)
     clock.lap("model")
-    return Ready(arguments, tokenizer, loaded, mask, train_chunks, measure, protocol_id(heldout, tokenizer), report)
+    own_eval = cfg.trainer["name"] != "stock"  # the stock trainer scores eval/* itself
+    return Ready(arguments, material, loaded, Measure(material, arguments.per_device_eval_batch_size, own_eval))
 
 
 def announce(cfg: TrainConfig, job: Job, ready: Ready, tracker: tracking.Tracker) -> None:
     """Say what is about to happen, to the person, the run folder and MLflow."""
-    log.info("%s", describe.introduction(cfg, job, ready.report, ready.arguments, ready.model))
-    log.info("%s", describe.masked_sample(ready.mask, ready.train_chunks, ready.tokenizer))
+    log.info("%s", describe.introduction(cfg, job, ready.material.report, ready.arguments, ready.model))
+    log.info("%s", describe.masked_sample(ready.material.mask, ready.material.train_chunks, ready.material.tokenizer))
     tracker.start(
         describe.run_name(cfg, job),
-        ready.protocol,
-        describe.params(cfg, job, ready.arguments, ready.model, ready.report),
-        describe.tags(cfg, job, ready.report, ready.protocol) | provenance.tags(),
-        ready.report,
+        ready.measure.protocol,
+        describe.params(cfg, job, ready.arguments, ready.model, ready.material.report),
+        describe.tags(cfg, job, ready.material.report, ready.measure.protocol) | provenance.tags(),
+        ready.material.report,
     )
 
 
@@ -167,10 +98,10 @@ def fit(cfg: TrainConfig, ready: Ready, run: runs.Run, tracker: tracking.Tracker
         cfg.trainer["name"],
         ready.arguments,
         model=ready.model,
-        tokenizer=ready.tokenizer,
-        train_chunks=ready.train_chunks,
-        eval_chunks=ready.measure.eval_chunks,
-        mask=ready.mask,
+        tokenizer=ready.material.tokenizer,
+        train_chunks=ready.material.train_chunks,
+        eval_chunks=ready.material.eval_chunks,
+        mask=ready.material.mask,
         mlm_probability=cfg.mlm_probability,
         masked_logits=model.masked_logits,
         scores=ready.measure,
@@ -181,7 +112,7 @@ def fit(cfg: TrainConfig, ready: Ready, run: runs.Run, tracker: tracking.Tracker
 
 def conclude(ready: Ready, run: runs.Run, tracker: tracking.Tracker) -> None:
     """What is measured once, at the end: losses by kind of word, and the sums that pairs of runs are compared by."""
-    found = ready.measure.breakdown(ready.model, ready.train_chunks.tokens)
+    found = ready.measure.breakdown(ready.model)
     step, epoch = tracker.latest
     tracker.log(step, epoch, found)
     if ready.measure.documents is not None:

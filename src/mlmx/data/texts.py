@@ -76,7 +76,7 @@ def files(
     path: str | list[str],
     text_column: str = "text",
     sample_by: Literal["line", "paragraph", "document"] = "line",
-) -> Dataset:
+) -> Dataset | dict[str, Dataset]:
     """The user's own texts: txt, csv, tsv, json, jsonl, parquet, or a folder saved by ``datasets``.
 
     Args:
@@ -90,27 +90,33 @@ def files(
 
 
 @lru_cache(maxsize=1)  # the check before a run and the run itself, or the jobs of a sweep, read them once
-def _read_files(paths: tuple[str, ...], text_column: str, sample_by: str) -> Dataset:
+def _read_files(paths: tuple[str, ...], text_column: str, sample_by: str) -> Dataset | dict[str, Dataset]:
     datasets = _datasets()
-    parts = []
+    parts: dict[str, list[Dataset]] = {"train": [], "heldout": []}
     for found in _matching(paths):
         try:
-            if found.is_dir():
-                loaded = datasets.load_from_disk(str(found))
-                if isinstance(loaded, datasets.DatasetDict):
-                    require("train" in loaded, f"{found}: no split 'train' (splits: {', '.join(loaded)})")
-                    loaded = loaded["train"]
-            else:
-                loaded = _read(datasets, found, sample_by)
+            saved = found.is_dir()
+            loaded = _saved(datasets, found) if saved else {"train": _read(datasets, found, sample_by)}
         except RequestError:
             raise
         except (ValueError, OSError, KeyError, datasets.exceptions.DatasetGenerationError) as error:
             reason = str(error.__cause__ or error)
             raise RequestError(f"dataset.path={found}: cannot be read ({reason})") from error
-        parts.append(_text_only(loaded, text_column, str(found)))
-    texts = datasets.concatenate_datasets(parts)
-    require(len(texts) > 0, f"dataset.path={', '.join(paths)}: no text in it; every row is empty")
+        for name, rows in loaded.items():
+            parts[name].append(_text_only(rows, text_column, str(found)))
+    texts: dict[str, Dataset] = {name: datasets.concatenate_datasets(some) for name, some in parts.items() if some}
+    require(len(texts["train"]) > 0, f"dataset.path={', '.join(paths)}: no text in it; every row is empty")
     return texts
+
+
+def _saved(datasets: Any, folder: Path) -> dict[str, Dataset]:
+    """A folder written by ``save_to_disk``: its training split, and its test or validation split to hold out."""
+    loaded = datasets.load_from_disk(str(folder))
+    if not isinstance(loaded, datasets.DatasetDict):
+        return {"train": loaded}
+    require("train" in loaded, f"{folder}: no split 'train' (splits: {', '.join(loaded)})")
+    own = next((name for name in ("test", "validation") if name in loaded), None)
+    return {"train": loaded["train"]} | ({"heldout": loaded[own]} if own else {})
 
 
 DATASETS: dict[str, Callable[..., Dataset]] = table(hub, packaged_reviews, files)

@@ -57,7 +57,8 @@ def span(
     begins[:, 0] = True
     word = np.cumsum(word_starts, axis=1)
     first_word = np.maximum.accumulate(np.where(begins, word, 0), axis=1)
-    return begins | (word_starts & ((word - first_word) % longest == 0))
+    cut: Bools = word_starts & ((word - first_word) % longest == 0)
+    return begins | cut
 
 
 # float64[B, T] uniforms in [0, 1), bool[B, T] word starts, float64[B, 1] targets to have → bool[B, T] unit starts.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -23,13 +24,16 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
-import logging
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # not "Creating initial MLflow database tables..."
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
 import mlflow.entities as entities  # noqa: E402
 from mlflow import MlflowClient  # noqa: E402
+
+# After its import, which sets them: not "Creating initial MLflow database tables...".
+for chatty in ("mlflow", "mlflow.store.db.utils", "alembic"):
+    logging.getLogger(chatty).setLevel(logging.WARNING)
 
 # What makes a checkpoint loadable; the optimizer, scheduler and random states are for resuming, and stay local.
 NOT_THE_MODEL = (".pt", ".pth", ".bin", "trainer_state.json")

@@ -1,0 +1,98 @@
+"""From a config to the parts of an experiment: options bound and checked, then data gathered.
+
+Shared by the commands that look at data: ``train``, ``prepare`` and ``evaluate``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from mlmx import data, masking, model, tracking, training
+from mlmx.config import TrainConfig, bind, require
+from mlmx.measure import HeldoutSource, heldout_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The group options of a config as functions with their options filled in, all checked."""
+
+    encoder: model.Encoder
+    source: partial[Any]
+    split: partial[Any]
+    chunking: partial[Any]
+    heldout: HeldoutSource
+    strategy: partial[Any]
+    shares: tuple[float, float]
+    final_probability: float | None
+    store: tracking.Store | None
+
+
+def parts_of(cfg: TrainConfig) -> Parts:
+    """Bind every group of a config.
+
+    Raises:
+        RequestError: an unknown name or option, a wrong type or value.
+    """
+    (encoder,) = bind("model", cfg.model, model.MODELS)
+    source, split, _ = bind("dataset", cfg.dataset, data.DATASETS, data.split_chunks, data.dataset_heldout)
+    (chunking,) = bind("chunking", cfg.chunking, data.CHUNKINGS)
+    strategy, shares, schedule = bind(
+        "masking", cfg.masking, masking.MASKINGS, masking.replacement_shares, masking.rate_schedule
+    )
+    (store,) = bind("tracking", cfg.tracking, tracking.TRACKINGS)
+    training.require_names(cfg.trainer)
+    require(
+        cfg.trainer["name"] != "stock" or (cfg.masking == {"name": "token"} and cfg.chunking == {"name": "concat"}),
+        "trainer.name=stock: is the library's own collator on joined documents; it goes with masking=token and "
+        "chunking=concat, both without options",
+    )
+    heldout = heldout_source(cfg)
+    return Parts(encoder(), source, split, chunking, heldout, strategy, shares(), schedule(), store())
+
+
+def check(cfg: TrainConfig) -> None:
+    """Everything that can be judged before torch is imported and anything is written."""
+    parts = parts_of(cfg)
+    require("[MASK]" in cfg.example, f"example={cfg.example!r}: holds no [MASK] to fill")
+    data.require_amounts(**parts.split.keywords)
+    model.require_fit(parts.encoder, cfg.chunk_size)
+    masking.require_budget(min(cfg.mlm_probability, parts.final_probability or 1.0), cfg.chunk_size)
+    for source in filter(None, (parts.source, parts.heldout.source)):
+        data.quick_check(source)
+    model.require_there(parts.encoder)
+
+
+@dataclass(frozen=True)
+class Material:
+    """The data of an experiment, ready to be masked, and the report on it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    mask: masking.Masker
+    train_chunks: data.Chunks
+    eval_chunks: data.Chunks
+    heldout: data.HeldoutChunks
+    report: dict[str, dict[str, Any]]
+
+
+def gather(cfg: TrainConfig, parts: Parts, source_name: str) -> Material:
+    """texts → tokens → chunks, and the masker over them.
+
+    Raises:
+        RequestError: a model or text that does not fit, too few chunks, held-out texts among the training ones.
+    """
+    tokenizer = model.load_tokenizer(parts.encoder, cfg.chunk_size)
+    mask = masking.masker(
+        parts.strategy, tokenizer, cfg.mlm_probability, cfg.seed, parts.shares, parts.final_probability, cfg.epochs
+    )
+    texts = parts.heldout.split(parts.source())
+    chunks = parts.chunking(data.tokenize(texts.train, tokenizer), cfg.chunk_size)
+    train_chunks, eval_chunks = parts.split(chunks)
+    heldout = data.heldout_chunks(texts.heldout, tokenizer, cfg.chunk_size)
+    splits = {"train": train_chunks, "eval": eval_chunks}
+    report = data.data_report(source_name, texts, tokenizer, parts.chunking, chunks, splits, heldout)
+    return Material(tokenizer, mask, train_chunks, eval_chunks, heldout, report)

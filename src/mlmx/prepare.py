@@ -1,0 +1,40 @@
+"""``prepare``: fetch and tokenise ahead of time, report what the data is, and show how it will be masked."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import fields
+from typing import Any
+
+from mlmx import describe, model, runs
+from mlmx.config import Job, PrepareConfig, TrainConfig, require
+from mlmx.parts import check as check_train
+from mlmx.parts import gather, parts_of
+
+log = logging.getLogger("mlmx")
+
+
+def settings(cfg: PrepareConfig) -> TrainConfig:
+    """The training whose data is prepared."""
+    shared = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name != "preview"}
+    return TrainConfig(**shared, trainer={"name": "corrected"}, tracking={"name": "none"})
+
+
+def check(cfg: PrepareConfig) -> None:
+    """As ``train`` checks."""
+    require(cfg.preview >= 0, f"preview={cfg.preview}: must be 0 or more chunks")
+    check_train(settings(cfg))
+
+
+def prepare(cfg: PrepareConfig, job: Job) -> dict[str, dict[str, Any]]:
+    """Fetch the model and the texts into the libraries' caches, print the data report and masked samples."""
+    train = settings(cfg)
+    parts = parts_of(train)
+    with runs.log_to():
+        material = gather(train, parts, describe.source_name(train, job))
+        model.load_model(parts.encoder, material.tokenizer, cfg.seed)
+        log.info("%s", json.dumps(material.report, indent=2, ensure_ascii=False))
+        for number in range(min(cfg.preview, len(material.train_chunks))):
+            log.info("%s", describe.preview(material.mask, material.train_chunks[number], material.tokenizer))
+    return material.report
