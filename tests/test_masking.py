@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from mlmx import data, masking
 from mlmx.config import RequestError
+from mlmx.draws import random_bits, sample_keys, uniform
 
 RATE = 0.15
 
@@ -29,33 +30,93 @@ def masked(mask: masking.Masker, chunks: data.Chunks, rows=range(800)) -> dict[s
     return mask([chunks[i] for i in rows])
 
 
-@pytest.mark.parametrize("strategy", [masking.token, masking.whole_word])
-@pytest.mark.parametrize("rate", [0.15, 0.4])
-def test_share_of_targets_and_80_10_10(tokenizer, chunks: data.Chunks, strategy, rate: float):
-    batch = masked(masker(tokenizer, strategy, rate), chunks)
-    original = torch.from_numpy(np.stack([chunks[i]["input_ids"] for i in range(800)])).long()
-    targets = batch["labels"] != masking.IGNORED
-    special = torch.from_numpy(masking.vocabulary(tokenizer).special)[original]
-    assert not (targets & special).any()
-    assert torch.equal(batch["labels"][targets], original[targets])
-    assert torch.equal(batch["input_ids"][~targets], original[~targets])
-    assert targets.sum() / (~special).sum() == pytest.approx(rate, rel=0.02)
-    shown = batch["input_ids"][targets]
-    as_mask = (shown == tokenizer.mask_token_id).float().mean()
-    kept = (shown == original[targets]).float().mean()
-    assert as_mask == pytest.approx(0.8, abs=0.01)
-    assert kept == pytest.approx(0.1, abs=0.01)
-    drawn = shown[(shown != tokenizer.mask_token_id) & (shown != original[targets])]
-    assert not torch.from_numpy(masking.vocabulary(tokenizer).special)[drawn].any()
-    assert len(drawn.unique()) > 0.5 * min(len(drawn), len(tokenizer)), "random tokens come from the whole vocabulary"
+STRATEGIES = [masking.token, masking.whole_word, masking.span]
+
+
+@pytest.fixture(scope="module")
+def million(imdb, tokenizer) -> data.Chunks:
+    """1,000,000 real tokens in chunks of 128."""
+    chunks = data.concat(data.tokenize(imdb.select(range(3400)), tokenizer), 128)
+    return chunks.select(np.arange(1_000_000 // 128))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_spends_the_same_budget_and_80_10_10(tokenizer, million: data.Chunks, strategy):
+    rows = [million[i] for i in range(len(million))]
+    original = torch.from_numpy(np.stack([row["input_ids"] for row in rows])).long()
+    special = torch.from_numpy(masking.vocabulary(tokenizer).special)
+    for rate in (0.05, 0.15, 0.3, 0.45, 0.6):
+        batch = masker(tokenizer, strategy, rate)(rows)
+        targets = batch["labels"] != masking.IGNORED
+        assert not (targets & special[original]).any()
+        assert targets.any(dim=1).all()
+        assert torch.equal(batch["labels"][targets], original[targets])
+        assert torch.equal(batch["input_ids"][~targets], original[~targets])
+        assert targets.sum() / (~special[original]).sum() == pytest.approx(rate, rel=0.01)
+        shown = batch["input_ids"][targets]
+        as_mask, kept = shown == tokenizer.mask_token_id, shown == original[targets]
+        assert as_mask.float().mean() == pytest.approx(0.8, abs=0.01)
+        assert kept.float().mean() == pytest.approx(0.1, abs=0.01)
+        drawn = shown[~as_mask & ~kept]
+        assert not special[drawn].any()
+        assert len(drawn.unique()) > 0.1 * len(tokenizer), "random tokens come from the whole vocabulary"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_position_is_equally_likely(tokenizer, million: data.Chunks, strategy):
+    """No strategy favours the beginning or the end of a chunk."""
+    rows = [million[i] for i in range(len(million))]
+    targets = (masker(tokenizer, strategy, 0.15)(rows)["labels"] != masking.IGNORED).numpy()
+    ids = np.stack([row["input_ids"] for row in rows])
+    candidates = ~masking.vocabulary(tokenizer).special[ids]
+    shares = targets.sum(axis=0) / candidates.sum(axis=0)
+    eighths = shares.reshape(8, 16).mean(axis=1)
+    assert eighths == pytest.approx(np.full(8, 0.15), rel=0.05)
+
+
+def test_spans_are_longer_than_words_and_geometric(tokenizer, million: data.Chunks):
+    rows = [million[i] for i in range(3000)]
+    targets = (masker(tokenizer, masking.span, 0.15)(rows)["labels"] != masking.IGNORED).numpy()
+    starts = np.stack([row["word_starts"] for row in rows])
+    words = np.array([run for line, words in zip(targets, starts, strict=True) for run in runs_of_words(line, words)])
+    assert words.mean() == pytest.approx(4.2, abs=0.6)  # 1/p = 5, cut at 10 words and where the budget ends
+    assert (words == 1).mean() == pytest.approx(0.2, abs=0.05)
+    assert words.max() <= 25, "neighbouring spans may touch, but a span itself ends at 10 words"
+
+
+def runs_of_words(targets: np.ndarray, word_starts: np.ndarray) -> list[int]:
+    """Lengths in words of the runs of neighbouring targets."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], targets.astype(np.int8), [0]])))
+    return [int(word_starts[a:b].sum()) for a, b in edges.reshape(-1, 2)]
+
+
+def test_the_rate_moves_linearly_from_epoch_to_epoch(tokenizer, chunks: data.Chunks):
+    mask = masking.masker(partial(masking.token), tokenizer, 0.1, 42, final_probability=0.3, epochs=3)
+    assert mask.rates == pytest.approx((0.1, 0.2, 0.3))
+    for epoch, rate in ((0, 0.1), (1, 0.2), (2, 0.3), (9, 0.3)):
+        labels = mask([{**chunks[i], "epoch": epoch} for i in range(400)])["labels"]
+        assert (labels != masking.IGNORED).float().mean() == pytest.approx(rate, rel=0.03)
+    fixed = replace(mask, fixed=True)([{**chunks[i], "epoch": 2} for i in range(400)])["labels"]
+    assert (fixed != masking.IGNORED).float().mean() == pytest.approx(0.1, rel=0.03)
 
 
 def test_shares_are_configurable(tokenizer, chunks: data.Chunks):
-    batch = masked(masker(tokenizer, shares=masking.replacement_shares(mask_share=1.0, random_share=0.0)), chunks)
+    batch = masked(
+        masker(tokenizer, shares=masking.replacement_shares(mask_share=1.0, random_share=0.0, keep_share=0.0)), chunks
+    )
     targets = batch["labels"] != masking.IGNORED
     assert (batch["input_ids"][targets] == tokenizer.mask_token_id).all()
-    with pytest.raises(RequestError, match=r"mask_share=0\.9 and masking\.random_share=0\.2"):
-        masking.replacement_shares(mask_share=0.9, random_share=0.2)
+    with pytest.raises(RequestError, match=r"mask_share=0\.9.*together 1 \(they sum to 1\.2\)"):
+        masking.replacement_shares(mask_share=0.9, random_share=0.2, keep_share=0.1)
+
+
+def test_a_budget_below_one_target_is_refused_with_the_smallest_that_works():
+    with pytest.raises(RequestError, match=r"mlm_probability=0\.01.*the smallest that works is 0\.034") as refused:
+        masking.require_budget(0.01, 32)
+    masking.require_budget(0.034, 32)
+    with pytest.raises(RequestError):
+        masking.require_budget(0.033, 32)
+    assert "\n" not in str(refused.value)
 
 
 def test_whole_words_are_masked_whole_and_punctuation_is_its_own_word(tokenizer):
@@ -82,7 +143,7 @@ def stops_alone(tokenizer, row: dict, full_stop: int, seed: int) -> bool:
     return any(labels[i] != masking.IGNORED and labels[i - 1] == masking.IGNORED for i in stops)
 
 
-@pytest.mark.parametrize("strategy", [masking.token, masking.whole_word])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_sample_has_a_target(tokenizer, chunks: data.Chunks, strategy):
     short = [{**chunks[i], **{k: chunks[i][k][:8] for k in ("input_ids", "word_starts")}} for i in range(200)]
     labels = masker(tokenizer, strategy, 0.01)(short)["labels"]
@@ -136,9 +197,79 @@ def test_worker_processes_change_no_mask(tokenizer, chunks: data.Chunks, workers
     assert torch.equal(labels, masked(masker(tokenizer), chunks, range(32))["labels"])
 
 
+# --------------------------------------------------------------- words, for three kinds of tokenizer
+
+SENTENCE = "the unbelievable movie. they're here, again!"
+WORDS = ["the", "unbelievable", "movie", ".", "they", "'", "re", "here", ",", "again", "!"]
+
+
+def word_piece():
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return made, trainers.WordPieceTrainer(vocab_size=120, special_tokens=SPECIALS)
+
+
+def byte_level_bpe():
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return made, trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIALS)
+
+
+def unigram():
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.Unigram())
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    return made, trainers.UnigramTrainer(vocab_size=300, special_tokens=SPECIALS, unk_token="<unk>")
+
+
+SPECIALS = ["<unk>", "<s>", "</s>", "<pad>", "<mask>"]
+
+
+@pytest.mark.parametrize("kind", [word_piece, byte_level_bpe, unigram])
+def test_words_are_whole_and_signs_are_words_for(kind, imdb):
+    from transformers import PreTrainedTokenizerFast
+
+    made, trainer = kind()
+    made.train_from_iterator([*imdb.select(range(60))["text"], SENTENCE * 5], trainer)
+    names = {
+        "unk_token": "<unk>",
+        "cls_token": "<s>",
+        "sep_token": "</s>",
+        "pad_token": "<pad>",
+        "mask_token": "<mask>",
+    }
+    own = PreTrainedTokenizerFast(tokenizer_object=made, **names)
+    tokens = data.tokenize(Dataset.from_dict({"text": [SENTENCE]}), own)
+    assert tokens.word_starts is not None
+    pieces = own.convert_ids_to_tokens(tokens.ids.tolist())
+    words: list[str] = []
+    for piece, starts in zip(pieces, tokens.word_starts, strict=True):
+        plain = piece.replace("##", "").replace("Ġ", "").replace("▁", "")
+        words[-1:] = (
+            [plain] if starts and words[-1:] == [""] else [*words[-1:], plain] if starts else [words[-1] + plain]
+        )
+    assert len(words) < len(pieces), "the sentence must hold words of several pieces"
+    contracted = [word for word in words if word in ("'re", "they're")]
+    if contracted:  # byte-level BPE keeps the contraction's apostrophe with its letters
+        words = [part for word in words for part in (["'", "re"] if word == "'re" else [word])]
+    assert words == WORDS
+    row = data.concat(tokens, len(tokens.ids))[0]
+    number = np.cumsum(row["word_starts"])
+    for seed in range(30):
+        labels = masking.masker(partial(masking.whole_word), own, 0.3, seed)([row])["labels"][0].numpy()
+        for word in np.unique(number):
+            chosen = labels[number == word] != masking.IGNORED
+            assert chosen.all() or not chosen.any()
+
+
 def test_uniforms_are_uniform_and_rows_independent():
-    keys = masking.sample_keys(7, np.zeros(200), np.arange(200))
-    uniforms = masking._uniform(masking.random_bits(keys, 500))
+    keys = sample_keys(7, np.zeros(200), np.arange(200))
+    uniforms = uniform(random_bits(keys, 500))
     assert uniforms.min() >= 0
     assert uniforms.max() < 1
     counts = np.histogram(uniforms, bins=20, range=(0, 1))[0]
@@ -152,5 +283,5 @@ def test_uniforms_are_uniform_and_rows_independent():
 def test_seeds_streams_and_epochs_give_different_keys():
     samples = np.arange(50)
     parts = [(s, e, t) for s in (0, 1, 42) for e in (0, 1, 2) for t in (0, 1)]
-    keys = [masking.sample_keys(s, np.full(50, e), samples, t) for s, e, t in parts]
+    keys = [sample_keys(s, np.full(50, e), samples, t) for s, e, t in parts]
     assert len(np.unique(np.concatenate(keys))) == 50 * len(parts)

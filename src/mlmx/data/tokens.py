@@ -56,9 +56,10 @@ def tokenize(texts: Dataset, tokenizer: Any) -> Tokens:
         for array, parts in zip(batch, (ids, starts, lengths), strict=True):
             parts.append(array)
     prefix, suffix = _special_affixes(tokenizer)
+    flat = np.concatenate(ids).astype(np.int32, copy=False)
     return Tokens(
-        ids=np.concatenate(ids).astype(np.int32, copy=False),
-        word_starts=None if starts[0] is None else np.concatenate(starts),
+        ids=flat,
+        word_starts=None if starts[0] is None else _split_at_signs(flat, np.concatenate(starts), tokenizer),
         offsets=np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64),
         num_prefix=prefix,
         num_suffix=suffix,
@@ -79,6 +80,24 @@ def _fast(texts: list[str], tokenizer: Any) -> tuple[Any, Any, Any]:
     starts[1:] = (words[1:] != words[:-1]) | (words[1:] < 0)
     starts[np.cumsum(lengths)[:-1]] = True
     return ids, starts, lengths
+
+
+def _split_at_signs(ids: NDArray[np.int32], starts: NDArray[np.bool_], tokenizer: Any) -> NDArray[np.bool_]:
+    """Begin a word at each punctuation sign and after it, for tokenizers whose words reach to the next space.
+
+    SentencePiece takes "movie." for one word, WordPiece and byte-level BPE for two: two is what all get here. Pieces
+    are judged by their first and last characters.
+    """
+    encoding = tokenizer.backend_tokenizer.encode("a movie.", add_special_tokens=False)
+    if encoding.word_ids[-1] != encoding.word_ids[0] and len(set(encoding.word_ids)) > 2:
+        return starts
+    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    bare = [(piece or "").lstrip("▁") for piece in pieces]
+    first = np.array([bool(piece) and not piece[0].isalnum() for piece in bare])
+    last = np.array([bool(piece) and not piece[-1].isalnum() for piece in bare])
+    split: NDArray[np.bool_] = starts | first[ids]
+    split[1:] |= last[ids[:-1]]
+    return split
 
 
 def _slow(texts: list[str], tokenizer: Any) -> tuple[Any, Any, Any]:
