@@ -118,6 +118,7 @@ def prepare(cfg: TrainConfig, job: Job, parts: Parts, clock: Clock) -> Ready:
     report = describe.data_report(describe.source_name(cfg, job), chunks, train_chunks, eval_chunks)
     clock.lap("data")
     loaded = model.load_model(parts.encoder, tokenizer, cfg.seed)
+    model.prompt_of(loaded, tokenizer, cfg.example)
     clock.lap("model")
     return Ready(arguments, tokenizer, loaded, mask, train_chunks, eval_chunks, report)
 
