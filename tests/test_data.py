@@ -144,6 +144,10 @@ def test_split_takes_shares_and_is_disjoint(imdb_tokens: data.Tokens):
     train, held = data.split_chunks(chunks, train_chunks=0.9, eval_chunks=0.1)
     assert len(train) == int(0.9 * len(chunks))
     assert not set(train.samples.tolist()) & set(held.samples.tolist())
+    for number in range(10, 200):
+        some = chunks.select(np.arange(number))
+        halves = data.split_chunks(some, train_chunks=0.9, eval_chunks=0.1)
+        assert sum(map(len, halves)) in (number - 1, number), "shares that sum to 1 always fit"
     other, _ = data.split_chunks(chunks, train_chunks=0.9, eval_chunks=0.1, split_seed=43)
     assert other.samples.tolist() != train.samples.tolist()
 

@@ -99,8 +99,13 @@ def _command_help(command: str, extra_dirs: list[Path]) -> str:
 
 
 def _config_dirs(arguments: Sequence[str]) -> list[Path]:
-    following = zip(arguments, [*arguments[1:], ""], strict=True)
-    return [Path(value) for flag, value in following if flag in ("--config-dir", "-cd")]
+    found = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument in ("--config-dir", "-cd"):
+            found.append(Path(following))
+        elif argument.startswith("--config-dir="):
+            found.append(Path(argument.partition("=")[2]))
+    return found
 
 
 # ------------------------------------------------------------------------------------- execution
@@ -138,9 +143,7 @@ def _run(command: str, arguments: list[str]) -> int:
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
     parsed = parser.parse_intermixed_args(_literal_texts(command, arguments))
-    for override in parsed.overrides:
-        if "=" not in override and not override.startswith("~"):
-            _refuse(f"{override}: is no key=value (python -m mlmx {command} --help lists the keys)")
+    _require_well_formed(command, parsed)
     if not (parsed.cfg or parsed.info or parsed.hydra_help or parsed.shell_completion):
         _check_jobs(command, parsed)
     argv_before, sys.argv = sys.argv, ["mlmx", *_flags_first(parsed)]
@@ -156,6 +159,24 @@ def _run(command: str, arguments: list[str]) -> int:
         else:
             os.environ["HYDRA_FULL_ERROR"] = before
     return 0
+
+
+def _require_well_formed(command: str, parsed: argparse.Namespace) -> None:
+    """What Hydra would pass over or answer without naming what was given."""
+    from mlmx.config import CONFIGS, group_names
+
+    groups = [*group_names(CONFIGS[command]), "experiment"]
+    for override in parsed.overrides:
+        key, equals, value = override.partition("=")
+        if not override.startswith("~") and not (key and equals):
+            _refuse(f"{override!r}: is no key=value (python -m mlmx {command} --help lists the keys)")
+        if key in groups and value == "null":
+            _refuse(f"{override}: no such option; give one that python -m mlmx {command} --help lists")
+    for flag, value in (("--config-name", parsed.config_name), ("--config-path", parsed.config_path)):
+        if value:
+            _refuse(f"{flag} {value}: not taken here, {command} names its own config; --config-dir adds a folder to it")
+    if parsed.config_dir and not Path(parsed.config_dir).is_dir():
+        _refuse(f"--config-dir {parsed.config_dir}: no such folder (looked in {Path.cwd()})")
 
 
 def _refuse(message: str) -> NoReturn:
@@ -193,10 +214,10 @@ def _literal_texts(command: str, arguments: list[str]) -> list[str]:
 
 
 def _escaped(text: str) -> str:
-    """Inside Hydra's single quotes: quotes, and the backslashes before them, are escaped."""
+    """Inside Hydra's single quotes: quotes, ``${`` and the backslashes before either are escaped."""
     import re
 
-    return re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", text)).replace("${", "\\${")
+    return re.sub(r"(\\*)('|\$\{)", r"\1\1\\\2", re.sub(r"(\\+)\Z", r"\1\1", text))
 
 
 def _flags_first(parsed: argparse.Namespace) -> list[str]:
@@ -227,7 +248,7 @@ def _check_jobs(command: str, parsed: argparse.Namespace) -> None:
             except Exception as error:
                 if parsed.multirun:
                     swept = " ".join(o for o in overrides if o not in parsed.overrides)
-                    error.add_note(f"job {number} of the sweep ({swept})")
+                    error.add_note(f"job {number} of the sweep" + (f" ({swept})" if swept else ""))
                 raise
 
 

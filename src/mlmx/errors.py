@@ -35,7 +35,7 @@ def one_line(error: BaseException | str) -> str:
 
 def _composition(error: BaseException, command: str) -> str:
     """Hydra's composition errors in our words."""
-    from hydra.errors import MissingConfigException
+    from hydra.errors import MissingConfigException, OverrideParseException
 
     text = str(error)
     roots = [*CONFIGS[command].__dataclass_fields__, "experiment"]
@@ -44,6 +44,9 @@ def _composition(error: BaseException, command: str) -> str:
         group, _, option = error.missing_cfg_file.rpartition("/")
         known = list(error.options or [])
         return f"{group}={option}: no such option{did_you_mean(option, known)} (options: {', '.join(known)})"
+    if isinstance(error, OverrideParseException):
+        key = error.override.partition("=")[0]
+        return f"{error.override}: cannot be read; a value with special characters needs quotes: '{key}=\"…\"'"
     unknown = re.search(r"Could not override '([^']*)'|Could not find match|Could not delete.*?'([^']*)'", text)
     if unknown and unknown.group(1):
         key = unknown.group(1)
@@ -56,6 +59,8 @@ def _composition(error: BaseException, command: str) -> str:
         groups = group_names(CONFIGS[command])
         if key in groups:
             return f"{given}: {key} is a group: {key}=<option>, or {key}.<key>=<value> {listing}"
+        if cause.endswith("is not Optional"):
+            return f"{given}: a value is needed"
         kind = re.search(r"could not be converted to (\w+)", cause)
         return f"{given}: {KINDS.get(kind.group(1), kind.group(1)) + ' is needed' if kind else cause}"
     cause = f" ({one_line(error.__cause__)})" if error.__cause__ else ""

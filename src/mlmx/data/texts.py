@@ -136,7 +136,7 @@ def _datasets() -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error, it also raises
     return datasets
 
 
@@ -155,6 +155,7 @@ def _matching(paths: Sequence[str]) -> list[Path]:
 
 
 def _expand(pattern: str) -> list[Path]:
+    require(bool(pattern), "dataset.path=: is empty; give a file, a glob or a folder")
     path = Path(pattern).expanduser()
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -178,7 +179,7 @@ def _read(datasets: Any, path: Path, sample_by: str) -> Dataset:
     options: dict[str, Any] = {"sample_by": sample_by} if kind == "text" else {}
     if path.suffix.lower() == ".tsv":
         options["sep"] = "\t"
-    loaded: Dataset = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
+    loaded: Dataset = datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)
     return loaded
 
 
@@ -198,6 +199,8 @@ def _text_only(rows: Dataset, text_column: str, where: str) -> Dataset:
     texts = rows.select_columns([text_column])
     if text_column != "text":
         texts = texts.rename_column(text_column, "text")
+    if dtype != "string":  # csv gives large_string, which does not join with the others
+        texts = texts.cast_column("text", _datasets().Value("string"))
     return texts.with_format("arrow").filter(_has_text, batched=True, load_from_cache_file=False).with_format(None)
 
 

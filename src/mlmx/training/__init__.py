@@ -40,6 +40,9 @@ SET_BY = {
     "resume_from_checkpoint": "nothing yet: a run is trained from its start",
 }
 
+# The least of counts that the library takes as they are and fails on only once training has begun.
+AT_LEAST = {"gradient_accumulation_steps": 1, "per_device_eval_batch_size": 1, "dataloader_num_workers": 0}
+
 
 def require_names(options: Mapping[str, Any]) -> None:
     """What can be judged of the ``trainer`` group without importing the library."""
@@ -79,6 +82,8 @@ def arguments(
         require(key in signature, f"trainer.{key}: no field of transformers.TrainingArguments{near}")
         wanted = signature[key].annotation
         given[key] = convert(f"trainer.{key}", value, wanted) if _is_checkable(wanted) else value
+        least = AT_LEAST.get(key)
+        require(least is None or given[key] >= least, f"trainer.{key}={value}: must be at least {least}")
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
     on_cpu = bool(given.pop("use_cpu", False)) or not accelerated
     require(

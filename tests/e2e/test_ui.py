@@ -1,0 +1,333 @@
+"""``ui`` with real runs: what it serves and to whom, how it ends, and what a person sees in a real browser."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from mlmx.cli import main
+
+pytestmark = pytest.mark.filterwarnings(
+    # MLflow 3.17 asks SQLAlchemy 2.1 for a loader that is on its way out.
+    "ignore:The ``noload`` loader strategy is deprecated"
+)
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync"]
+PATIENCE_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running ``python -m mlmx ui``."""
+
+    process: subprocess.Popen[str]
+    port: int
+    log: Path
+
+    @property
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    @property
+    def address(self) -> str:
+        """The page it tells the user to open."""
+        return self.log.read_text().split("MLflow UI on ", 1)[1].split()[0]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def connects(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(5)
+        return probe.connect_ex((host, port)) == 0
+
+
+@contextlib.contextmanager
+def serving(outputs: Path, log: Path) -> Iterator[Server]:
+    """``ui`` on a free port, from when it answers; whatever it leaves behind is ended here."""
+    port = free_port()
+    environment = {**os.environ, "MLMX_OUTPUTS": str(outputs)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where pytest ignores it (&), ui would too
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlmx", "ui", f"port={port}"],
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=log.parent,
+            text=True,
+        )
+    family: list[psutil.Process] = []
+    try:
+        end = time.monotonic() + PATIENCE_SECONDS
+        while not connects("127.0.0.1", port):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.2)
+        server = Server(process, port, log)
+        family = server.descendants
+        yield server
+    finally:
+        for relative in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                relative.terminate()
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny: Path, corpus: Path) -> Path:
+    """Outputs of three short trainings, two of them one multirun."""
+    outputs = tmp_path_factory.mktemp("ui") / "outputs"
+    common = [f"model.path={tiny}", "dataset=files", f"dataset.path={corpus}", "dataset.train_chunks=32"]
+    common += ["dataset.eval_chunks=16", "epochs=2", "lr=1e-3", "tracking=local"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setenv("MLMX_OUTPUTS", str(outputs))
+        assert main(["train", *common, "chunk_size=64", "run_name=the first"]) == 0
+        assert main(["train", *common, "-m", "chunk_size=64,128"]) == 0
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def server(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(runs, tmp_path_factory.mktemp("server") / "log.txt") as running:
+        yield running
+
+
+def results(outputs: Path) -> list[dict[str, Any]]:
+    found = sorted((outputs / "train").glob("**/result.json"))
+    return [json.loads(path.read_text()) | {"folder": path.parent} for path in found]
+
+
+# ---------------------------------------------------------------------------------------- the server
+
+
+def test_serves_this_machine_only(server: Server) -> None:
+    assert connects("127.0.0.1", server.port)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+        with contextlib.suppress(OSError):
+            route.connect(("198.51.100.1", 9))  # sends nothing: asks which address would be used
+        own = route.getsockname()[0]
+    others = {own, "127.0.0.2"} - {"0.0.0.0", "127.0.0.1"}  # all of 127/8 is this machine, where 0.0.0.0 would answer
+    assert not [host for host in others if connects(host, server.port)]
+    listening = {
+        connection.laddr.ip
+        for process in server.descendants
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening == {"127.0.0.1"}
+    # a page of another site that has its name point to 127.0.0.1 gets nothing
+    assert status(server, "127.0.0.1") == 200
+    assert status(server, "example.org") == 403
+
+
+def status(server: Server, host: str) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    with contextlib.closing(connection):
+        connection.request(
+            "GET", "/api/2.0/mlflow/experiments/get-by-name?experiment_name=mlmx", headers={"Host": host}
+        )
+        return connection.getresponse().status
+
+
+def test_has_no_job_workers(server: Server) -> None:
+    commands = [" ".join(process.cmdline()) for process in server.descendants]
+    assert len(commands) == 2, commands  # mlflow, and the server process it starts
+    assert not [command for command in commands if "huey" in command or "job" in command]
+
+
+def test_tells_no_one(server: Server) -> None:
+    environments = [process.environ() for process in server.descendants]
+    assert {environment["MLFLOW_DISABLE_TELEMETRY"] for environment in environments} == {"true"}
+    assert {environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] for environment in environments} == {"false"}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_ends_all_of_it(number: signal.Signals, code: int, runs: Path, tmp_path: Path) -> None:
+    with serving(runs, tmp_path / "log.txt") as server:
+        family = server.descendants
+        assert len(family) == 2
+        visitor = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        with contextlib.closing(visitor):
+            visitor.request("GET", "/health")
+            visitor.getresponse().read()  # and stays connected, as a browser does
+            server.process.send_signal(number)
+            assert server.process.wait(60) == code
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+        assert not connects("127.0.0.1", server.port)
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_a_taken_port_is_said(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert main(["ui", f"port={port}"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith(f"mlmx: port={port}: ")
+    assert f"port={port + 1}" in told.err
+    assert told.err.count("\n") == 1
+
+
+def test_without_runs_there_is_nothing_to_show(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ui"]) == 2
+    told = capsys.readouterr().err
+    assert str(outputs / "mlflow.db") in told
+    assert told.count("\n") == 1
+    assert not outputs.exists()
+
+
+# --------------------------------------------------------------------------------------- the browser
+
+
+@pytest.fixture(scope="module")
+def page(server: Server) -> Iterator[Any]:
+    """A page of a headless Chromium; it remembers whom it asked."""
+    browser_path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser_path is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on PATH")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path, args=FLAGS)
+        opened = browser.new_page(viewport={"width": 1440, "height": 900})
+        opened.set_default_timeout(PATIENCE_SECONDS * 1000)
+        asked: list[str] = []
+        opened.on("request", lambda request: asked.append(request.url))
+        opened.asked = asked
+        yield opened
+        browser.close()
+
+
+def text_of(page: Any) -> list[str]:
+    """The lines one can read on the page."""
+    return [line.strip() for line in page.inner_text("body").splitlines() if line.strip()]
+
+
+def open_run(page: Any, server: Server, result: dict[str, Any], tab: str = "") -> None:
+    root = server.address.split("/runs?")[0]
+    page.goto("about:blank")
+    page.goto(f"{root}/runs/{result['run_id']}{tab}?workflowType=machine_learning")
+    page.get_by_role("heading", name=result["run_name"]).first.wait_for()
+
+
+@pytest.mark.browser
+def test_all_runs_stand_in_one_experiment(page: Any, server: Server, runs: Path, tmp_path: Path) -> None:
+    made = results(runs)
+    assert len(made) == 3
+    page.goto(server.address)
+    page.get_by_text("3 matching runs").wait_for()
+    names = [result["run_name"] for result in made]
+    assert names[0] == "the first"
+    assert ["chunk 64" in names[1], "chunk 128" in names[2]] == [True, True]
+    for name in names:
+        page.get_by_role("link", name=name).wait_for()
+    page.screenshot(path=tmp_path / "runs.png")
+
+    page.goto("about:blank")
+    page.goto(server.address.split("#")[0] + "#/experiments")
+    page.get_by_role("link", name="mlmx", exact=True).wait_for()
+    links = page.get_by_role("link").evaluate_all("links => links.map(link => [link.innerText, link.hash])")
+    experiments = [name for name, target in links if re.match(r"#/experiments/\d+(\?|$)", target)]
+    assert sorted(experiments) == ["Default", "mlmx"]  # MLflow makes Default itself
+    page.screenshot(path=tmp_path / "experiments.png")
+
+
+@pytest.mark.browser
+def test_a_run_shows_numbers_and_params(page: Any, server: Server, runs: Path, tmp_path: Path) -> None:
+    result = results(runs)[0]
+    page.goto("about:blank")
+    page.goto(server.address)
+    page.get_by_role("link", name=result["run_name"]).click()
+    page.get_by_text("eval/perplexity").first.wait_for()
+    page.get_by_text("mlm_probability").first.wait_for()
+    lines = text_of(page)
+    for name in ("train/loss", "eval/loss", "eval/perplexity", "eval/accuracy", "train/learning_rate"):
+        assert float(lines[lines.index(name) + 1]) == pytest.approx(result["metrics"][name], rel=1e-9), name
+    params = {"chunk_size": "64", "lr": "0.001", "mlm_probability": "0.15", "dataset": "files", "train_chunks": "32"}
+    for name, value in params.items():
+        assert lines[lines.index(name) + 1] == value
+    assert "Finished" in lines
+    assert result["command"] in lines  # the description says how to make it again
+    page.screenshot(path=tmp_path / "run.png")
+
+
+CURVES = """() => Object.fromEntries([...document.querySelectorAll('.js-plotly-plot')].flatMap(
+    plot => (plot.data || []).filter(line => line.metricKey && line.x && line.x.length > 1)
+        .map(line => [line.metricKey, [...line.x].map((x, i) => [x, line.y[i]])])))"""
+
+
+@pytest.mark.browser
+def test_a_run_shows_its_curves(page: Any, server: Server, runs: Path, tmp_path: Path) -> None:
+    result = results(runs)[-1]
+    page.set_viewport_size({"width": 1440, "height": 2200})  # charts are drawn once they come into view
+    open_run(page, server, result, "/model-metrics")
+    wanted = {name: [] for name in ("train/loss", "eval/loss", "eval/perplexity", "eval/accuracy")}
+    for line in (result["folder"] / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        for name in wanted.keys() & row.keys():
+            wanted[name].append([row["step"], row[name]])
+    per_epoch = {"train/loss": 2, "eval/loss": 3, "eval/perplexity": 3, "eval/accuracy": 3}  # eval: and before
+    assert {name: len(points) for name, points in wanted.items()} == per_epoch
+    end = time.monotonic() + PATIENCE_SECONDS
+    shown: dict[str, Any] = {}
+    while time.monotonic() < end and not wanted.keys() <= shown.keys():
+        page.wait_for_timeout(250)
+        shown = page.evaluate(CURVES)
+    page.screenshot(path=tmp_path / "curves.png")
+    assert wanted.keys() <= shown.keys()
+    for name, points in wanted.items():
+        assert [step for step, _ in shown[name]] == [step for step, _ in points], name
+        assert [value for _, value in shown[name]] == pytest.approx([value for _, value in points]), name
+
+
+@pytest.mark.browser
+def test_a_run_shows_its_files(page: Any, server: Server, runs: Path, tmp_path: Path) -> None:
+    page.set_viewport_size({"width": 1440, "height": 900})
+    open_run(page, server, results(runs)[0], "/artifacts")
+    page.get_by_text("config.yaml").first.wait_for()
+    lines = text_of(page)
+    for name in ("checkpoints", "plots", "config.yaml", "metrics.jsonl", "result.json", "data.json", "train.log"):
+        assert name in lines
+    page.get_by_text("checkpoints", exact=True).click()
+    page.get_by_text("epoch-2", exact=True).wait_for()
+    page.get_by_text("epoch-1", exact=True).click()
+    page.get_by_text("model.safetensors", exact=True).wait_for()
+    page.get_by_text("plots", exact=True).click()
+    page.get_by_text("perplexity.png", exact=True).click()
+    page.wait_for_function("[...document.images].some(image => image.naturalWidth >= 900)")  # 7 inches at 130 dpi
+    page.screenshot(path=tmp_path / "plot.png")
+    page.get_by_text("config.yaml", exact=True).first.click()
+    page.get_by_text("mlm_probability: 0.15").first.wait_for()
+    page.screenshot(path=tmp_path / "files.png")
+    elsewhere = [
+        url for url in page.asked if not url.startswith((f"http://127.0.0.1:{server.port}/", "data:", "blob:"))
+    ]
+    assert [url for url in elsewhere if url != "about:blank"] == []

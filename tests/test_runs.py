@@ -1,0 +1,241 @@
+"""A run's folder: where it lies, how it is found again, and that its files are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlmx import runs
+from mlmx.config import RequestError, TrainConfig
+from mlmx.runs import Run, all_runs, begin, discard_empty, find, outputs_dir
+
+ROOT = Path(__file__).resolve().parents[1]
+
+CONFIG = TrainConfig(
+    chunk_size=128,
+    lr=5e-5,
+    note="it's a note: with ${signs} and 日本語",
+    model={"name": "scratch", "layers": 1},
+    dataset={"name": "files", "path": ["a.txt", "b.txt"], "train_chunks": 0.9},
+    trainer={"name": "corrected", "warmup_steps": 10, "optim_args": None},
+)
+
+
+def made(folder: Path, status: str = "FINISHED", started: float | None = None, **result: Any) -> Run:
+    """A run's folder as a training leaves it, its model being nothing but a config."""
+    run = begin(folder, CONFIG, ("chunk_size=128",))
+    run.write_json("result.json", {"status": status, **result})
+    run.model.mkdir()
+    (run.model / "config.json").write_text("{}")
+    if started is not None:
+        os.utime(folder / "overrides.yaml", (started, started))
+    return run
+
+
+# ------------------------------------------------------------------------------------ outputs_dir
+
+
+def test_outputs_lie_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for given, folder in {"/a/b": "/a/b", "rel/x": tmp_path / "rel/x", "~/x": tmp_path / "home/x"}.items():
+        monkeypatch.setenv("MLMX_OUTPUTS", given)
+        assert outputs_dir() == Path(folder)
+
+
+@pytest.mark.parametrize("unset", [None, ""])
+def test_outputs_lie_in_the_checkout_whatever_the_working_folder(
+    unset: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.delenv("MLMX_OUTPUTS")
+    if unset is not None:
+        monkeypatch.setenv("MLMX_OUTPUTS", unset)
+    monkeypatch.chdir(tmp_path)
+    assert outputs_dir() == ROOT / "outputs"
+
+
+def test_outputs_of_an_installed_package_lie_in_the_working_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.delenv("MLMX_OUTPUTS")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "lib" / "site-packages" / "mlmx" / "runs.py"))
+    assert outputs_dir() == tmp_path / "outputs"
+    assert outputs_dir().is_absolute()
+
+
+def test_a_moment_names_folders_in_the_order_of_time():
+    moments = [runs._moment() for _ in range(3)]
+    assert moments == sorted(moments)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d\.\d{3}", moments[0])
+
+
+# ------------------------------------------------------------------------------------------ begin
+
+
+def test_a_run_begins_with_its_config_overrides_and_status(outputs: Path):
+    run = begin(outputs / "train" / "now", CONFIG, ("chunk_size=128", "note='it''s'"))
+    assert sorted(path.name for path in run.folder.iterdir()) == ["config.yaml", "overrides.yaml", "result.json"]
+    assert run.config() == CONFIG
+    assert run.read_json("result.json") == {"status": "RUNNING"}
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_untouched(tmp_path: Path):
+    run = made(tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    with pytest.raises(RequestError, match=r"already holds a run; choose another hydra\.run\.dir"):
+        begin(run.folder, TrainConfig(), ())
+    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_config_written_by_hand_is_checked_when_read(tmp_path: Path):
+    run = begin(tmp_path / "run", CONFIG, ())
+    path = run.folder / "config.yaml"
+    path.write_text(path.read_text().replace("chunk_size: 128", "chunk_sze: 128"))
+    with pytest.raises(RequestError, match=r"chunk_sze: unknown key; did you mean chunk_size\?"):
+        run.config()
+
+
+# ------------------------------------------------------------------------------------------- find
+
+
+def test_a_run_is_found_by_folder_by_id_and_as_the_last(outputs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    old = made(outputs / "train" / "z-older", started=1_000, run_id="abc123")
+    swept = made(outputs / "train" / "sweep" / "0", started=2_000, run_id="def456")
+    made(outputs / "train" / "running", status="RUNNING", started=3_000, run_id="ghi789")
+    elsewhere = made(tmp_path / "elsewhere")
+    monkeypatch.chdir(outputs)
+    assert all_runs()[:2] == [old, swept]
+    assert find("last") == swept
+    assert find("abc123") == old
+    assert find("def456") == swept
+    assert find(str(old.folder)) == find("train/z-older") == old
+    assert find(str(elsewhere.folder)) == elsewhere
+    assert find("train/z-older").folder.is_absolute()
+
+
+@pytest.mark.parametrize("status", ["RUNNING", "FAILED", "KILLED"])
+def test_an_unfinished_run_is_refused_by_any_name_and_is_never_the_last(status: str, outputs: Path):
+    run = made(outputs / "train" / "run", status=status, run_id="abc123")
+    for wanted in (str(run.folder), "abc123"):
+        with pytest.raises(RequestError, match=rf"run={re.escape(wanted)}: this run is unfinished \(status {status}\)"):
+            find(wanted)
+    with pytest.raises(RequestError, match="run=last: no finished run"):
+        find("last")
+
+
+def test_a_finished_run_without_its_model_is_refused(outputs: Path):
+    run = made(outputs / "train" / "run")
+    (run.model / "config.json").unlink()
+    with pytest.raises(RequestError, match="unfinished"):
+        find(str(run.folder))
+
+
+@pytest.mark.parametrize("wanted", ["nope", "", "train", "/nowhere/at/all", "None", "null"])
+def test_what_is_no_run_is_refused(wanted: str, outputs: Path, monkeypatch: pytest.MonkeyPatch):
+    made(outputs / "train" / "run", run_id=None)
+    monkeypatch.chdir(outputs)
+    with pytest.raises(RequestError, match=f"run={wanted}: no such run"):
+        find(wanted)
+
+
+def test_without_runs_there_is_no_last(outputs: Path):
+    assert all_runs() == []
+    with pytest.raises(RequestError, match="train one first"):
+        find("last")
+
+
+# ---------------------------------------------------------------------------------- discard_empty
+
+
+def test_an_empty_run_folder_goes_with_the_empty_folders_above_it(outputs: Path):
+    folder = outputs / "train" / "sweep" / "0"
+    folder.mkdir(parents=True)
+    (folder.parent / "multirun.yaml").write_text("hydra: {}\n")
+    discard_empty(folder)
+    assert list(outputs.iterdir()) == []
+    discard_empty(folder)  # once more does no harm
+    assert outputs.is_dir()
+
+
+@pytest.mark.parametrize(
+    "kept", ["train/sweep/0/train.log", "train/sweep/0/model/config.json", "train/sweep/1/x", "train/sweep/notes.txt"]
+)
+def test_no_folder_that_holds_something_is_discarded(kept: str, outputs: Path):
+    (outputs / "train" / "sweep" / "0").mkdir(parents=True)
+    (outputs / "train" / "sweep" / "multirun.yaml").write_text("hydra: {}\n")
+    (outputs / kept).parent.mkdir(parents=True, exist_ok=True)
+    (outputs / kept).write_text("mine")
+    discard_empty(outputs / "train" / "sweep" / "0")
+    assert (outputs / kept).read_text() == "mine"
+    assert (outputs / "train" / "sweep" / "multirun.yaml").is_file()
+
+
+def test_folders_outside_outputs_are_left_alone(tmp_path: Path, outputs: Path):
+    outside = tmp_path / "outside" / "run"
+    outside.mkdir(parents=True)
+    discard_empty(outside)
+    outputs.mkdir()
+    discard_empty(outputs)
+    assert outside.is_dir()
+    assert outputs.is_dir()
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def test_numbers_and_texts_come_back_as_they_were(tmp_path: Path):
+    run = Run(tmp_path)
+    value = {"status": "FINISHED", "metrics": {"eval/loss": 0.1 + 0.2, "n": 10**17}, "note": "naïve 日本語", "id": None}
+    run.write_json("result.json", value)
+    assert run.read_json("result.json") == value
+    assert "日本語" in (tmp_path / "result.json").read_text(encoding="utf-8")
+    assert run.read_json("data.json") == {}
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = Run(tmp_path)
+    run.write_json("result.json", {"status": "RUNNING"})
+    with pytest.raises(TypeError):
+        run.write_json("result.json", {"status": object()})
+    assert run.read_json("result.json") == {"status": "RUNNING"}
+
+    seen: list[dict[str, Any]] = []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda aside, to: (seen.append(run.read_json(to.name)), replace(aside, to))[1])
+    run.write_json("result.json", {"status": "FINISHED"})
+    assert seen == [{"status": "RUNNING"}]  # what a reader finds while the new file is written
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_metrics_come_back_oldest_first_with_step_epoch_and_time(tmp_path: Path):
+    from datetime import datetime
+
+    run = Run(tmp_path)
+    assert run.metrics() == []
+    run.append_metrics(0, 0.0, {"eval/loss": 10.5})
+    run.append_metrics(7, 1 / 3, {"train/loss": 0.1 + 0.2, "train/grad_norm": 1.0})
+    first, second = run.metrics()
+    assert list(first) == ["step", "epoch", "time", "eval/loss"]
+    assert (second["step"], second["epoch"], second["train/loss"]) == (7, 0.333333, 0.1 + 0.2)
+    assert datetime.fromisoformat(first["time"]) <= datetime.fromisoformat(second["time"])
+    assert datetime.fromisoformat(first["time"]).tzinfo is not None
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [first, second]
+
+
+def test_the_log_of_a_run_stands_in_its_folder_and_on_stdout(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    log = logging.getLogger("mlmx")
+    before = list(log.handlers)
+    with runs.log_to(), runs.log_to_file(Run(tmp_path)):
+        log.info("loss %g, naïve", 1.5)
+    log.info("after the run")
+    assert capsys.readouterr().out == "loss 1.5, naïve\n"
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d loss 1\.5, naïve\n", (tmp_path / "train.log").read_text(encoding="utf-8")
+    )
+    assert log.handlers == before
