@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -84,7 +83,7 @@ def _store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def store(_store: Path, outputs: Path) -> Iterator[Path]:
+def store(_store: Path, outputs: Path) -> Path:
     """A migrated MLflow database below this test's outputs (migrating one takes seconds)."""
     outputs.mkdir()
-    yield Path(shutil.copy(_store, outputs / "mlflow.db"))
+    return Path(shutil.copy(_store, outputs / "mlflow.db"))

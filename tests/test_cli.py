@@ -19,7 +19,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 import mlmx
-from mlmx import cli
+from mlmx import cli, places
 from mlmx.cli import COMMANDS, conf_dir, main
 from mlmx.config import (
     CONFIGS,
@@ -178,7 +178,8 @@ def test_the_four_places_of_a_commands_name_agree():
 def test_conf_is_that_of_the_checkout_or_else_of_the_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert conf_dir() == ROOT / "conf"
     installed = tmp_path / "site-packages" / "mlmx"
-    monkeypatch.setattr(cli, "__file__", str(installed / "cli.py"))
+    monkeypatch.setattr(places, "CHECKOUT", None)
+    monkeypatch.setattr(places, "PACKAGE", installed)
     assert conf_dir() == installed / "conf"
 
 

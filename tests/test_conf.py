@@ -16,7 +16,7 @@ GROUPS = {
     "model": ["distilbert", "bert_base", "roberta_base", "modernbert_base", "minilm", "scratch"],
     "dataset": ["imdb", "imdb_packaged", "rotten_tomatoes_packaged", "wikitext", "files"],
     "chunking": ["concat", "document"],
-    "masking": ["token", "whole_word"],
+    "masking": ["token", "whole_word", "span"],
     "trainer": ["default", "cpu", "gpu", "reference"],
     "tracking": ["local", "server", "none"],
     "experiment": ["demo", "reference", "imdb_512", "course_128"],
@@ -48,7 +48,7 @@ def test_every_shipped_yaml_is_known_to_these_tests():
     expected = {f"{command}.yaml" for command in COMMANDS}
     expected |= {f"{option.replace('=', '/')}.yaml" for option in OPTIONS}
     assert shipped == expected
-    assert len(OPTIONS) == 26
+    assert len(OPTIONS) == 27
 
 
 @pytest.mark.parametrize("option", OPTIONS)

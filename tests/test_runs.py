@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mlmx import runs
+from mlmx import places, runs
 from mlmx.config import RequestError, TrainConfig
 from mlmx.runs import Run, all_runs, begin, discard_empty, find, outputs_dir
 
@@ -63,7 +63,7 @@ def test_outputs_lie_in_the_checkout_whatever_the_working_folder(
 def test_outputs_of_an_installed_package_lie_in_the_working_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.delenv("MLMX_OUTPUTS")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "lib" / "site-packages" / "mlmx" / "runs.py"))
+    monkeypatch.setattr(places, "CHECKOUT", None)
     assert outputs_dir() == tmp_path / "outputs"
     assert outputs_dir().is_absolute()
 

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from mlmx.places import conf_dir
+
 if TYPE_CHECKING:
     import argparse
 
@@ -55,14 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 # ------------------------------------------------------------------------------------------ help
-
-
-def conf_dir() -> Path:
-    """The shipped configs: ``mlmx/conf`` in an installed wheel, ``conf/`` of a checkout otherwise."""
-    package = Path(__file__).resolve().parent
-    checkout = package.parents[1] / "conf"
-    # A checkout comes first: an editable install must show the files one edits.
-    return checkout if (package.parents[1] / "pyproject.toml").is_file() else package / "conf"
 
 
 def _program_help() -> str:

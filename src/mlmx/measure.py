@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlmx import data, model
+from mlmx import data, masking, model
 from mlmx.config import TrainConfig, bind, load_option, require
 from mlmx.masking import yardstick
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from mlmx.parts import Material
     from mlmx.scoring import DocumentSums
 
 YARDSTICK_VERSION = 1
@@ -81,6 +80,18 @@ def protocol_id(rows: data.HeldoutChunks, tokenizer: Any) -> str:
         YARDSTICK_VERSION,
     ]
     return "heldout-" + hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Material:
+    """The data of an experiment, ready to be masked, and the report on it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    mask: masking.Masker
+    train_chunks: data.Chunks
+    eval_chunks: data.Chunks
+    heldout: data.HeldoutChunks
+    report: dict[str, dict[str, Any]]
 
 
 class Measure:

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlmx import data, masking, model, tracking, training
 from mlmx.config import TrainConfig, bind, require
-from mlmx.measure import HeldoutSource, heldout_source
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from mlmx.measure import HeldoutSource, Material, heldout_source
 
 
 @dataclass(frozen=True)
@@ -65,18 +62,6 @@ def check(cfg: TrainConfig) -> None:
     for source in filter(None, (parts.source, parts.heldout.source)):
         data.quick_check(source)
     model.require_there(parts.encoder)
-
-
-@dataclass(frozen=True)
-class Material:
-    """The data of an experiment, ready to be masked, and the report on it."""
-
-    tokenizer: PreTrainedTokenizerBase
-    mask: masking.Masker
-    train_chunks: data.Chunks
-    eval_chunks: data.Chunks
-    heldout: data.HeldoutChunks
-    report: dict[str, dict[str, Any]]
 
 
 def gather(cfg: TrainConfig, parts: Parts, source_name: str) -> Material:

@@ -13,7 +13,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,20 +23,10 @@ from typing import Any, TextIO
 from omegaconf import OmegaConf
 
 from mlmx.config import RequestError, TrainConfig, from_plain, plain
+from mlmx.places import outputs_dir
 
 log = logging.getLogger("mlmx")
 HELDOUT_FILE = "heldout.npz"  # per-document sums of the last scoring, by which pairs of runs are compared
-
-
-def outputs_dir() -> Path:
-    """Everything is written below this absolute folder: ``$MLMX_OUTPUTS``, else ``outputs/`` of the
-    checkout mlmx is imported from, else ``outputs/`` of the working folder."""
-    chosen = os.environ.get("MLMX_OUTPUTS")
-    if chosen:
-        return Path(chosen).expanduser().resolve()
-    checkout = Path(__file__).resolve().parents[2]
-    root = checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
-    return root / "outputs"
 
 
 def _moment() -> str:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlmx import describe, model, provenance, runs, tracking, training
 from mlmx.config import Job, TrainConfig
-from mlmx.measure import Measure
-from mlmx.parts import Material, Parts, check, gather, parts_of
+from mlmx.measure import Material, Measure
+from mlmx.parts import Parts, check, gather, parts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments

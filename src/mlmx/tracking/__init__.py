@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlmx.config import require, table
-from mlmx.runs import Run, outputs_dir
+from mlmx.places import outputs_dir
+from mlmx.runs import Run
 
 if TYPE_CHECKING:
     from mlmx.tracking.mlflow_run import MlflowRun
