@@ -50,12 +50,18 @@ def introduction(
         f"data     {corpus['source']}: {corpus['documents']:,} documents, {corpus['tokens']:,} tokens, "
         f"{corpus['chunks']:,} chunks of {cfg.chunk_size}; {train['chunks']:,} to train on, "
         f"{evaluation['chunks']:,} to evaluate on\n"
-        f"heldout  {report['heldout']['source']}: {report['heldout']['documents']:,} documents, "
-        f"{report['heldout']['tokens']:,} tokens\n"
+        f"{_heldout_line(report)}"
         f"model    {choice('model', cfg, job)}, {size:.1f} M parameters, on {arguments.device.type} "
         f"in {precision(arguments)}; {cfg.epochs:g} epochs of batch "
         f"{arguments.train_batch_size * arguments.gradient_accumulation_steps}, lr {cfg.lr:g}"
     )
+
+
+def _heldout_line(report: Mapping[str, Mapping[str, Any]]) -> str:
+    heldout = report.get("heldout")
+    if heldout is None:
+        return "heldout  nothing is held out, so this run has no heldout/* numbers to be compared by\n"
+    return f"heldout  {heldout['source']}: {heldout['documents']:,} documents, {heldout['tokens']:,} tokens\n"
 
 
 def precision(arguments: Any) -> str:
@@ -135,7 +141,7 @@ def tags(cfg: TrainConfig, job: Job, report: Mapping[str, Mapping[str, Any]], pr
 def scores(found: Mapping[str, float], report: Mapping[str, Mapping[str, Any]], protocol: str) -> str:
     """A line per section: what was scored, and its numbers."""
     lines = []
-    for section in ("eval", "heldout"):
+    for section in (name for name in ("eval", "heldout") if name in report):
         own = "  ".join(f"{name} {value:,.6g}" for name, value in found.items() if name.startswith(f"{section}/"))
         where = report[section]
         lines.append(f"{section:<9}{where['source']}, {where['chunks']:,} chunks: {own}")

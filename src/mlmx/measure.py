@@ -90,7 +90,7 @@ class Material:
     mask: masking.Masker
     train_chunks: data.Chunks
     eval_chunks: data.Chunks
-    heldout: data.HeldoutChunks
+    heldout: data.HeldoutChunks | None
     report: dict[str, dict[str, Any]]
 
 
@@ -108,7 +108,7 @@ class Measure:
         self.vocabulary = material.mask.vocabulary
         self.batch_size = batch_size
         self.eval_mask = replace(material.mask, fixed=True) if own_eval else None
-        self.protocol = protocol_id(material.heldout, material.tokenizer)
+        self.protocol = "none" if self.heldout is None else protocol_id(self.heldout, material.tokenizer)
         self.documents: DocumentSums | None = None
 
     def __call__(self, trained: PreTrainedModel) -> dict[str, float]:
@@ -120,18 +120,25 @@ class Measure:
             batches = scoring.batches_of(self.material.eval_chunks, self.eval_mask, self.batch_size)
             sums = scoring.score(trained, batches, model.masked_logits)
             found |= {f"eval/{name}": value for name, value in scoring.numbers(sums).items()}
-        score = partial(scoring.score_documents, trained, self.heldout, batch_size=self.batch_size)
+        return found if self.heldout is None else found | self._yardstick(trained, self.heldout)
+
+    def _yardstick(self, trained: PreTrainedModel, heldout: data.HeldoutChunks) -> dict[str, float]:
+        from mlmx import scoring
+
+        score = partial(scoring.score_documents, trained, heldout, batch_size=self.batch_size)
         self.documents = score(collate=yardstick.Yardstick(self.vocabulary), masked_logits=model.masked_logits)
-        found |= {f"heldout/{name}": value for name, value in scoring.numbers(self.documents.sums()).items()}
+        found = {f"heldout/{name}": value for name, value in scoring.numbers(self.documents.sums()).items()}
         words = score(collate=yardstick.WholeWords(self.vocabulary), masked_logits=model.masked_logits)
-        if self.heldout.word_bytes.any():
-            found["heldout/bits_per_byte"] = scoring.bits_per_byte(words, self.heldout.word_bytes)
+        if heldout.word_bytes.any():
+            found["heldout/bits_per_byte"] = scoring.bits_per_byte(words, heldout.word_bytes)
         return found
 
     def breakdown(self, trained: PreTrainedModel) -> dict[str, float]:
         """``final/heldout_loss_rare`` and the like: loss and accuracy by word frequency and by piece."""
         from mlmx import scoring
 
+        if self.heldout is None:
+            return {}
         per_token = data.token_groups(self.heldout.tokens, self.material.train_chunks.tokens)
         found = scoring.score_groups(
             trained,

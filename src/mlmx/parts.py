@@ -77,7 +77,7 @@ def gather(cfg: TrainConfig, parts: Parts, source_name: str) -> Material:
     texts = parts.heldout.split(parts.source())
     chunks = parts.chunking(data.tokenize(texts.train, tokenizer), cfg.chunk_size)
     train_chunks, eval_chunks = parts.split(chunks)
-    heldout = data.heldout_chunks(texts.heldout, tokenizer, cfg.chunk_size)
+    heldout = None if texts.heldout is None else data.heldout_chunks(texts.heldout, tokenizer, cfg.chunk_size)
     splits = {"train": train_chunks, "eval": eval_chunks}
     report = data.data_report(source_name, texts, tokenizer, parts.chunking, chunks, splits, heldout)
     return Material(tokenizer, mask, train_chunks, eval_chunks, heldout, report)

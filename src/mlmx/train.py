@@ -49,7 +49,7 @@ def train(cfg: TrainConfig, job: Job) -> float:
             conclude(ready, run, tracker)
             tracker.plots = draw_plots(run, describe.run_name(cfg, job))
         log.info("%s", describe.ending(run, tracker.last, clock.seconds, tracker.store))
-    return tracker.last.get("heldout/loss", math.nan)
+    return tracker.last.get("heldout/loss", tracker.last.get("eval/loss", math.nan))
 
 
 def make_ready(cfg: TrainConfig, job: Job, parts: Parts, clock: Clock) -> Ready:
@@ -114,7 +114,8 @@ def conclude(ready: Ready, run: runs.Run, tracker: tracking.Tracker) -> None:
     """What is measured once, at the end: losses by kind of word, and the sums that pairs of runs are compared by."""
     found = ready.measure.breakdown(ready.model)
     step, epoch = tracker.latest
-    tracker.log(step, epoch, found)
+    if found:
+        tracker.log(step, epoch, found)
     if ready.measure.documents is not None:
         ready.measure.documents.save(run.folder / runs.HELDOUT_FILE)
 

@@ -68,7 +68,7 @@ class Split:
     """
 
     train: Dataset
-    heldout: Dataset
+    heldout: Dataset | None
     origin: str
     left_out: int = 0
 
@@ -82,10 +82,11 @@ def heldout_dials(
         dataset: a dataset option (``rotten_tomatoes_packaged``) or the options of one to take documents from; null:
             the dataset's own test split, else what the dataset names, else a share of it.
         documents: at most so many are scored, chosen by content hash.
-        share: of the documents, taken out before chunking where there is no other source.
+        share: of the documents, taken out before chunking where there is no other source; 0 takes none, and then
+            nothing is held out.
     """
     require(documents >= 1, f"heldout.documents={documents}: must be at least 1; the default is 400")
-    require(0 < share < 1, f"heldout.share={share:g}: must lie between 0 and 1, both excluded; the default is 0.02")
+    require(0 <= share < 1, f"heldout.share={share:g}: must be 0 or more and less than 1; the default is 0.02")
     return dataset, documents, share
 
 
@@ -109,6 +110,8 @@ def split_off(
     """
     own = texts.get("heldout") if isinstance(texts, dict) else None
     train: Dataset = texts["train"] if isinstance(texts, dict) else texts
+    if other is None and own is None and share == 0:
+        return Split(train, None, "nothing")
     if other is None and own is None:
         rest, held = hold_out(train, share, documents)
         return Split(rest, held, f"a share of {share:g} of the documents")

@@ -26,7 +26,7 @@ def data_report(
     chunking: Callable[[Tokens, int], Chunks],
     chunks: Chunks,
     splits: dict[str, Chunks],
-    heldout: HeldoutChunks,
+    heldout: HeldoutChunks | None,
 ) -> dict[str, dict[str, Any]]:
     """``data.json``: for the corpus, each split of it and the held-out documents, counts and hashes.
 
@@ -44,6 +44,8 @@ def data_report(
         **words_report(tokens, tokenizer),
         "content_sha256": content_sha256(texts.train),
     }
+    if heldout is None or texts.heldout is None:
+        return report
     report["heldout"] = rows_report(texts.origin, heldout) | {
         "documents": heldout.tokens.num_documents,
         **words_report(heldout.tokens, tokenizer),
