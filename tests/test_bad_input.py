@@ -15,7 +15,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from mlmx import runs
-from mlmx.cli import main
+from mlmx.cli import COMMANDS, main
 from mlmx.config import TrainConfig, plain
 
 # ------------------------------------------------------------------------------- what is at fault
@@ -355,6 +355,10 @@ def refusal(faulty: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
     return run
 
 
+def not_reached(*_: Any, **__: Any) -> None:
+    pytest.fail("the request was let through")
+
+
 def assert_one_line_with(words: list[str], stderr: str) -> None:
     assert stderr.startswith("mlmx: ")
     assert stderr.count("\n") == 1
@@ -368,8 +372,10 @@ def name_of(value: Any) -> str:
 
 @pytest.mark.parametrize(("arguments", "words"), JUDGED_HERE, ids=name_of)
 def test_a_wrong_request_is_refused_in_one_line_and_leaves_nothing(
-    arguments: list[str], words: list[str], refusal: Any, outputs: Path
+    arguments: list[str], words: list[str], refusal: Any, outputs: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    for command in COMMANDS:
+        monkeypatch.setattr(f"mlmx.{command}.{command}", not_reached)
     code, stderr = refusal(arguments)
     assert_one_line_with(words, stderr)
     assert code == 2
@@ -378,8 +384,9 @@ def test_a_wrong_request_is_refused_in_one_line_and_leaves_nothing(
 
 @pytest.mark.parametrize(("arguments", "words"), LIBRARY, ids=name_of)
 def test_what_only_a_library_can_judge_is_refused_before_anything_is_written(
-    arguments: list[str], words: list[str], refusal: Any, outputs: Path
+    arguments: list[str], words: list[str], refusal: Any, outputs: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr("mlmx.train.fit", not_reached)
     code, stderr = refusal(arguments)
     assert_one_line_with(words, stderr)
     assert code == 2

@@ -76,9 +76,8 @@ print(json.dumps(report))
 
 def loaded_after(*command_lines: list[str], cwd: Path) -> list[tuple[int, set[str]]]:
     """Exit code of each command line, and the top-level modules loaded since the interpreter's start."""
-    done = subprocess.run(
-        [sys.executable, "-c", LOADED, json.dumps(command_lines)], capture_output=True, text=True, check=True, cwd=cwd
-    )
+    command = [sys.executable, "-c", LOADED, json.dumps(command_lines)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=cwd, timeout=60)
     return [(code, set(modules)) for code, modules in json.loads(done.stdout.splitlines()[-1])]
 
 

@@ -296,7 +296,4 @@ def _complete(arguments: list[str]) -> int:
         return _guarded("train", arguments)
     prefix = line.index(words[1], len(words[0])) + len(words[1])
     os.environ["COMP_LINE"] = words[0] + line[prefix:]
-    point = os.environ.get("COMP_POINT")
-    if point is not None:
-        os.environ["COMP_POINT"] = str(int(point) - (prefix - len(words[0])))
     return _guarded(words[1], arguments)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from mlmx import __version__
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -90,7 +92,7 @@ def test_help_and_config(site: Path, empty: Path) -> None:
     assert "chunk_size: 128" in shown.stdout
     assert "train_chunks: 1000" in shown.stdout
     script = python(str(site / "bin/mlmx"), "--version", cwd=empty, site=site)
-    assert script.stdout.strip() == "0.1.0"
+    assert script.stdout.strip() == __version__
     assert list(empty.iterdir()) == before
 
 
