@@ -14,6 +14,7 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="mlmx-hf-")
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as mlmx sets it: threads that spin starve each other
 
 
 def pytest_unconfigure() -> None:

@@ -11,8 +11,10 @@ import contextlib
 import difflib
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -35,6 +37,8 @@ HELP_FLAGS = ("-h", "--help")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
+    # Read when torch loads its threads. Spinning ones gain nothing here and starve whatever shares the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in HELP_FLAGS:
         print(_program_help())
@@ -108,7 +112,8 @@ def _config_dirs(arguments: Sequence[str]) -> list[Path]:
 def _guarded(command: str, arguments: list[str]) -> int:
     """Run a command; every ending is an exit code and, if it is an error, one line."""
     try:
-        return _run(command, arguments)
+        with _ended_by_signals():
+            return _run(command, arguments)
     except SystemExit as ending:
         return ending.code if isinstance(ending.code, int) else (0 if ending.code is None else 1)
     except KeyboardInterrupt:
@@ -122,6 +127,26 @@ def _guarded(command: str, arguments: list[str]) -> int:
         code, line = explain(error, command)
         print(f"mlmx: {line}", file=sys.stderr)
         return code
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Inside the block SIGTERM and SIGHUP unwind the program, as SIGINT does: a run says that it was ended, a server
+    takes its own processes along."""
+
+    def leave(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    # What is ignored stays ignored (nohup), and only the main thread may set handlers.
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if main and signal.getsignal(n) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _run(command: str, arguments: list[str]) -> int:

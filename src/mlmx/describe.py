@@ -25,11 +25,11 @@ def choice(group: str, cfg: TrainConfig, job: Job) -> str:
 
 
 def run_name(cfg: TrainConfig, job: Job) -> str:
-    """``minilm · imdb_packaged · chunk 128 · mask 0.15 · lr 0.0005``."""
+    """``chunk 128 · mask 0.15 · lr 0.0005 · minilm · imdb_packaged``: what sweeps vary first, lists cut the end off."""
     if cfg.run_name:
         return cfg.run_name
-    parts = (choice("model", cfg, job), choice("dataset", cfg, job), f"chunk {cfg.chunk_size}")
-    return " · ".join([*parts, f"mask {cfg.mlm_probability:g}", f"lr {cfg.lr:g}"])
+    dials = (f"chunk {cfg.chunk_size}", f"mask {cfg.mlm_probability:g}", f"lr {cfg.lr:g}")
+    return " · ".join([*dials, choice("model", cfg, job), choice("dataset", cfg, job)])
 
 
 def source_name(cfg: TrainConfig, job: Job) -> str:

@@ -134,7 +134,7 @@ def recorded(run: runs.Run, store: tracking.Store | None, clock: Clock) -> Itera
     try:
         yield tracker
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
         raise
     finally:

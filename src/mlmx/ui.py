@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 from mlmx import tracking
 from mlmx.config import Job, RequestError, UiConfig, bind, require
@@ -56,27 +54,17 @@ def ui(cfg: UiConfig, job: Job) -> None:
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
+        "PYTHONWARNINGS": "ignore",
     }
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--host",
-        HOST,
-        "--port",
-        str(cfg.port),
-        "--workers",
-        "1",
-    ]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(cfg.port), "--workers", "1"]
+    command += ["--uvicorn-opts", "--log-level warning"]  # one line per request would scroll the address away
     command += ["--backend-store-uri", store.uri, "--default-artifact-root", str(store.artifacts)]
-    with ended_by_signals():
-        server = subprocess.Popen(command, env=environment)
-        try:
-            code = server.wait()
-        finally:
-            server.terminate()  # it ends its own server process
-            server.wait()
+    server = subprocess.Popen(command, env=environment)
+    try:
+        code = server.wait()
+    finally:
+        server.terminate()  # it ends its own server process
+        server.wait()
     if code not in (0, -2, -15):
         raise RuntimeError(f"mlflow server ended with exit code {code}")
 
@@ -90,22 +78,3 @@ def address(port: int, store: tracking.Store) -> str:
             query = "SELECT experiment_id FROM experiments WHERE name = ?"
             found = database.execute(query, (store.experiment,)).fetchone()
     return f"{root}/#/experiments/{found[0]}/runs?workflowType=machine_learning" if found else root
-
-
-@contextlib.contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Inside the block SIGTERM and SIGHUP unwind the program, as SIGINT does: by default they would leave the
-    server running without it."""
-
-    def leave(number: int, frame: object) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    # What is ignored stays ignored: nohup.
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import time
@@ -23,6 +22,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # not "Creating initial MLflow database tables..."
 
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # not "Creating initial MLflow database tables..."
@@ -30,10 +30,6 @@ logging.getLogger("alembic").setLevel(logging.WARNING)
 
 import mlflow.entities as entities  # noqa: E402
 from mlflow import MlflowClient  # noqa: E402
-
-# After its import, which sets them: not "Creating initial MLflow database tables...".
-for chatty in ("mlflow", "mlflow.store.db.utils", "alembic"):
-    logging.getLogger(chatty).setLevel(logging.WARNING)
 
 # What makes a checkpoint loadable; the optimizer, scheduler and random states are for resuming, and stay local.
 NOT_THE_MODEL = (".pt", ".pth", ".bin", "trainer_state.json")

@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 CURVES = {
     "loss": ("train/loss", "eval/loss", "heldout/loss"),
@@ -37,7 +38,8 @@ def draw(rows: Sequence[Mapping[str, Any]], folder: Path, title: str) -> list[Pa
         axes.set_ylabel(UNITS[kind])
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
-        axes.margins(x=0.1)
+        axes.margins(x=0.15)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if axes.lines:
             axes.legend(frameon=False)
         written.append(folder / f"{kind}.png")

@@ -44,7 +44,7 @@ class Progress(TrainerCallback):
                 TimeRemainingColumn(compact=True),
             )
             # Log lines pass through the bar's console while it is alive, so that neither tears the other.
-            self.bar = Bar(*columns, console=Console(file=sys.stdout), transient=True)
+            self.bar = Bar(*columns, console=Console(file=sys.stdout, soft_wrap=True), transient=True)
             self.task = self.bar.add_task("", total=state.max_steps, speed="–", loss="–")
             self.bar.start()
 
