@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from datasets import Dataset, DatasetDict
 
 from mlmx import runs
 from mlmx.cli import COMMANDS, main
-from mlmx.config import TrainConfig, plain
+from mlmx.config import TrainConfig
 
 # ------------------------------------------------------------------------------- what is at fault
 
@@ -85,7 +86,7 @@ def save_runs(folder: Path, tiny: Path) -> None:
         run = folder / name
         run.mkdir()
         (run / "result.json").write_text(json.dumps({"status": status, "run_id": name}))
-        (run / "config.yaml").write_text(json.dumps(plain(config)))
+        (run / "config.yaml").write_text(json.dumps(asdict(config)))
     shutil.copytree(tiny, folder / "finished" / "model")
     shutil.copytree(folder / "finished", folder / "unsaved", ignore=shutil.ignore_patterns("model"))
 
@@ -118,7 +119,7 @@ def train(*arguments: str) -> list[str]:
 
 NAMES: list[Row] = [
     (["trian"], ["trian", "did you mean train?", "evaluate, predict, ui"]),
-    (["compose"], ["compose: unknown command", "train, evaluate, predict, ui"]),
+    (["compose"], ["compose: unknown command", "train, prepare, evaluate, predict, ui"]),
     (train("chunk_sze=128"), ["chunk_sze", "did you mean chunk_size?", "--help"]),
     (train("+chunk_sze=128"), ["chunk_sze", "did you mean chunk_size?", "--help"]),
     (train("++zzz=1"), ["zzz: unknown key", "--help"]),
@@ -180,7 +181,7 @@ NUMBERS: list[Row] = [
     (train("weight_decay=-1"), ["weight_decay=-1:", "0 or more"]),
     (train("seed=-1"), ["seed=-1:", "between 0 and 4294967295"]),
     (train("precision=fp16"), ["precision=fp16:", "fp32, bf16, auto"]),
-    (train("masking.mask_share=2"), ["masking.mask_share=2", "at most 1"]),
+    (train("masking.mask_share=2"), ["masking.mask_share=2", "together 1"]),
     (train("model.heads=3"), ["model.hidden_size=128", "multiple", "model.heads=3"]),
     (train("model.layers=0"), ["layers=0", "at least 1"]),
     (train("model.dropout=1"), ["dropout=1", "[0, 1)"]),

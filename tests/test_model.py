@@ -135,5 +135,5 @@ def test_fill_masks(tiny: Path, tokenizer):
     assert probabilities == pytest.approx(likely.values.tolist(), rel=1e-5)
     with pytest.raises(RequestError, match=r"holds no \[MASK\]"):
         model.fill_masks(loaded, tokenizer, "no mask", 3)
-    with pytest.raises(RequestError, match="at most 512 tokens"):
+    with pytest.raises(RequestError, match="holds at most 512"):
         model.fill_masks(loaded, tokenizer, "word " * 600 + "[MASK]", 3)

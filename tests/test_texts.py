@@ -18,7 +18,19 @@ from huggingface_hub import constants
 
 from mlmx import sources
 from mlmx.config import RequestError
-from mlmx.data.texts import DATASETS, SUFFIXES, files, hub, packaged_reviews, quick_check
+from mlmx.data import texts as data_texts
+from mlmx.data.texts import DATASETS, SUFFIXES, packaged_reviews, quick_check
+
+
+def files(**options: Any) -> Dataset:
+    """The training texts of ``dataset=files``."""
+    return data_texts.files(**options)["train"]
+
+
+def hub(**options: Any) -> Dataset:
+    """The training texts of a hub dataset."""
+    return data_texts.hub(**options)["train"]
+
 
 TEXTS = ["A great film.", 'Naïve, "quoted" — 日本語 😀', "Third.\tWith a tab"]
 
@@ -173,9 +185,9 @@ def test_changed_reviews_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_quick_check_refuses_what_loading_would(tmp_path: Path):
     with pytest.raises(RequestError, match="no such file"):
-        quick_check(partial(files, path=str(tmp_path / "gone.txt")))
+        quick_check(partial(data_texts.files, path=str(tmp_path / "gone.txt")))
     with pytest.raises(RequestError, match="cannot be reached"):
-        quick_check(partial(hub, path="owner/name"))
+        quick_check(partial(data_texts.hub, path="owner/name"))
     quick_check(partial(packaged_reviews, source="imdb"))
     assert set(DATASETS) == {"hub", "packaged_reviews", "files"}
 
@@ -240,3 +252,11 @@ def test_an_unreachable_hub_with_a_copy_is_read_from_the_copy(repository: Path, 
     finally:
         shutil.rmtree(cached.parents[2])
     assert (os.environ["HF_HUB_OFFLINE"], constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE) == ("1", True, True)
+
+
+def test_a_datasets_own_test_split_is_held_out(tmp_path: Path):
+    saved = write(tmp_path / "folder.dict", TEXTS)
+    read = data_texts.files(path=str(saved))
+    assert read["train"]["text"] == TEXTS
+    assert read["heldout"]["text"] == TEXTS[:1]
+    assert set(data_texts.files(path=str(write(tmp_path / "a.csv", TEXTS)))) == {"train"}

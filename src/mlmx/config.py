@@ -15,7 +15,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from mlmx.places import conf_dir
 
 Options = dict[str, Any]
+HELDOUT: Options = {"dataset": None, "documents": 400, "share": 0.02}
 
 
 class RequestError(ValueError):
@@ -66,7 +67,7 @@ class TrainConfig:
     run_name: str | None = None
     note: str | None = None
     example: str = "This is a great [MASK]."
-    heldout: Options = field(default_factory=dict)
+    heldout: Options = field(default_factory=lambda: dict(HELDOUT), metadata={"group": False})
     model: Options = field(default_factory=dict)
     dataset: Options = field(default_factory=dict)
     chunking: Options = field(default_factory=dict)
@@ -113,7 +114,7 @@ class PrepareConfig:
     mlm_probability: float = 0.15
     seed: int = 42
     preview: int = 0
-    heldout: Options = field(default_factory=dict)
+    heldout: Options = field(default_factory=lambda: dict(HELDOUT), metadata={"group": False})
     model: Options = field(default_factory=dict)
     dataset: Options = field(default_factory=dict)
     chunking: Options = field(default_factory=dict)
@@ -188,7 +189,7 @@ def register_schemas() -> None:
     """
     for command, schema in CONFIGS.items():
         node = OmegaConf.structured(schema)
-        for name in group_names(schema):
+        for name in open_nodes(schema):
             node[name]._set_flag("struct", False)
         ConfigStore.instance().store(name=f"{command}_schema", node=node)
 
@@ -199,7 +200,12 @@ def group_names(schema: type[Config]) -> list[str]:
     >>> group_names(UiConfig)
     ['tracking']
     """
-    return [f.name for f in fields(schema) if f.default_factory is dict]
+    return [name for name in open_nodes(schema) if schema.__dataclass_fields__[name].metadata.get("group", True)]
+
+
+def open_nodes(schema: type[Config]) -> list[str]:
+    """Root keys that take any key at composition and are checked by `bind`: the groups, and ``heldout``."""
+    return [f.name for f in fields(schema) if f.type == "Options"]
 
 
 def to_config(command: str, composed: DictConfig) -> Config:
@@ -390,9 +396,3 @@ def _wording(wanted: Any) -> str:
     if origin is dict:
         return "a mapping"
     return _WORDS.get(wanted, getattr(wanted, "__name__", str(wanted)))
-
-
-def plain(config: Any) -> dict[str, Any]:
-    """A dataclass as nested plain values, in the order of its fields."""
-    assert is_dataclass(config)
-    return {f.name: getattr(config, f.name) for f in fields(config)}

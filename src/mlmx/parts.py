@@ -52,7 +52,7 @@ def parts_of(cfg: TrainConfig) -> Parts:
     return Parts(encoder(), source, split, chunking, heldout, strategy, shares(), schedule(), store())
 
 
-def check(cfg: TrainConfig) -> None:
+def check_training(cfg: TrainConfig) -> None:
     """Everything that can be judged before torch is imported and anything is written."""
     parts = parts_of(cfg)
     require("[MASK]" in cfg.example, f"example={cfg.example!r}: holds no [MASK] to fill")

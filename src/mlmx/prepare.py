@@ -9,8 +9,7 @@ from typing import Any
 
 from mlmx import describe, model, runs
 from mlmx.config import Job, PrepareConfig, TrainConfig, require
-from mlmx.parts import check as check_train
-from mlmx.parts import gather, parts_of
+from mlmx.parts import check_training, gather, parts_of
 
 log = logging.getLogger("mlmx")
 
@@ -24,7 +23,7 @@ def settings(cfg: PrepareConfig) -> TrainConfig:
 def check(cfg: PrepareConfig) -> None:
     """As ``train`` checks."""
     require(cfg.preview >= 0, f"preview={cfg.preview}: must be 0 or more chunks")
-    check_train(settings(cfg))
+    check_training(settings(cfg))
 
 
 def prepare(cfg: PrepareConfig, job: Job) -> dict[str, dict[str, Any]]:

@@ -15,14 +15,14 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
-from mlmx.config import RequestError, TrainConfig, from_plain, plain
+from mlmx.config import RequestError, TrainConfig, from_plain
 from mlmx.places import outputs_dir
 
 log = logging.getLogger("mlmx")
@@ -121,7 +121,7 @@ def begin(folder: Path, config: TrainConfig, overrides: tuple[str, ...]) -> Run:
         raise RequestError(f"{folder}: already holds a run; choose another hydra.run.dir")
     run = Run(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(plain(config)), folder / "config.yaml")
+    OmegaConf.save(OmegaConf.create({f.name: getattr(config, f.name) for f in fields(config)}), folder / "config.yaml")
     OmegaConf.save(OmegaConf.create(list(overrides)), folder / "overrides.yaml")
     run.write_json("result.json", {"status": "RUNNING"})
     return run

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 from mlmx import describe, model, provenance, runs, tracking, training
 from mlmx.config import Job, TrainConfig
 from mlmx.measure import Material, Measure
-from mlmx.parts import Parts, check, gather, parts_of
+from mlmx.parts import Parts, check_training, gather, parts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
-__all__ = ["check", "train"]
 log = logging.getLogger("mlmx")
 
 
@@ -31,6 +30,11 @@ class Ready:
     material: Material
     model: PreTrainedModel
     measure: Measure
+
+
+def check(cfg: TrainConfig) -> None:
+    """Everything that can be judged before torch is imported and anything is written."""
+    check_training(cfg)
 
 
 def train(cfg: TrainConfig, job: Job) -> float:

@@ -44,7 +44,6 @@ def hold_out(texts: Dataset, share: float, most: int) -> tuple[Dataset, Dataset]
     keys = document_keys(texts)
     unique = np.unique(keys)
     number = max(1, min(most, round(share * len(unique))))
-    require(len(unique) > number, f"heldout.share={share:g}: leaves no document to train on ({len(unique)} in all)")
     chosen = unique[hashed_order(unique)[:number]]
     out = np.isin(keys, chosen)
     return texts.select(np.flatnonzero(~out)), choose(texts.select(np.flatnonzero(out)), most)
@@ -110,8 +109,8 @@ def split_off(
     """
     own = texts.get("heldout") if isinstance(texts, dict) else None
     train: Dataset = texts["train"] if isinstance(texts, dict) else texts
-    if other is None and own is None and share == 0:
-        return Split(train, None, "nothing")
+    if other is None and own is None and (share == 0 or len(set(train["text"])) < 2):
+        return Split(train, None, "nothing")  # of a single document nothing can be taken out
     if other is None and own is None:
         rest, held = hold_out(train, share, documents)
         return Split(rest, held, f"a share of {share:g} of the documents")

@@ -25,11 +25,8 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # not "Creating initial MLflow database tables..."
 
 
-logging.getLogger("mlflow").setLevel(logging.WARNING)  # not "Creating initial MLflow database tables..."
-logging.getLogger("alembic").setLevel(logging.WARNING)
-
-import mlflow.entities as entities  # noqa: E402
-from mlflow import MlflowClient  # noqa: E402
+import mlflow.entities as entities
+from mlflow import MlflowClient
 
 # What makes a checkpoint loadable; the optimizer, scheduler and random states are for resuming, and stay local.
 NOT_THE_MODEL = (".pt", ".pth", ".bin", "trainer_state.json")
