@@ -149,6 +149,9 @@ NAMES: list[Row] = [
     (train("--config-dir", "nowhere"), ["--config-dir nowhere", "no such folder"]),
     (train("--config-name", "predict"), ["--config-name predict", "--config-dir"]),
     (["predict", "top_q=3"], ["top_q", "did you mean top_k?"]),
+    (train("heldout.shar=0.1"), ["heldout.shar", "did you mean share?"]),
+    (train("heldout.dataset=imbd"), ["dataset=imbd", "did you mean imdb?"]),
+    (["prepare", "chunk_sze=128"], ["chunk_sze", "did you mean chunk_size?"]),
     (["evaluate", "rum=last"], ["rum", "did you mean run?"]),
     (["ui", "prt=1"], ["prt", "did you mean port?"]),
 ]
@@ -189,6 +192,12 @@ NUMBERS: list[Row] = [
     (train("dataset.train_chunks=1.5"), ["dataset.train_chunks=1.5:", "share between 0 and 1"]),
     (train("dataset.eval_chunks=0.2"), ["dataset.train_chunks=0.9", "dataset.eval_chunks=0.2", "exceed 1"]),
     (train("dataset.split_seed=-1"), ["dataset.split_seed=-1:", "0 or more"]),
+    (train("heldout.share=1"), ["heldout.share=1:", "less than 1"]),
+    (train("heldout.share=-1"), ["heldout.share=-1:", "0 or more"]),
+    (train("heldout.documents=0"), ["heldout.documents=0:", "at least 1"]),
+    (["prepare", "preview=-1"], ["preview=-1:", "0 or more"]),
+    (["prepare", "chunk_size=2"], ["chunk_size=2:", "at least 3"]),
+    (["prepare", "chunk_size=513"], ["chunk_size=513:", "at most 512"]),
     (["predict", "top_k=0"], ["top_k=0:", "at least 1"]),
     (["evaluate", "batch_size=0"], ["batch_size=0:", "at least 1"]),
     (["evaluate", "chunk_size=2"], ["chunk_size=2:", "at least 3"]),
@@ -250,6 +259,8 @@ MODELS: list[Row] = [
         ["distilbert/distilbert-base-uncased", "cannot be reached", "model.path=…", "experiment=demo"],
     ),
     (["train", "model=scratch", "dataset=wikitext"], ["Salesforce/wikitext", "cannot be reached", "dataset=files"]),
+    (["prepare"], ["stanfordnlp/imdb", "cannot be reached", "dataset=files dataset.path=…"]),
+    (train("heldout.dataset=imdb"), ["stanfordnlp/imdb", "cannot be reached"]),
     (["train", "model=scratch", "dataset.path=me/mine"], ["dataset.path=me/mine", "cannot be reached"]),
 ]
 

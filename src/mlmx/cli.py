@@ -39,7 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     # Read when torch loads its threads. Spinning ones gain nothing here and starve whatever shares the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except BrokenPipeError:  # whoever read our output has seen enough: mlmx train --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in HELP_FLAGS:
         print(_program_help())
         return 0

@@ -138,6 +138,13 @@ def tags(cfg: TrainConfig, job: Job, report: Mapping[str, Mapping[str, Any]], pr
     return found
 
 
+def by_word(found: Mapping[str, float]) -> str:
+    """``words    held-out loss: unseen 9.38, rare 9.06, …``."""
+    prefix = "final/heldout_loss_"
+    parts = [f"{name.removeprefix(prefix)} {value:.2f}" for name, value in found.items() if name.startswith(prefix)]
+    return f"words    held-out loss by word frequency and piece: {', '.join(parts)}"
+
+
 def scores(found: Mapping[str, float], report: Mapping[str, Mapping[str, Any]], protocol: str) -> str:
     """A line per section: what was scored, and its numbers."""
     lines = []

@@ -120,6 +120,7 @@ def conclude(ready: Ready, run: runs.Run, tracker: tracking.Tracker) -> None:
     step, epoch = tracker.latest
     if found:
         tracker.log(step, epoch, found)
+        log.info("%s", describe.by_word(found))
     if ready.measure.documents is not None:
         ready.measure.documents.save(run.folder / runs.HELDOUT_FILE)
 

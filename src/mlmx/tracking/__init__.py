@@ -101,8 +101,9 @@ class Tracker:
         self.last |= metrics
         self.latest = (step, epoch)
         self.run.append_metrics(step, epoch, metrics)
-        shown = "  ".join(f"{name} {value:,.5g}" for name, value in metrics.items())
-        log.info("epoch %g  step %d  %s", round(epoch, 2), step, shown)
+        shown = "  ".join(f"{name} {value:,.5g}" for name, value in metrics.items() if not name.startswith("final/"))
+        if shown:
+            log.info("epoch %g  step %d  %s", round(epoch, 2), step, shown)
         self._send(lambda mlflow: mlflow.log(step, {**metrics, "epoch": epoch}))
 
     def checkpoint(self, folder: Path, step: int, epoch: float) -> None:
