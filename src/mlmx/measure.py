@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -59,11 +60,17 @@ def heldout_source(cfg: TrainConfig) -> HeldoutSource:
     training, *_ = bind("dataset", cfg.dataset, data.DATASETS, data.split_chunks, data.dataset_heldout)
     origin = wanted if isinstance(wanted, str) else ":".join(str(v) for v in (options["name"], options.get("path")))
     require(
-        (source.func, source.keywords) != (training.func, training.keywords),
+        _call(source) != _call(training),
         f"heldout.dataset={origin}: is the training source itself; name another dataset, or leave it out for "
         "a share of documents that is then not trained on",
     )
     return HeldoutSource(source, f"heldout.dataset={origin}", documents, share, allow_overlap)
+
+
+def _call(bound: partial[Any]) -> tuple[Any, dict[str, Any]]:
+    """A bound function and all its options, those left to their defaults as well."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(bound.func).parameters.items()}
+    return bound.func, defaults | bound.keywords
 
 
 def protocol_id(rows: data.HeldoutChunks, tokenizer: Any) -> str:

@@ -1,0 +1,128 @@
+"""A sample's mask in an epoch is one and the same however training is cut up, distributed or restarted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mlmx import data, masking, model, training
+from tests.test_loss import Notes, free_port
+
+ROWS = 24
+
+
+class Recording:
+    """A masker that notes what it hands out, from whatever process it is called in."""
+
+    def __init__(self, mask: masking.Masker, folder: Path) -> None:
+        self.mask = mask
+        self.folder = folder
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        batch = self.mask(rows)
+        for row, inputs, labels in zip(rows, batch["input_ids"], batch["labels"], strict=True):
+            pair = np.stack([inputs.numpy(), labels.numpy()])
+            name = f"{row['epoch']}-{row['sample']}.npy"
+            before = self.folder / name
+            if before.exists():
+                assert np.array_equal(np.load(before), pair), f"{name} was masked otherwise before"
+            np.save(before, pair)
+        return batch
+
+
+def train(folder: Path, corpus: Path, tokenizer_folder: Path, batch_size: int, **options: int) -> None:
+    from transformers import AutoTokenizer
+
+    from mlmx.training.engine import make_trainer
+
+    folder.mkdir(exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    texts = data.files(path=str(corpus))["train"].select(range(20))
+    chunks = data.concat(data.tokenize(texts, tokenizer), 32)
+    chunks = chunks.select(np.arange(ROWS))
+    mask = masking.masker(partial(masking.token), tokenizer, 0.15, 42)
+    dials = {"lr": 1e-3, "epochs": 2, "batch_size": batch_size, "weight_decay": 0.0, "seed": 42, "precision": "fp32"}
+    fixed = {"name": "corrected", "save_strategy": "no", "logging_strategy": "no", "use_cpu": True}
+    trainer = make_trainer(
+        "corrected",
+        training.arguments({**fixed, **options}, folder / "checkpoints", **dials),
+        model=model.load_model(model.scratch(layers=1, hidden_size=16, heads=1), tokenizer, seed=0),
+        tokenizer=tokenizer,
+        train_chunks=chunks,
+        eval_chunks=chunks,
+        mask=Recording(mask, folder),
+        mlm_probability=0.15,
+        masked_logits=model.masked_logits,
+        scores=lambda trained: {},
+        recorder=Notes(),
+    )
+    trainer.train()
+
+
+def masks_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: np.load(path).tobytes() for path in folder.glob("*.npy")}
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory, corpus: Path, uncased: Path) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("expected")
+    train(folder, corpus, uncased, batch_size=8)
+    found = masks_of(folder)
+    assert len(found) == 2 * ROWS, "every sample, in each of two epochs"
+    assert len(set(found.values())) == 2 * ROWS, "epochs differ"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "options"),
+    [
+        (8, {}),  # a restart: another process state, the same masks
+        (3, {}),
+        (4, {"gradient_accumulation_steps": 2}),
+        (8, {"dataloader_num_workers": 1}),
+        (5, {"dataloader_num_workers": 2}),
+    ],
+)
+def test_masks_are_the_same_token_for_token(
+    tmp_path: Path, corpus: Path, uncased: Path, expected: dict[str, bytes], batch_size: int, options: dict[str, int]
+):
+    torch.manual_seed(batch_size)
+    train(tmp_path / "masks", corpus, uncased, batch_size, **options)
+    assert masks_of(tmp_path / "masks") == expected
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import torch
+torch.set_num_threads(1)
+from tests.test_masks_in_training import train
+train(Path({folder!r}), Path({corpus!r}), Path({tokenizer!r}), batch_size=4)
+"""
+
+
+def test_two_processes_share_out_the_same_masks(
+    tmp_path: Path, corpus: Path, uncased: Path, expected: dict[str, bytes]
+):
+    root = str(Path(__file__).resolve().parents[1])
+    port = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    processes = []
+    for rank in ("0", "1"):
+        folder = tmp_path / rank
+        code = PROCESS.format(root=root, folder=str(folder), corpus=str(corpus), tokenizer=str(uncased))
+        script = tmp_path / f"process_{rank}.py"
+        script.write_text(code)
+        environment = {**os.environ, **port, "RANK": rank, "LOCAL_RANK": rank}
+        processes.append(subprocess.Popen([sys.executable, script], env=environment))
+    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    halves = [masks_of(tmp_path / rank) for rank in ("0", "1")]
+    assert halves[0].keys() != halves[1].keys()
+    assert halves[0] | halves[1] == expected
