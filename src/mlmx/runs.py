@@ -41,9 +41,9 @@ def register_resolvers() -> None:
 
 
 def discard_empty(folder: Path) -> None:
-    """Remove a run folder that nothing was written to, and the empty folders above it in outputs/."""
+    """Remove a run folder that nothing was written to, and the empty folders above it, outputs/ included."""
     outputs = outputs_dir()
-    while outputs in folder.parents:
+    while outputs in (folder, *folder.parents):
         contents = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         if contents == {"multirun.yaml"}:  # Hydra's own note of a sweep of which no job started
             (folder / "multirun.yaml").unlink()
