@@ -112,10 +112,10 @@ def test_shares_are_configurable(tokenizer, chunks: data.Chunks):
 
 def test_a_budget_below_one_target_is_refused_with_the_smallest_that_works():
     with pytest.raises(RequestError, match=r"mlm_probability=0\.01.*the smallest that works is 0\.034") as refused:
-        masking.require_budget(0.01, 32)
-    masking.require_budget(0.034, 32)
+        masking.require_budget("mlm_probability", 0.01, 32)
+    masking.require_budget("mlm_probability", 0.034, 32)
     with pytest.raises(RequestError):
-        masking.require_budget(0.033, 32)
+        masking.require_budget("mlm_probability", 0.033, 32)
     assert "\n" not in str(refused.value)
 
 

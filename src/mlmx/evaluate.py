@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from mlmx import data, describe, model, runs, tracking
+from mlmx import data, describe, masking, model, runs, tracking
 from mlmx.config import EvaluateConfig, Job, RequestError, TrainConfig, bind
 from mlmx.measure import Measure
-from mlmx.parts import gather, parts_of
+from mlmx.parts import Parts, gather, parts_of
 
 log = logging.getLogger("mlmx")
 
@@ -45,24 +46,60 @@ def resolve(cfg: EvaluateConfig) -> tuple[Path, TrainConfig, runs.Run | None]:
 
 
 def evaluate(cfg: EvaluateConfig, job: Job) -> dict[str, float]:
-    """Print the scores; a run's own MLflow run gets them as ``evaluate/…``."""
+    """Print the scores, and keep them with the run."""
     folder, settings, run = resolve(cfg)
     parts = parts_of(settings)
     with runs.log_to():
-        material = gather(settings, parts, describe.source_name(settings, job))
-        loaded = model.load_model(parts.encoder, material.tokenizer, settings.seed)
+        if cfg.dataset:
+            tokenizer, mask, heldout, report = other_texts(settings, parts, run, describe.source_name(settings, job))
+            measure = Measure(tokenizer, mask, heldout, cfg.batch_size)
+        else:
+            made = gather(settings, parts, describe.source_name(settings, job))
+            tokenizer, report = made.tokenizer, made.report
+            measure = Measure(tokenizer, made.mask, made.heldout, cfg.batch_size, made.eval_chunks)
+        loaded = model.load_model(parts.encoder, tokenizer, settings.seed)
         loaded.to(device())  # type: ignore[arg-type]
-        measure = Measure(material, cfg.batch_size)
         scored = measure(loaded)
-        log.info("%s\n%s", folder, describe.scores(scored, material.report, measure.protocol))
+        log.info("%s\n%s", folder, describe.scores(scored, report, measure.protocol))
         if run is not None:
-            record(cfg, run, scored)
+            record(cfg, run, settings.chunk_size, measure.protocol, scored)
     return scored
 
 
-def record(cfg: EvaluateConfig, run: runs.Run, scored: dict[str, float]) -> None:
-    """Add the score to the run's folder and to its own MLflow run."""
+def other_texts(
+    settings: TrainConfig, parts: Parts, run: runs.Run | None, source_name: str
+) -> tuple[Any, masking.Masker, data.HeldoutChunks, dict[str, Any]]:
+    """Documents of another dataset, all of them held out but those that the run was trained on.
+
+    At most ``heldout.documents`` are scored, chosen by content hash.
+    """
+    tokenizer = model.load_tokenizer(parts.encoder, settings.chunk_size)
+    mask = masking.masker(parts.strategy, tokenizer, settings.mlm_probability, settings.seed)
+    texts = parts.source()
+    documents = texts.get("heldout", texts["train"]) if isinstance(texts, dict) else texts
+    left_out = 0
+    if run is not None:
+        trained = parts_of(run.config()).source()
+        split = data.split_off(trained, documents, source_name, parts.heldout.documents, 0, allow_overlap=True)
+        assert split.heldout is not None
+        chosen, left_out = split.heldout, split.left_out
+    else:
+        chosen = data.choose(documents, parts.heldout.documents)
+    heldout = data.heldout_chunks(chosen, tokenizer, settings.chunk_size)
+    report = {"heldout": {"source": source_name, "chunks": len(heldout), "left_out_for_overlap": left_out}}
+    return tokenizer, mask, heldout, report
+
+
+def record(cfg: EvaluateConfig, run: runs.Run, chunk_size: int, protocol: str, scored: dict[str, float]) -> None:
+    """Keep the scores with the run: on its own protocol in its results and in its MLflow run, others in a file.
+
+    ``evaluations.jsonl`` has a line per evaluation with what was scored, so that no number goes without it.
+    """
     result = run.read_json("result.json")
+    line = {"dataset": dict(cfg.dataset) or "own", "chunk_size": chunk_size, "protocol": protocol, **scored}
+    run.append_line("evaluations.jsonl", line)
+    if protocol != result["protocol"] or chunk_size != run.config().chunk_size:
+        return
     last = run.metrics()[-1]
     metrics = {f"evaluate/{name}": value for name, value in scored.items()}
     run.append_metrics(last["step"], last["epoch"], metrics)

@@ -74,15 +74,19 @@ def _call(bound: partial[Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def protocol_id(rows: data.HeldoutChunks, tokenizer: Any) -> str:
-    """What ``heldout/*`` was measured on: documents, tokenizer, rate, shares and the version of the draws.
+    """What ``heldout/*`` was measured on: documents, their tokens, rate, shares and the version of the draws.
 
     Only runs of one id scored the same targets; runs of different ids are never ranked together.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    digest = hashlib.sha256()
+    offsets = rows.tokens.offsets
+    for number in np.argsort(rows.keys):
+        digest.update(rows.tokens.ids[offsets[number] : offsets[number + 1]].astype("<i4").tobytes() + b"|")
     what = [
         np.sort(rows.keys).tolist(),
-        hashlib.sha256(words.encode()).hexdigest(),
+        digest.hexdigest(),
+        sorted(tokenizer.all_special_ids),
+        len(tokenizer),
         [yardstick.RATE, *yardstick.SHARES],
         YARDSTICK_VERSION,
     ]
@@ -109,13 +113,20 @@ class Measure:
         documents: per-document sums of the last call.
     """
 
-    def __init__(self, material: Material, batch_size: int, own_eval: bool = True) -> None:
-        self.material = material
-        self.heldout = material.heldout
-        self.vocabulary = material.mask.vocabulary
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        mask: masking.Masker,
+        heldout: data.HeldoutChunks | None,
+        batch_size: int,
+        eval_chunks: data.Chunks | None = None,
+    ) -> None:
+        self.heldout = heldout
+        self.vocabulary = mask.vocabulary
         self.batch_size = batch_size
-        self.eval_mask = replace(material.mask, fixed=True) if own_eval else None
-        self.protocol = "none" if self.heldout is None else protocol_id(self.heldout, material.tokenizer)
+        self.eval_chunks = eval_chunks
+        self.eval_mask = replace(mask, fixed=True)
+        self.protocol = "none" if heldout is None else protocol_id(heldout, tokenizer)
         self.documents: DocumentSums | None = None
 
     def __call__(self, trained: PreTrainedModel) -> dict[str, float]:
@@ -123,8 +134,8 @@ class Measure:
         from mlmx import scoring
 
         found: dict[str, float] = {}
-        if self.eval_mask is not None:
-            batches = scoring.batches_of(self.material.eval_chunks, self.eval_mask, self.batch_size)
+        if self.eval_chunks is not None:
+            batches = scoring.batches_of(self.eval_chunks, self.eval_mask, self.batch_size)
             sums = scoring.score(trained, batches, model.masked_logits)
             found |= {f"eval/{name}": value for name, value in scoring.numbers(sums).items()}
         return found if self.heldout is None else found | self._yardstick(trained, self.heldout)
@@ -140,13 +151,13 @@ class Measure:
             found["heldout/bits_per_byte"] = scoring.bits_per_byte(words, heldout.word_bytes)
         return found
 
-    def breakdown(self, trained: PreTrainedModel) -> dict[str, float]:
+    def breakdown(self, trained: PreTrainedModel, training: data.Chunks) -> dict[str, float]:
         """``final/heldout_loss_rare`` and the like: loss and accuracy by word frequency and by piece."""
         from mlmx import scoring
 
         if self.heldout is None:
             return {}
-        per_token = data.token_groups(self.heldout.tokens, self.material.train_chunks.tokens)
+        per_token = data.token_groups(self.heldout.tokens, training)
         found = scoring.score_groups(
             trained,
             self.heldout,

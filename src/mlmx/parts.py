@@ -58,7 +58,8 @@ def check_training(cfg: TrainConfig) -> None:
     require("[MASK]" in cfg.example, f"example={cfg.example!r}: holds no [MASK] to fill")
     data.require_amounts(**parts.split.keywords)
     model.require_fit(parts.encoder, cfg.chunk_size)
-    masking.require_budget(min(cfg.mlm_probability, parts.final_probability or 1.0), cfg.chunk_size)
+    masking.require_budget("mlm_probability", cfg.mlm_probability, cfg.chunk_size)
+    masking.require_budget("masking.final_probability", parts.final_probability or 1.0, max(cfg.chunk_size, 4))
     for source in filter(None, (parts.source, parts.heldout.source)):
         data.quick_check(source)
     model.require_there(parts.encoder)

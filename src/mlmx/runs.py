@@ -90,7 +90,11 @@ class Run:
             "time": datetime.now().astimezone().isoformat(),
             **metrics,
         }
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        self.append_line("metrics.jsonl", row)
+
+    def append_line(self, name: str, row: Mapping[str, Any]) -> None:
+        """One JSON object as a line of a file of the run."""
+        with (self.folder / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:

@@ -93,7 +93,7 @@ Values = tuple[torch.Tensor, dict[str, torch.Tensor]]
 def values(model: torch.nn.Module, batches: Iterable[Batch], masked_logits: MaskedLogits) -> Iterator[Values]:
     """Each metric at each target, in fp32 without dropout, whatever precision the model trains in."""
     device = next(model.parameters()).device
-    with evaluating(model), torch.autocast(device.type, enabled=False):
+    with evaluating(model), torch.autocast(device.type, enabled=False), full_fp32():
         for batch in batches:
             rows = batch["labels"].ne(IGNORED).nonzero()[:, 0]
             if len(rows):
@@ -161,7 +161,8 @@ def score_documents(
             for name, value in found.items():
                 np.add.at(totals[name], documents, value.numpy())
         first += len(batch["input_ids"])
-    return DocumentSums(rows.keys, tokens, totals)
+    order = np.argsort(rows.keys)  # documents in one order, wherever they were read from
+    return DocumentSums(rows.keys[order], tokens[order], {name: total[order] for name, total in totals.items()})
 
 
 def score_groups(
@@ -225,6 +226,17 @@ def paired_difference(
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return Difference(float(difference.sum() / one.tokens.sum()), float(low), float(high), len(difference))
+
+
+@contextlib.contextmanager
+def full_fp32() -> Iterator[None]:
+    """No TF32 inside the block: a score is the same whether or not training uses it."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 @contextlib.contextmanager

@@ -77,8 +77,11 @@ def make_ready(cfg: TrainConfig, job: Job, parts: Parts, clock: Clock) -> Ready:
     loaded = model.load_model(parts.encoder, material.tokenizer, cfg.seed)
     model.prompt_of(loaded, material.tokenizer, cfg.example)
     clock.lap("model")
-    own_eval = cfg.trainer["name"] != "stock"  # the stock trainer scores eval/* itself
-    return Ready(arguments, material, loaded, Measure(material, arguments.per_device_eval_batch_size, own_eval))
+    # The stock trainer scores eval/* itself.
+    eval_chunks = None if cfg.trainer["name"] == "stock" else material.eval_chunks
+    batch_size = arguments.per_device_eval_batch_size
+    measure = Measure(material.tokenizer, material.mask, material.heldout, batch_size, eval_chunks)
+    return Ready(arguments, material, loaded, measure)
 
 
 def announce(cfg: TrainConfig, job: Job, ready: Ready, tracker: tracking.Tracker) -> None:
@@ -116,7 +119,7 @@ def fit(cfg: TrainConfig, ready: Ready, run: runs.Run, tracker: tracking.Tracker
 
 def conclude(ready: Ready, run: runs.Run, tracker: tracking.Tracker) -> None:
     """What is measured once, at the end: losses by kind of word, and the sums that pairs of runs are compared by."""
-    found = ready.measure.breakdown(ready.model)
+    found = ready.measure.breakdown(ready.model, ready.material.train_chunks)
     step, epoch = tracker.latest
     if found:
         tracker.log(step, epoch, found)

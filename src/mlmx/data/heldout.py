@@ -43,7 +43,7 @@ def hold_out(texts: Dataset, share: float, most: int) -> tuple[Dataset, Dataset]
     """
     keys = document_keys(texts)
     unique = np.unique(keys)
-    number = max(1, min(most, round(share * len(unique))))
+    number = min(most, round(share * len(unique)), len(unique) - 1)
     chosen = unique[hashed_order(unique)[:number]]
     out = np.isin(keys, chosen)
     return texts.select(np.flatnonzero(~out)), choose(texts.select(np.flatnonzero(out)), most)
@@ -109,9 +109,9 @@ def split_off(
     """
     own = texts.get("heldout") if isinstance(texts, dict) else None
     train: Dataset = texts["train"] if isinstance(texts, dict) else texts
-    if other is None and own is None and (share == 0 or len(set(train["text"])) < 2):
-        return Split(train, None, "nothing")  # of a single document nothing can be taken out
     if other is None and own is None:
+        if round(share * len(set(train["text"]))) < 1:
+            return Split(train, None, "nothing")  # the share is less than a document
         rest, held = hold_out(train, share, documents)
         return Split(rest, held, f"a share of {share:g} of the documents")
     source: Dataset = other if other is not None else own
@@ -215,13 +215,21 @@ BANDS = {"unseen": 0, "rare": 1, "medium": 10, "common": 1000}
 PIECES = ("first", "continuation")
 
 
-def token_groups(heldout: Tokens, training: Tokens) -> NDArray[np.int8]:
+def token_groups(heldout: Tokens, training: Chunks) -> NDArray[np.int8]:
     """For each held-out token, int8[N]: the frequency band of its word, times two, plus 1 for a continuation piece.
 
-    Bands by occurrences of the word (its exact pieces) in the training tokens: 0, 1–9, 10–999, 1,000 and more.
+    Bands by occurrences of the word (its exact pieces) in the rows trained on: 0, 1–9, 10–999, 1,000 and more.
     """
-    known, counts = np.unique(_words(training)[0], return_counts=True)
-    words, first_pieces = _words(heldout)
+    spans = [slice(start, start + length) for start, length in zip(training.starts, training.lengths, strict=True)]
+    starts = training.tokens.word_starts
+    known, counts = np.unique(
+        _words(
+            np.concatenate([training.tokens.ids[span] for span in spans]),
+            None if starts is None else np.concatenate([starts[span] for span in spans]),
+        )[0],
+        return_counts=True,
+    )
+    words, first_pieces = _words(heldout.ids, heldout.word_starts)
     place = np.minimum(np.searchsorted(known, words), len(known) - 1)
     occurrences = np.where(known[place] == words, counts[place], 0)
     bands = np.searchsorted(list(BANDS.values()), occurrences, side="right") - 1
@@ -230,11 +238,13 @@ def token_groups(heldout: Tokens, training: Tokens) -> NDArray[np.int8]:
     return groups
 
 
-def _words(tokens: Tokens) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
+def _words(
+    ids: NDArray[np.int32], word_starts: NDArray[np.bool_] | None
+) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
     """A hash of each word's pieces, uint64[W], and where words begin, bool[N]."""
-    starts = np.ones(len(tokens.ids), np.bool_) if tokens.word_starts is None else tokens.word_starts.copy()
+    starts = np.ones(len(ids), np.bool_) if word_starts is None else word_starts.copy()
     starts[0] = True
     positions = np.arange(len(starts))
     piece = positions - np.maximum.accumulate(np.where(starts, positions, 0))
-    hashes = mix(tokens.ids.astype(np.uint64) + (piece.astype(np.uint64) << np.uint64(32)))
+    hashes = mix(ids.astype(np.uint64) + (piece.astype(np.uint64) << np.uint64(32)))
     return np.add.reduceat(hashes, np.flatnonzero(starts)), starts

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +79,8 @@ def _fast(texts: list[str], tokenizer: Any) -> tuple[Any, Any, Any]:
     words = np.fromiter((-1 if w is None else w for e in encodings for w in e.word_ids), np.int32, total)
     starts = np.ones(total, np.bool_)
     starts[1:] = (words[1:] != words[:-1]) | (words[1:] < 0)
-    starts[np.cumsum(lengths)[:-1]] = True
+    edges = np.cumsum(lengths)[:-1]
+    starts[edges[edges < total]] = True
     return ids, starts, lengths
 
 
@@ -93,11 +95,17 @@ def _split_at_signs(ids: NDArray[np.int32], starts: NDArray[np.bool_], tokenizer
         return starts
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     bare = [(piece or "").lstrip("▁") for piece in pieces]
-    first = np.array([bool(piece) and not piece[0].isalnum() for piece in bare])
-    last = np.array([bool(piece) and not piece[-1].isalnum() for piece in bare])
+    bare = ["" if piece.startswith("<0x") else piece for piece in bare]  # bytes of a character, not signs
+    first = np.array([bool(piece) and _is_sign(piece[0]) for piece in bare])
+    last = np.array([bool(piece) and _is_sign(piece[-1]) for piece in bare])
     split: NDArray[np.bool_] = starts | first[ids]
     split[1:] |= last[ids[:-1]]
     return split
+
+
+def _is_sign(character: str) -> bool:
+    """Punctuation or symbol; a vowel sign that combines with its letter is neither."""
+    return unicodedata.category(character)[0] in "PS"
 
 
 def _slow(texts: list[str], tokenizer: Any) -> tuple[Any, Any, Any]:

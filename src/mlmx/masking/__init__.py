@@ -95,13 +95,15 @@ def rate_schedule(*, final_probability: float | None = None) -> float | None:
     return final_probability
 
 
-def require_budget(rate: float, chunk_size: int, num_special: int = 2) -> None:
+def require_budget(key: str, rate: float, chunk_size: int, num_special: int = 2) -> None:
     """Refuse a rate at which a chunk would have less than one target."""
     tokens = chunk_size - num_special
+    smallest = np.ceil(1000 / tokens) / 1000
     if rate * tokens < 1:
+        works = f"the smallest that works is {smallest:g}, or choose" if smallest < 1 else "choose"
         raise RequestError(
-            f"mlm_probability={rate:g}: leaves a chunk of {chunk_size} less than one token to predict; the smallest "
-            f"that works is {np.ceil(1000 / tokens) / 1000:g}, or choose a larger chunk_size"
+            f"{key}={rate:g}: leaves a chunk of {chunk_size} less than one token to predict; {works} "
+            "a larger chunk_size"
         )
 
 
@@ -202,8 +204,11 @@ def take_units(unit_starts: Bools, candidates: Bools, budgets: Floats, uniforms:
     edge = (ranked * 2.0**20) % 1.0
     taken = (end <= budgets) | ((begin < budgets) & (edge < (budgets - begin) / (end - begin)))
     taken &= ranked < 2.0
-    none = ~taken.any(axis=1)
-    taken[none] = (begin[none] == 0) & (ranked[none] < 2.0)
+    # A row left without any, its first unit being longer than its whole budget: its shortest unit instead.
+    none = ~taken.any(axis=1) & candidates.any(axis=1)
+    sizes = np.where(ranked < 2.0, end - begin, length + 1)[none]
+    shortest = np.take_along_axis(begin[none], sizes.argmin(axis=1)[:, None], axis=1)
+    taken[none] = (begin[none] == shortest) & (ranked[none] < 2.0)
     targets = np.zeros((rows, length), np.bool_)
     np.put_along_axis(targets, order, taken, axis=1)
     return targets

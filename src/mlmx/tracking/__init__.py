@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlmx.config import require, table
 from mlmx.places import outputs_dir
-from mlmx.runs import Run
+from mlmx.runs import HELDOUT_FILE, Run
 
 if TYPE_CHECKING:
     from mlmx.tracking.mlflow_run import MlflowRun
@@ -122,7 +122,15 @@ class Tracker:
         self.run.write_json("result.json", {"status": status, "run_id": self.run_id, **self.about, **metrics})
 
     def _files(self) -> list[Path]:
-        names = ("config.yaml", "overrides.yaml", "data.json", "metrics.jsonl", "result.json", "train.log")
+        names = (
+            "config.yaml",
+            "overrides.yaml",
+            "data.json",
+            "metrics.jsonl",
+            "result.json",
+            "train.log",
+            HELDOUT_FILE,
+        )
         return [path for name in names if (path := self.run.folder / name).is_file()] + self.plots
 
     def _send(self, deed: Callable[[MlflowRun], None]) -> None:

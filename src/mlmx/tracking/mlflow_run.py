@@ -51,8 +51,8 @@ class MlflowRun:
         self.local_artifacts = Path(url2pathname(artifacts.path)) if artifacts.scheme in ("", "file") else None
         now = [entities.Param(key, str(value)) for key, value in params.items()]
         self.client.log_batch(self.run_id, params=now)
-        contexts = {"train": "training", "eval": "validation"}
-        inputs = [_dataset_input(report[split], split, context) for split, context in contexts.items()]
+        contexts = {"train": "training", "eval": "validation", "heldout": "testing"}
+        inputs = [_dataset_input(report[name], name, context) for name, context in contexts.items() if name in report]
         self.client.log_inputs(self.run_id, inputs)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

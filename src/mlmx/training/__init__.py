@@ -36,6 +36,8 @@ SET_BY = {
     "disable_tqdm": "mlmx itself",
     "logging_nan_inf_filter": "mlmx itself",
     "eval_on_start": "mlmx itself (every run is scored before training)",
+    "dataloader_persistent_workers": "mlmx itself (workers that live on would keep the first epoch's masks)",
+    "label_smoothing_factor": "nothing: a smoothed loss could not be compared with any other",
     "push_to_hub": "nothing: mlmx uploads no model",
     "resume_from_checkpoint": "nothing yet: a run is trained from its start",
 }

@@ -44,24 +44,25 @@ class CountedTrainer(Trainer):
     """
 
     tokens_seen = 0
-    train_seconds = 0.0
+    train_seconds = 0.0  # from step end to step end: loading, masking, forward, backward and optimizer
     last_loss: torch.Tensor | None = None
+    scored_step = -1
 
     def training_step(
         self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        began = time.perf_counter()
         mask = inputs.get("attention_mask")
-        self.tokens_seen += inputs["input_ids"].numel() if mask is None else int(mask.sum())
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.last_loss = loss
-        self.train_seconds += time.perf_counter() - began
-        return loss
+        own = inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        self.tokens_seen += own * self.args.world_size
+        self.last_loss = super().training_step(model, inputs, num_items_in_batch)
+        return self.last_loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         # A score must not move what is trained: before the first step the random state is put back.
         with torch.random.fork_rng(enabled=self.state.global_step == 0):
-            return self.scored(*args, **kwargs)
+            found = self.scored(*args, **kwargs)
+        self.scored_step = self.state.global_step
+        return found
 
     def __init__(self, *, scores: Scores, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -152,10 +153,21 @@ class Reporter(TrainerCallback):
         self.recorder = recorder
         self.trainer: CountedTrainer
         self.marked = (0, 0.0)
+        self.since = 0.0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_log and torch.cuda.is_available():
+            torch.cuda.synchronize()  # else the clock would stop before the device does
+        self.trainer.train_seconds += time.perf_counter() - self.since
+        self.since = time.perf_counter()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.since = time.perf_counter()  # scoring is no training time
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.since = time.perf_counter()
         # before worker processes copy the dataset
         cast(Any, self.trainer.train_dataset).epoch = int(state.epoch or 0)
 
@@ -190,6 +202,7 @@ class Reporter(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             self.recorder.checkpoint(folder, state.global_step, state.epoch or 0.0)
+        self.since = time.perf_counter()  # nor is saving
 
 
 def make_trainer(
@@ -254,6 +267,8 @@ def run_and_save(trainer: CountedTrainer, folder: Path) -> None:
     """Train, then save the final model with its tokenizer, loadable by ``transformers.pipeline`` alone."""
     try:
         trainer.train()
+        if trainer.scored_step != trainer.state.global_step or trainer.args.load_best_model_at_end:
+            trainer.evaluate()  # the last numbers of a run are those of the model it saves
     finally:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, Progress):
