@@ -118,5 +118,5 @@ def test_a_group_on_the_command_line_wins_over_the_experiment():
     assert config.dataset["source"] == "rotten_tomatoes"
     assert train_config("experiment=demo").model["name"] == "packaged"
     # the experiment's own options of a group still stand, unless given too
-    assert config.dataset["train_chunks"] == 1000
+    assert config.dataset["train_chunks"] == 800
     assert train_config("experiment=demo", "dataset.train_chunks=7").dataset["train_chunks"] == 7

@@ -96,7 +96,7 @@ def test_prepare_reports_and_previews_without_a_run(
     previews = [line for line in printed.splitlines() if "⟦" in line]
     assert len(previews) == 2
     assert "⟦[MASK] → " in printed
-    assert not outputs.exists()
+    assert [path.name for path in outputs.iterdir()] == ["cache"], "tokens are kept; there is no run"
 
 
 @pytest.mark.parametrize(

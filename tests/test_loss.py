@@ -154,3 +154,27 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def test_a_distributed_run_keeps_one_record(tiny: Path, corpus: Path, outputs: Path):
+    """``torchrun --nproc-per-node 2 -m mlmx train …``: one folder, one history, the loss of a single process."""
+    from mlmx import cli
+    from mlmx.runs import all_runs
+
+    sizes = ["chunk_size=32", "dataset.train_chunks=16", "dataset.eval_chunks=8", "heldout.documents=3", "epochs=1"]
+    fixed = ["train", f"model.path={tiny}", "dataset=files", f"dataset.path={corpus}", "precision=fp32", *sizes]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "mlmx", *fixed, "batch_size=4", "tracking=none"]
+    processes = [
+        subprocess.Popen(
+            command, env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.DEVNULL
+        )
+        for rank in ("0", "1")
+    ]
+    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    (distributed,) = all_runs()
+    assert cli.main([*fixed, "batch_size=8", "tracking=none"]) == 0
+    alone = next(run for run in all_runs() if run.folder != distributed.folder)
+    for name in ("train/loss", "train/grad_norm", "eval/loss", "heldout/loss"):
+        values = [[row[name] for row in run.metrics() if name in row] for run in (distributed, alone)]
+        assert values[0] == pytest.approx(values[1], rel=1e-5), name

@@ -53,7 +53,7 @@ def introduction(
         f"{_heldout_line(report)}"
         f"model    {choice('model', cfg, job)}, {size:.1f} M parameters, on {arguments.device.type} "
         f"in {precision(arguments)}; {cfg.epochs:g} epochs of batch "
-        f"{arguments.train_batch_size * arguments.gradient_accumulation_steps}, lr {cfg.lr:g}"
+        f"{arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size}, lr {cfg.lr:g}"
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from mlmx import data, masking, model, tracking, training
 from mlmx.config import TrainConfig, bind, require
 from mlmx.measure import HeldoutSource, Material, heldout_source
+from mlmx.places import outputs_dir
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,11 @@ def check_training(cfg: TrainConfig) -> None:
     model.require_there(parts.encoder)
 
 
-def gather(cfg: TrainConfig, parts: Parts, source_name: str) -> Material:
+def gather(cfg: TrainConfig, parts: Parts, source_name: str, keep: bool = False) -> Material:
     """texts → tokens → chunks, and the masker over them.
+
+    Args:
+        keep: keep the tokens below outputs/cache for later runs.
 
     Raises:
         RequestError: a model or text that does not fit, too few chunks, held-out texts among the training ones.
@@ -76,7 +80,7 @@ def gather(cfg: TrainConfig, parts: Parts, source_name: str) -> Material:
         parts.strategy, tokenizer, cfg.mlm_probability, cfg.seed, parts.shares, parts.final_probability, cfg.epochs
     )
     texts = parts.heldout.split(parts.source())
-    chunks = parts.chunking(data.tokenize(texts.train, tokenizer), cfg.chunk_size)
+    chunks = parts.chunking(data.tokens_of(texts.train, tokenizer, outputs_dir() / "cache", keep), cfg.chunk_size)
     train_chunks, eval_chunks = parts.split(chunks)
     heldout = None if texts.heldout is None else data.heldout_chunks(texts.heldout, tokenizer, cfg.chunk_size)
     splits = {"train": train_chunks, "eval": eval_chunks}

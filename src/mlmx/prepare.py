@@ -27,11 +27,11 @@ def check(cfg: PrepareConfig) -> None:
 
 
 def prepare(cfg: PrepareConfig, job: Job) -> dict[str, dict[str, Any]]:
-    """Fetch the model and the texts into the libraries' caches, print the data report and masked samples."""
+    """Fetch model and texts into the libraries' caches, keep the tokens, print the data report and masked samples."""
     train = settings(cfg)
     parts = parts_of(train)
     with runs.log_to():
-        material = gather(train, parts, describe.source_name(train, job))
+        material = gather(train, parts, describe.source_name(train, job), keep=True)
         model.load_model(parts.encoder, material.tokenizer, cfg.seed)
         log.info("%s", json.dumps(material.report, indent=2, ensure_ascii=False))
         for number in range(min(cfg.preview, len(material.train_chunks))):

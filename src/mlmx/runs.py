@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -187,7 +188,8 @@ class _Stdout(logging.StreamHandler[TextIO]):
 @contextlib.contextmanager
 def log_to() -> Iterator[None]:
     """Lines of the ``mlmx`` logger on stdout inside the block."""
-    with _handled(_Stdout()):
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, one speaks
+    with _handled(_Stdout() if first else logging.NullHandler()):
         yield
 
 

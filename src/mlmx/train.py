@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
+import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlmx import describe, model, provenance, runs, tracking, training
@@ -39,6 +42,20 @@ def check(cfg: TrainConfig) -> None:
 
 def train(cfg: TrainConfig, job: Job) -> float:
     """One run, from the baseline to the saved model; returns its last ``heldout/loss``."""
+    if os.environ.get("RANK", "0") != "0":
+        return follow(cfg, job)
+    return lead(cfg, job)
+
+
+def follow(cfg: TrainConfig, job: Job) -> float:
+    """The part of a further process of a distributed run (torchrun): it trains along and keeps no record."""
+    runs.discard_empty(job.folder)
+    with tempfile.TemporaryDirectory(prefix="mlmx-rank-") as folder:
+        return lead(replace(cfg, tracking={"name": "none"}), replace(job, folder=Path(folder)))
+
+
+def lead(cfg: TrainConfig, job: Job) -> float:
+    """A run with its record."""
     parts, clock = parts_of(cfg), Clock()
     with runs.log_to():
         ready = make_ready(cfg, job, parts, clock)

@@ -6,6 +6,7 @@
 4. `heldout`: documents that are never trained on, as rows of the yardstick.
 """
 
+from mlmx.data.cache import tokens_of
 from mlmx.data.chunks import CHUNKINGS, Chunks, concat, document, require_amounts, rows_sha256, split_chunks
 from mlmx.data.heldout import (
     BANDS,
@@ -49,4 +50,5 @@ __all__ = [
     "split_off",
     "token_groups",
     "tokenize",
+    "tokens_of",
 ]

@@ -259,7 +259,7 @@ class InputIds(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self.chunks)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        ids = torch.from_numpy(self.chunks[index]["input_ids"]).long()
+        ids = torch.tensor(self.chunks[index]["input_ids"], dtype=torch.long)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
