@@ -35,14 +35,13 @@ def test_other_texts_are_another_entry(tmp_path: Path, tokenizer):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("experiment", ["reference", "null"])
-def test_a_prepared_run_is_the_run_without(tiny: Path, corpus: Path, outputs: Path, experiment: str):
+@pytest.mark.parametrize("trainer", ["reference", "default"])
+def test_a_prepared_run_is_the_run_without(tiny: Path, corpus: Path, outputs: Path, trainer: str):
     dials = [f"model.path={tiny}", "dataset=files", f"dataset.path={corpus}", "chunk_size=32"]
     sizes = ["dataset.train_chunks=16", "dataset.eval_chunks=8", "epochs=1", "tracking=none", "trainer.use_cpu=true"]
-    share = ["heldout.share=0"] if experiment == "reference" else []
-    command = ["train", f"experiment={experiment}", *dials, *sizes, *share]
+    command = ["train", f"trainer={trainer}", *dials, *sizes]
     assert cli.main(command) == 0
-    assert cli.main(["prepare", *dials, *share, "dataset.train_chunks=16", "dataset.eval_chunks=8"]) == 0
+    assert cli.main(["prepare", *dials, "dataset.train_chunks=16", "dataset.eval_chunks=8"]) == 0
     (entry,) = (outputs / "cache").iterdir()
     assert cli.main(command) == 0
     first, prepared = (run.read_json("result.json")["metrics"] for run in all_runs())

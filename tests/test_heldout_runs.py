@@ -61,7 +61,7 @@ def test_both_are_scored_before_training_and_after_every_epoch(tiny: Path, corpu
     final = [row for row in run.metrics() if any(name.startswith("final/") for name in row)]
     assert [row["step"] for row in final] == [4]
     parts = {name: value for name, value in final[0].items() if name.startswith("final/heldout_loss_")}
-    assert {"final/heldout_loss_first", "final/heldout_loss_common"} <= set(parts)
+    assert {"final/heldout_loss_first", "final/heldout_loss_unseen"} <= set(parts)
 
 
 def test_two_runs_are_compared_document_by_document(tiny: Path, corpus: Path):
@@ -106,6 +106,8 @@ def test_prepare_reports_and_previews_without_a_run(
         (["masking.final_probability=0.01"], ["0.01", "smallest that works"]),
         (["masking.final_probability=1"], ["masking.final_probability=1", "between 0 and 1"]),
         (["masking.keep_share=0.3"], ["keep_share=0.3", "together 1", "sum to 1.2"]),
+        (["masking=span", "masking.geometric_p=0"], ["masking.geometric_p=0", "above 0"]),
+        (["masking=span", "masking.max_words=0"], ["masking.max_words=0", "at least 1"]),
         (["heldout.documents=0"], ["heldout.documents=0", "at least 1"]),
         (["heldout.share=1"], ["heldout.share=1"]),
         (["heldout.dataset=imdbb"], ["dataset=imdbb", "did you mean imdb"]),

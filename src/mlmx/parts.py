@@ -61,6 +61,7 @@ def check_training(cfg: TrainConfig) -> None:
     model.require_fit(parts.encoder, cfg.chunk_size)
     masking.require_budget("mlm_probability", cfg.mlm_probability, cfg.chunk_size)
     masking.require_budget("masking.final_probability", parts.final_probability or 1.0, max(cfg.chunk_size, 4))
+    masking.try_out(parts.strategy)
     for source in filter(None, (parts.source, parts.heldout.source)):
         data.quick_check(source)
     model.require_there(parts.encoder)

@@ -28,7 +28,7 @@ from mlmx.cli import main
 # MLflow 3.17 asks SQLAlchemy 2.1 for a loader that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
-DIALS = ("dataset.train_chunks=32", "dataset.eval_chunks=16")
+DIALS = ("dataset.train_chunks=32", "dataset.eval_chunks=16", "heldout.documents=12")
 # Threads that wait for each other asleep: ten times faster where the cores are shared.
 PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 FILES = ["config.yaml", "data.json", "metrics.jsonl", "overrides.yaml", "result.json", "train.log"]
@@ -37,7 +37,9 @@ TEXT = "This is a great [MASK]."
 METRICS = {
     *("train/loss", "train/grad_norm", "train/learning_rate", "train/tokens_per_second"),
     *("eval/loss", "eval/perplexity", "eval/accuracy"),
+    *("heldout/loss", "heldout/perplexity", "heldout/accuracy", "heldout/bits_per_byte"),
 }
+BREAKDOWN = re.compile("final/heldout_(loss|accuracy)_(unseen|rare|medium|common|first|continuation)")
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def test_demo_says_what_it_does(demo: Done) -> None:
     assert not re.search(r"[\x1b\r\b]", said + demo.stderr), "escape codes without a terminal"
     # MLflow announces a new database; nothing else belongs on stderr.
     assert [line for line in demo.stderr.splitlines() if "mlflow.store.db" not in line] == []
-    assert "minilm · imdb_packaged · chunk 128" in said
+    assert "chunk 128 · mask 0.15 · lr 0.0005 · minilm · imdb_packaged" in said
     assert "32 to train on, 16 to evaluate on" in said
     masked = re.search(r"^masked +(.*)$", said, re.MULTILINE)
     assert masked
@@ -129,7 +131,7 @@ def test_demo_learns(demo: Done) -> None:
 
 def test_demo_folder(demo: Done) -> None:
     names = sorted(path.name for path in demo.folder.iterdir())
-    assert names == sorted([*FILES, *FOLDERS])
+    assert names == sorted([*FILES, "heldout.npz", *FOLDERS])
     assert {path.name for path in (demo.folder / "plots").iterdir()} == {"loss.png", "perplexity.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (demo.folder / "plots").iterdir())
     model = {path.name for path in (demo.folder / "model").iterdir()}
@@ -153,7 +155,7 @@ def test_metrics_jsonl(demo: Done) -> None:
         numbers = {key: value for key, value in row.items() if key not in ("step", "epoch", "time")}
         assert numbers
         assert all(type(value) is float and math.isfinite(value) for value in numbers.values())
-        assert set(numbers) <= METRICS
+        assert {name for name in numbers if not BREAKDOWN.fullmatch(name)} <= METRICS
     assert {key for row in rows for key in row} >= METRICS
     assert [(row["step"], row["epoch"]) for row in rows if "eval/loss" in row] == [(0, 0), (2, 1), (4, 2)]
     assert [(row["step"], row["epoch"]) for row in rows if "train/loss" in row] == [(2, 1), (4, 2)]
@@ -167,18 +169,20 @@ def test_result_json(demo: Done) -> None:
     assert set(result) == {"status", "run_id", "run_name", "command", "protocol", "metrics", "seconds"}
     assert result["status"] == "FINISHED"
     assert re.fullmatch("[0-9a-f]{32}", result["run_id"])
-    assert result["run_name"] == "minilm · imdb_packaged · chunk 128 · mask 0.15 · lr 0.0005"
+    assert result["run_name"] == "chunk 128 · mask 0.15 · lr 0.0005 · minilm · imdb_packaged"
     assert result["command"] == f"python -m mlmx train experiment=demo {' '.join(DIALS)}"
-    assert re.fullmatch("eval-[0-9a-f]{12}", result["protocol"])
-    last = {key: value for row in demo.rows for key, value in row.items() if key in METRICS}
+    assert re.fullmatch("heldout-[0-9a-f]{12}", result["protocol"])
+    last = {key: value for row in demo.rows for key, value in row.items() if "/" in key}
     assert result["metrics"] == last
+    assert {key for key in last if not BREAKDOWN.fullmatch(key)} == METRICS
     assert set(result["seconds"]) == {"data", "model", "train", "total"}
     assert all(value >= 0 for value in result["seconds"].values())
 
 
 def test_data_json(demo: Done) -> None:
     report = demo.json("data.json")
-    assert set(report) == {"corpus", "train", "eval"}
+    assert set(report) == {"corpus", "train", "eval", "heldout"}
+    assert report.pop("heldout")["source"] == "heldout.dataset=rotten_tomatoes_packaged"
     assert report["corpus"]["documents"] == 25_000
     assert report["train"]["chunks"] == 32
     assert report["eval"]["chunks"] == 16
@@ -200,7 +204,7 @@ def test_mlflow_run(demo: Done) -> None:
     for row in demo.rows:
         for key in row.keys() - {"step", "time"}:
             local.setdefault(key, []).append((row["step"], row[key]))
-    assert set(run.data.metrics) == METRICS | {"epoch"}
+    assert {key for key in run.data.metrics if not BREAKDOWN.fullmatch(key)} == METRICS | {"epoch"}
     for name, points in local.items():
         history = sorted({(point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)})
         assert history == sorted(set(points)), name
@@ -219,8 +223,8 @@ def test_mlflow_run(demo: Done) -> None:
     assert {"mlmx.host", "mlmx.hardware", "mlmx.packages", "mlflow.note.content"} <= set(tags)
 
     inputs = {entry.tags[0].value: entry.dataset for entry in run.inputs.dataset_inputs}
-    assert set(inputs) == {"training", "validation"}
-    for context, split in (("training", "train"), ("validation", "eval")):
+    assert set(inputs) == {"training", "validation", "testing"}
+    for context, split in (("training", "train"), ("validation", "eval"), ("testing", "heldout")):
         assert inputs[context].digest == report[split]["sha256"][:36]
         assert json.loads(inputs[context].profile)["chunks"] == report[split]["chunks"]
 
@@ -231,7 +235,7 @@ def test_mlflow_artifacts(demo: Done) -> None:
     def listed(folder: str | None = None) -> set[str]:
         return {artifact.path.rpartition("/")[2] for artifact in client.list_artifacts(run_id, folder)}
 
-    assert listed() == {*FILES, "checkpoints", "plots"}
+    assert listed() == {*FILES, "heldout.npz", "checkpoints", "plots"}
     assert listed("plots") == {"loss.png", "perplexity.png"}
     assert listed("checkpoints") == {"epoch-1", "epoch-2"}
     store = Path(client.get_run(run_id).info.artifact_uri.removeprefix("file://"))
@@ -342,9 +346,12 @@ def test_evaluate_repeats_the_run(
     monkeypatch.chdir(cwd)
     before, rows = at_small.json("result.json"), at_small.rows
     assert main(["evaluate", "batch_size=8"]) == 0
-    assert f"16 chunks of 64: loss {before['metrics']['eval/loss']:.6g}  perplexity" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    for section in ("eval", "heldout"):
+        assert f"{section}/loss {before['metrics'][f'{section}/loss']:,.6g}  {section}/perplexity" in said
+    assert f"protocol {before['protocol']}" in said
     result = at_small.json("result.json")
-    scores = {name: before["metrics"][f"eval/{name}"] for name in ("loss", "perplexity", "accuracy")}
+    scores = {name: value for name, value in before["metrics"].items() if name.startswith(("eval/", "heldout/"))}
     added = {f"evaluate/{name}": value for name, value in scores.items()}
     assert result == before | {"metrics": before["metrics"] | added}  # equal to the bit
 
@@ -354,19 +361,21 @@ def test_evaluate_repeats_the_run(
     run = client.get_run(before["run_id"])
     assert added.items() <= run.data.metrics.items()
     assert run.info.status == "FINISHED"
-    (point,) = client.get_metric_history(before["run_id"], "evaluate/loss")
+    (point,) = client.get_metric_history(before["run_id"], "evaluate/heldout/loss")
     assert point.step == rows[-1]["step"]
     assert len(client.search_runs([run.info.experiment_id])) == 1
 
     assert main(["evaluate", "run=last", "batch_size=5"]) == 0  # the batch size changes no number
-    assert at_small.json("result.json")["metrics"]["evaluate/loss"] == pytest.approx(scores["loss"], rel=1e-6)
+    assert at_small.json("result.json")["metrics"]["evaluate/heldout/loss"] == pytest.approx(
+        scores["heldout/loss"], rel=1e-6
+    )
     assert list(cwd.iterdir()) == []
 
 
 def test_evaluate_a_model_folder(tiny: Path, corpus: Path, outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["evaluate", f"run={tiny}", "chunk_size=64", "dataset=files", f"dataset.path={corpus}", *DIALS]
+    asked = ["evaluate", f"run={tiny}", "chunk_size=64", "dataset=files", f"dataset.path={corpus}"]
     assert main(asked) == 0
-    loss = re.search(r"16 chunks of 64: loss ([\d.]+)  perplexity [\d,.]+  accuracy [\d.]+$", capsys.readouterr().out)
+    loss = re.search(r"heldout/loss ([\d.]+)  heldout/perplexity [\d,.]+  heldout/accuracy", capsys.readouterr().out)
     assert loss
     assert float(loss[1]) == pytest.approx(math.log(30_522), abs=0.2)  # random weights guess
     assert not outputs.exists()

@@ -287,7 +287,7 @@ CURVES = """() => Object.fromEntries([...document.querySelectorAll('.js-plotly-p
 @pytest.mark.browser
 def test_a_run_shows_its_curves(page: Any, server: Server, runs: Path, tmp_path: Path) -> None:
     result = results(runs)[-1]
-    page.set_viewport_size({"width": 1440, "height": 2200})  # charts are drawn once they come into view
+    page.set_viewport_size({"width": 1440, "height": 6000})  # charts are drawn once they come into view
     open_run(page, server, result, "/model-metrics")
     wanted = {name: [] for name in ("train/loss", "eval/loss", "eval/perplexity", "eval/accuracy")}
     for line in (result["folder"] / "metrics.jsonl").read_text().splitlines():

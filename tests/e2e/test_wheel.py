@@ -90,7 +90,7 @@ def test_help_and_config(site: Path, empty: Path) -> None:
     shown = python("-m", "mlmx", "train", "experiment=demo", "--cfg", "job", cwd=empty, site=site)
     assert shown.returncode == 0, shown.stderr
     assert "chunk_size: 128" in shown.stdout
-    assert "train_chunks: 1000" in shown.stdout
+    assert "train_chunks: 800" in shown.stdout
     script = python(str(site / "bin/mlmx"), "--version", cwd=empty, site=site)
     assert script.stdout.strip() == __version__
     assert list(empty.iterdir()) == before

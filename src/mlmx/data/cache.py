@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -60,7 +59,7 @@ def _write(tokens: Tokens, entry: Path) -> None:
                 np.save(aside / f"{name}.npy", array)
         affixes = {"num_prefix": tokens.num_prefix, "num_suffix": tokens.num_suffix}
         (aside / "affixes.json").write_text(json.dumps(affixes), encoding="utf-8")
-        os.rename(aside, entry)
+        aside.rename(entry)
     except OSError:
         if not entry.is_dir():  # another process may have been faster, with the same tokens
             raise

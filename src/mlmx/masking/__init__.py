@@ -52,6 +52,8 @@ def span(
         geometric_p: probability that a span ends after a word; mean length 1/p words before the cut.
         max_words: longer spans are cut here, and where a single one would exceed half the row's budget.
     """
+    require(0 < geometric_p <= 1, f"masking.geometric_p={geometric_p:g}: must be above 0 and at most 1; usual is 0.2")
+    require(max_words >= 1, f"masking.max_words={max_words}: must be at least 1; the usual value is 10")
     longest = np.clip(budgets // 2, 1, max_words)
     begins = word_starts & (uniforms < geometric_p)
     begins[:, 0] = True
@@ -252,6 +254,11 @@ def batch(inputs: NDArray[np.int64], ids: NDArray[np.int64], targets: Bools, rea
     if not real.all():
         tensors["attention_mask"] = torch.from_numpy(real.astype(np.int64))
     return tensors
+
+
+def try_out(strategy: partial[Any]) -> None:
+    """Let a strategy judge its options, on a row of one word."""
+    strategy(np.zeros((1, 1)), np.ones((1, 1), np.bool_), np.ones((1, 1)))
 
 
 def masker(
