@@ -232,7 +232,7 @@ def test_document_sums_are_kept_without_pickle(tmp_path: Path):
 def test_groups_by_word_frequency_and_piece(tokenizer):
     training = data.tokenize(Dataset.from_dict({"text": ["the movie " * 1200, "unbelievably odd " * 3]}), tokenizer)
     held = data.tokenize(Dataset.from_dict({"text": ["the unbelievably new"]}), tokenizer)
-    groups = data.token_groups(held, data.concat(training, 50))
+    groups = data.token_groups(held, data.document(training, 4000))
     named = [(list(data.BANDS)[g // 2], data.PIECES[g % 2]) for g in groups.tolist()]
     pieces = tokenizer.convert_ids_to_tokens(held.ids.tolist())
     told = dict(zip(pieces, named, strict=True))
