@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlmx import data, describe, masking, model, runs, tracking
+from mlmx import data, describe, masking, memory, model, runs, tracking
 from mlmx.config import EvaluateConfig, Job, RequestError, TrainConfig, bind
 from mlmx.measure import Measure
 from mlmx.parts import Parts, gather, parts_of
@@ -47,6 +47,7 @@ def resolve(cfg: EvaluateConfig) -> tuple[Path, TrainConfig, runs.Run | None]:
 
 def evaluate(cfg: EvaluateConfig, job: Job) -> dict[str, float]:
     """Print the scores, and keep them with the run."""
+    memory.keep_freed()
     folder, settings, run = resolve(cfg)
     parts = parts_of(settings)
     with runs.log_to():

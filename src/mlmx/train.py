@@ -8,13 +8,13 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlmx import describe, model, provenance, runs, tracking, training
+from mlmx import describe, memory, model, provenance, runs, tracking, training
 from mlmx.config import Job, TrainConfig
 from mlmx.measure import Material, Measure
 from mlmx.parts import Parts, check_training, gather, parts_of
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
 log = logging.getLogger("mlmx")
+LONGEST_UNIT = 32  # tokens of one word or span
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def follow(cfg: TrainConfig, job: Job) -> float:
 
 def lead(cfg: TrainConfig, job: Job) -> float:
     """A run with its record."""
+    memory.keep_freed()
     parts, clock = parts_of(cfg), Clock()
     with runs.log_to():
         ready = make_ready(cfg, job, parts, clock)
@@ -128,10 +130,16 @@ def fit(cfg: TrainConfig, ready: Ready, run: runs.Run, tracker: tracking.Tracker
         mask=ready.material.mask,
         mlm_probability=cfg.mlm_probability,
         masked_logits=model.masked_logits,
+        most_targets=most_targets(cfg, ready.material.mask.rates),
         scores=ready.measure,
         recorder=tracker,
     )
     run_and_save(trainer, run.model)
+
+
+def most_targets(cfg: TrainConfig, rates: Sequence[float]) -> int:
+    """More targets than a batch can have: the budget of each of its chunks, and a word or span beyond it."""
+    return cfg.batch_size * (math.ceil(max(rates) * cfg.chunk_size) + LONGEST_UNIT)
 
 
 def conclude(ready: Ready, run: runs.Run, tracker: tracking.Tracker) -> None:
