@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -60,10 +60,36 @@ class Chunks:
             "epoch": self.epoch,
         }
 
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any] | list[dict[str, Any]]:
+        """Several rows at once, as torch's DataLoader asks for them.
+
+        Rows of one length come stacked, under the same names: ``{"input_ids": int32[B, T], "word_starts": bool[B, T] |
+        None, "sample": int64[B], "epoch": int64[B]}``; others one by one.
+        """
+        rows = np.asarray(indices)
+        starts, lengths = self.starts[rows], self.lengths[rows]
+        if len(self.prefix) or len(self.suffix) or (lengths != lengths[0]).any():
+            return [self[index] for index in indices]
+        ids, words = self.tokens.ids, self.tokens.word_starts
+        return {
+            "input_ids": windows(ids, lengths[0])[starts],
+            "word_starts": None if words is None else windows(words, lengths[0])[starts],
+            "sample": self.samples[rows],
+            "epoch": np.full(len(rows), self.epoch),
+        }
+
     def select(self, rows: NDArray[np.int64]) -> Chunks:
         """These rows, in this order."""
         chosen = {name: getattr(self, name)[rows] for name in ("starts", "lengths", "samples")}
         return replace(self, **chosen)
+
+
+def windows(flat: NDArray[Any], length: int) -> NDArray[Any]:
+    """Every run of ``length`` neighbours as a row, [N - length + 1, length], a view.
+
+    ``sliding_window_view`` gives the same, but takes several times longer than the rows themselves.
+    """
+    return np.ndarray((len(flat) - length + 1, length), flat.dtype, flat, strides=flat.strides * 2)
 
 
 def concat(tokens: Tokens, chunk_size: int) -> Chunks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -162,6 +163,9 @@ class HeldoutChunks(Chunks):
             "num_suffix": len(self.suffix),
             "chosen": np.concatenate([edges[0], own, edges[1]]),
         }
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return [self[index] for index in indices]
 
 
 def heldout_chunks(texts: Dataset, tokenizer: Any, chunk_size: int) -> HeldoutChunks:
