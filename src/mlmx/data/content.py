@@ -37,26 +37,23 @@ def utf8(batch: Any) -> tuple[NDArray[np.int64], memoryview]:
 
 # A Dataset is never changed in place, so one that was hashed need not be hashed again by the next job of a sweep.
 @lru_cache(maxsize=4)
-def content_sha256(texts: Dataset) -> str:
-    """Hash of the texts in order: sha256(sha256(byte lengths, 8 bytes each, little-endian) + sha256(UTF-8 bytes))."""
-    lengths, characters = hashlib.sha256(), hashlib.sha256()
-    for batch in batches(texts):
-        offsets, data = utf8(batch)
-        lengths.update(np.diff(offsets).astype("<i8").data)
-        characters.update(data)
-    return hashlib.sha256(lengths.digest() + characters.digest()).hexdigest()
-
-
-@lru_cache(maxsize=4)
-def document_keys(texts: Dataset) -> NDArray[np.uint64]:
-    """A document's key is the first 8 bytes of its text's sha256: the same text, the same key, wherever it stands."""
+def document_digests(texts: Dataset) -> bytes:
+    """Each text's sha256, 32 bytes, one after the other."""
     digests: list[bytes] = []
     for batch in batches(texts):
         offsets, data = utf8(batch)
-        digests += [hashlib.sha256(data[a:b]).digest()[:8] for a, b in itertools.pairwise(offsets.tolist())]
-    keys = np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
-    keys.flags.writeable = False
-    return keys
+        digests += [hashlib.sha256(data[a:b]).digest() for a, b in itertools.pairwise(offsets.tolist())]
+    return b"".join(digests)
+
+
+def document_keys(texts: Dataset) -> NDArray[np.uint64]:
+    """A document's key is the first 8 bytes of its text's sha256: the same text, the same key, wherever it stands."""
+    return np.frombuffer(document_digests(texts), "<u8")[::4].astype(np.uint64)
+
+
+def content_sha256(texts: Dataset) -> str:
+    """Hash of the texts in order: sha256 of their own sha256s, 32 bytes each."""
+    return hashlib.sha256(document_digests(texts)).hexdigest()
 
 
 def hashed_order(keys: NDArray[np.uint64], seed: int = 0) -> NDArray[np.int64]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,10 +30,13 @@ def data_report(
 ) -> dict[str, dict[str, Any]]:
     """``data.json``: for the corpus, each split of it and the held-out documents, counts and hashes.
 
-    ``sha256`` is of the int32 little-endian bytes of ``input_ids``, rows in order; ``content_sha256`` of the texts.
+    ``sha256`` is of the int32 little-endian bytes of ``input_ids``, rows in order; ``content_sha256`` of the texts, see
+    `content.content_sha256`.
     ``dropped_tokens`` are those of the corpus that fill no chunk; a split drops none of its own.
     """
-    report = {name: rows_report(source, rows) for name, rows in (("corpus", chunks), *splits.items())}
+    parts = {"corpus": chunks, **splits}
+    with ThreadPoolExecutor() as pool:  # sha256 takes most of the time and lets other threads run
+        report = dict(zip(parts, pool.map(partial(rows_report, source), parts.values()), strict=True))
     tokens = chunks.tokens
     sizes = sorted({*CHUNK_SIZES, chunks.chunk_size})
     report["corpus"] |= {
@@ -76,8 +81,8 @@ def words_report(tokens: Tokens, tokenizer: Any) -> dict[str, float]:
     """How well the tokenizer fits the texts: tokens per word, and the share of tokens it does not know."""
     special = tokens.num_documents * (tokens.num_prefix + tokens.num_suffix)
     own = max(len(tokens.ids) - special, 1)
-    unknown = 0 if tokenizer.unk_token_id is None else int((tokens.ids == tokenizer.unk_token_id).sum())
+    unknown = 0 if tokenizer.unk_token_id is None else np.count_nonzero(tokens.ids == tokenizer.unk_token_id)
     report = {"unknown_share": unknown / own}
     if tokens.word_starts is not None:
-        report["tokens_per_word"] = own / max(int(tokens.word_starts.sum()) - special, 1)
+        report["tokens_per_word"] = own / max(int(np.count_nonzero(tokens.word_starts)) - special, 1)
     return report
