@@ -52,7 +52,7 @@ def test_kept_tokens_are_the_same_memory_mapped_and_made_once(tmp_path: Path, to
     read = kept(tmp_path, tokenizer)
     assert_same(read, made)
     assert_same(read, data.tokenize(TEXTS, tokenizer))
-    assert isinstance(read.ids, np.memmap)
+    assert isinstance(read.ids.base, np.memmap)
     assert makings == [2]
     assert len(list(tmp_path.iterdir())) == 1, "one entry, nothing half-written beside it"
 
@@ -66,7 +66,7 @@ def test_kept_marks_of_held_out_words_are_the_same(tmp_path: Path, tokenizer, im
         assert_same(rows.tokens, own.tokens)
         assert np.array_equal(rows.chosen, own.chosen)
         assert np.array_equal(rows.word_bytes, own.word_bytes)
-    assert isinstance(rows.chosen, np.memmap)
+    assert isinstance(rows.chosen.base, np.memmap)
 
 
 def test_nothing_is_written_unless_it_is_to_be_kept(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch):

@@ -49,17 +49,19 @@ def evaluate(cfg: EvaluateConfig, job: Job) -> dict[str, float]:
     """Print the scores, and keep them with the run."""
     folder, settings, run = resolve(cfg)
     parts = parts_of(settings)
-    with runs.log_to(), token_cache() as cache:
-        source_name = describe.source_name(settings, job)
-        if cfg.dataset:
-            tokenizer, mask, heldout, report = other_texts(settings, parts, run, source_name, cache)
-            measure = Measure(tokenizer, mask, heldout, cfg.batch_size)
-        else:
-            made = gather(settings, parts, source_name, cache)
-            tokenizer, report = made.tokenizer, made.report
-            measure = Measure(tokenizer, made.mask, made.heldout, cfg.batch_size, made.eval_chunks)
-        loaded = model.load_model(parts.encoder, tokenizer, settings.seed)
-        cache.keep()
+    source_name = describe.source_name(settings, job)
+    with runs.log_to():
+        with token_cache() as cache:
+            if cfg.dataset:
+                tokenizer, mask, heldout, report = other_texts(settings, parts, run, source_name, cache)
+                measure = Measure(tokenizer, mask, heldout, cfg.batch_size)
+            else:
+                made = gather(settings, parts, source_name, cache)
+                tokenizer, report = made.tokenizer, made.report
+                measure = Measure(tokenizer, made.mask, made.heldout, cfg.batch_size, made.eval_chunks)
+            loaded = model.load_model(parts.encoder, tokenizer, settings.seed)
+            if run is not None:  # a bare folder is scored without a trace
+                cache.keep()
         loaded.to(device())  # type: ignore[arg-type]
         scored = measure(loaded)
         log.info("%s\n%s", folder, describe.scores(scored, report, measure.protocol))
