@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -264,3 +266,24 @@ def test_groups_by_word_frequency_and_piece(tokenizer):
     assert told["new"] == ("unseen", "first")
     assert told["un"] == ("rare", "first")
     assert all(told[piece] == ("rare", "continuation") for piece in pieces if piece.startswith("##"))
+
+
+def test_bands_count_whole_words_in_the_rows_trained_on(imdb, tokenizer):
+    tokens, held = (data.tokenize(imdb.select(rows), tokenizer) for rows in (range(100), range(100, 120)))
+    assert tokens.word_starts is not None
+    training = data.concat(tokens, 64).select(np.arange(0, 300, 3))
+    flat = [int(i) for row in (training[n] for n in range(len(training))) for i in row["input_ids"]]
+    starts = np.concatenate([training[n]["word_starts"] for n in range(len(training))])
+    counts = collections.Counter(words_of(flat, starts))
+    expected = []
+    for word in words_of(held.ids.tolist(), held.word_starts):
+        band = sum(counts[word] >= least for least in data.BANDS.values()) - 1
+        expected += [2 * band + (piece > 0) for piece in range(len(word))]
+    assert data.token_groups(held, training).tolist() == expected
+    assert len(set(expected)) >= 5
+
+
+def words_of(ids: list[int], starts: np.ndarray) -> list[tuple[int, ...]]:
+    """Pieces word by word; the first token begins a word, wherever the row was cut."""
+    edges = sorted({0, *np.flatnonzero(starts).tolist(), len(ids)})
+    return [tuple(ids[a:b]) for a, b in itertools.pairwise(edges)]

@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlmx import describe, memory, model, provenance, runs, tracking, training
+from mlmx import data, describe, memory, model, provenance, runs, tracking, training
 from mlmx.config import Job, TrainConfig
 from mlmx.measure import Material, Measure
-from mlmx.parts import Parts, check_training, gather, parts_of
+from mlmx.parts import Parts, check_training, gather, parts_of, token_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -60,8 +60,10 @@ def lead(cfg: TrainConfig, job: Job) -> float:
     memory.keep_freed()
     parts, clock = parts_of(cfg), Clock()
     with runs.log_to():
-        ready = make_ready(cfg, job, parts, clock)
-        run = runs.begin(job.folder, cfg, job.overrides)
+        with token_cache() as cache:
+            ready = make_ready(cfg, job, parts, clock, cache)
+            run = runs.begin(job.folder, cfg, job.overrides)
+            cache.keep()
         with runs.log_to_file(run), recorded(run, parts.store, clock) as tracker:
             announce(cfg, job, ready, tracker)
             fills = partial(describe.fills, ready.model, ready.material.tokenizer, cfg.example, model.fill_masks)
@@ -75,7 +77,7 @@ def lead(cfg: TrainConfig, job: Job) -> float:
     return tracker.last.get("heldout/loss", tracker.last.get("eval/loss", math.nan))
 
 
-def make_ready(cfg: TrainConfig, job: Job, parts: Parts, clock: Clock) -> Ready:
+def make_ready(cfg: TrainConfig, job: Job, parts: Parts, clock: Clock, cache: data.TokenCache) -> Ready:
     """Load and check all parts of the run; writes nothing.
 
     Raises:
@@ -91,7 +93,7 @@ def make_ready(cfg: TrainConfig, job: Job, parts: Parts, clock: Clock) -> Ready:
         seed=cfg.seed,
         precision=cfg.precision,
     )
-    material = gather(cfg, parts, describe.source_name(cfg, job))
+    material = gather(cfg, parts, describe.source_name(cfg, job), cache)
     clock.lap("data")
     loaded = model.load_model(parts.encoder, material.tokenizer, cfg.seed)
     model.prompt_of(loaded, material.tokenizer, cfg.example)

@@ -138,15 +138,13 @@ CHUNKINGS: dict[str, Callable[..., Chunks]] = table(concat, document)
 def split_chunks(
     chunks: Chunks, *, train_chunks: float = 10_000, eval_chunks: float = 1_000, split_seed: int = 42
 ) -> tuple[Chunks, Chunks]:
-    """Rows for training and for evaluation, drawn after chunking by ``datasets``' ``train_test_split``.
+    """Rows for training and for evaluation, drawn after chunking as ``datasets``' ``train_test_split`` draws them.
 
     Args:
         train_chunks, eval_chunks: numbers of chunks, or shares between 0 and 1.
     Raises:
         RequestError: the corpus has fewer chunks than asked for.
     """
-    from datasets import Dataset
-
     wanted = require_amounts(train_chunks, eval_chunks, split_seed)
     # Shares are rounded as the library does, but 0.9 and 0.1 of 37 chunks are not more than 37 of them.
     counts = [w if isinstance(w, int) else round(w * len(chunks), 6) for w in wanted.values()]
@@ -162,11 +160,8 @@ def split_chunks(
             f"dataset.train_chunks={train_chunks:g} and dataset.eval_chunks={eval_chunks:g}; lower these "
             "(shares such as 0.9 and 0.1 work too) or chunk_size"
         )
-    # The library draws the rows, on a table of row numbers, so that the split is its split.
-    rows = Dataset.from_dict({"row": np.arange(len(chunks))})
-    halves = rows.train_test_split(train_size=train_size, test_size=eval_size, seed=split_seed)
-    train, evaluation = (chunks.select(np.asarray(halves[name]["row"])) for name in ("train", "test"))
-    return train, evaluation
+    drawn = np.random.default_rng(split_seed).permutation(len(chunks))
+    return chunks.select(drawn[eval_size : eval_size + train_size]), chunks.select(drawn[:eval_size])
 
 
 def require_amounts(train_chunks: float = 1, eval_chunks: float = 1, split_seed: int = 0) -> dict[str, int | float]:
@@ -196,7 +191,18 @@ def _amount(name: str, value: float) -> int | float:
 
 def rows_sha256(chunks: Chunks) -> str:
     """sha256 of the int32 little-endian bytes of ``input_ids``, rows in order."""
+    tokens = chunks.tokens.ids.astype("<i4", copy=False).data.cast("B")
+    starts, ends = chunks.starts, chunks.starts + chunks.lengths
     digest = hashlib.sha256()
-    for row in range(len(chunks)):
-        digest.update(chunks[row]["input_ids"].astype("<i4", copy=False).tobytes())
+    if not len(chunks.prefix) and not len(chunks.suffix):
+        # Rows that follow each other in the tokens as well are one stretch of memory.
+        gaps = np.flatnonzero(starts[1:] != ends[:-1])
+        starts, ends = starts[np.append(0, gaps + 1)], ends[np.append(gaps, -1)]
+        for first, last in zip((4 * starts).tolist(), (4 * ends).tolist(), strict=True):
+            digest.update(tokens[first:last])
+        return digest.hexdigest()
+    prefix, suffix = (edge.astype("<i4").tobytes() for edge in (chunks.prefix, chunks.suffix))
+    for some in (slice(row, row + 4096) for row in range(0, len(chunks), 4096)):
+        spans = zip((4 * starts[some]).tolist(), (4 * ends[some]).tolist(), strict=True)
+        digest.update(b"".join(part for first, last in spans for part in (prefix, tokens[first:last], suffix)))
     return digest.hexdigest()
