@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(1500)  # a dozen processes import the libraries, also on a machine that is busy
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"
 # The table of issue 4, and the loss that must not move.
@@ -34,7 +35,7 @@ ROWS = {
 
 def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPTS / "benchmark.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=590, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1400, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -116,7 +116,7 @@ class Stepped:
         about: precision, device and widths.
         seconds: of one step, a list.
         peak: FLOP/s of the best matrix product, a list.
-        memory: the most bytes its process held.
+        memory: the most bytes its process held until the end of the first turn.
     """
 
     tokens_per_step: int
@@ -143,12 +143,13 @@ def _step_in_turns(bench: Bench, pair: Pair, turns: int, *, chunk_size: int, **o
     pair.in_turn("steps", count=count)
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     peak: dict[str, list[float]] = {side: [] for side in SIDES}
+    memory: dict[str, int] = {}
     for _ in range(turns):
         for side, spent in pair.in_turn("steps", count=count).items():
             seconds[side].append(spent / count)
+        memory = memory or pair.in_turn("memory")  # before the matrices of the peak are in it
         for side, rate in pair.in_turn("peak").items():
             peak[side].append(rate)
-    memory = pair.in_turn("memory")
     pair.in_turn("stop")
     return Stepped(setup["batch_size"] * chunk_size, about, seconds, peak, memory)
 

@@ -216,7 +216,8 @@ def sweep_job(bench: Bench) -> Reading:
     with bench.pair() as pair:
         ours = pair.workers["mlmx"]
         ours.send("sweep", setup=setup, chunk_sizes=sizes.jobs)
-        fresh_process(bench, setup)  # the library keeps its tokens on disk; later processes find them
+        if not sizes.shared_workers:  # the library keeps its tokens on disk; later processes find them
+            fresh_process(bench, setup)
         first = ours.receive()
         for _ in range(min(bench.repeats, 2 * len(sizes.jobs) - 1)):
             samples["stock"].append(fresh_process(bench, setup))
