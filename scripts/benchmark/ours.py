@@ -1,0 +1,198 @@
+"""The mlmx side: its own commands where there is one, else its own stages. Nothing here makes it faster.
+
+Everything that depends on how mlmx is built inside stands in this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, Trainer
+
+from benchmark.sizes import MLM_PROBABILITY
+from benchmark.stock import load_reviews, step_numbers, thread_facts, timed_batches
+from benchmark.turns import Stopwatch, Turns
+from mlmx import cli, data, masking, runs, tracking
+from mlmx import train as command
+from mlmx.measure import Measure
+from mlmx.training import engine, resolve_precision
+
+if TYPE_CHECKING:
+    from benchmark.workers import Channel
+
+
+# --------------------------------------------------------------------------------- the real command
+
+
+def run_train(setup: dict[str, Any], *overrides: str) -> None:
+    """``mlmx train`` with a setup's model and dials."""
+    model = ["model=minilm"] if setup["minilm"] else ["model=distilbert", f"model.path={setup['model']}"]
+    trainer = {"cpu": "cpu", "cuda": "default" if setup["precision"] == "fp32" else "gpu"}[setup["device"]]
+    arguments = [
+        *model,
+        f"dataset.train_chunks={setup['chunks']}",
+        "dataset.eval_chunks=2",
+        f"batch_size={setup['batch_size']}",
+        f"precision={setup['precision']}",
+        f"mlm_probability={MLM_PROBABILITY}",
+        f"trainer={trainer}",
+        f"tracking={setup['tracking']}",
+    ]
+    code = cli.main(["train", *arguments, *overrides])
+    if code:
+        raise RuntimeError(f"mlmx train ended with {code}")
+
+
+def on_reviews(setup: dict[str, Any]) -> list[str]:
+    """The benchmark's reviews, none of them held out."""
+    return ["dataset=files", f"dataset.path={setup['reviews']}", "heldout.share=0", f"chunk_size={setup['chunk_size']}"]
+
+
+@contextlib.contextmanager
+def changed(prepare: Callable[[Trainer], None]) -> Iterator[None]:
+    """Inside the block, ``prepare`` is called with every trainer that mlmx makes."""
+    own = engine.make_trainer
+
+    def made(*args: Any, **kwargs: Any) -> Any:
+        trainer = own(*args, **kwargs)
+        prepare(trainer)
+        return trainer
+
+    engine.make_trainer = made
+    try:
+        yield
+    finally:
+        engine.make_trainer = own
+
+
+# ------------------------------------------------------------------------------- what may be asked
+
+
+def train(channel: Channel, setup: dict[str, Any]) -> None:
+    """A training that goes on by `Turns`."""
+    with changed(lambda trainer: trainer.add_callback(Turns(channel, setup["chunk_size"]))):
+        run_train(setup, *on_reviews(setup))
+
+
+def train_to_end(
+    _channel: Channel, setup: dict[str, Any], batches: str, learning_rate: float, steps: int
+) -> list[float]:
+    """A training of some steps; keeps its masked batches for the other side, saves its model, returns its losses."""
+    losses: list[float] = []
+    kept: dict[str, list[Any]] = {"input_ids": [], "labels": []}
+
+    def record(trainer: Trainer) -> None:
+        own_step = trainer.training_step
+
+        def step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            for name, rows in kept.items():
+                rows.append(inputs[name].cpu().numpy().copy())
+            loss = own_step(model, inputs, *args, **kwargs)
+            losses.append(loss.item())
+            return loss
+
+        trainer.training_step = step
+
+    with changed(record):
+        dials = [f"trainer.max_steps={steps}", "trainer.save_strategy=no", "trainer.eval_strategy=no"]
+        run_train(setup, *on_reviews(setup), f"lr={learning_rate}", *dials, f"hydra.run.dir={setup['saved']}")
+    np.savez(batches, **{name: np.concatenate(rows) for name, rows in kept.items()})
+    return losses
+
+
+def prepare(
+    _channel: Channel, reviews: str, folder: str, model: str, chunk_size: int, second: int | None
+) -> dict[str, Any]:
+    """Seconds from reviews to the first chunk with nothing cached, and to that of a second chunk size."""
+    texts = load_reviews(reviews, folder)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def first_chunk(size: int) -> Any:
+        return data.concat(data.tokens_of(texts, tokenizer, Path(folder) / "tokens", keep=True), size)[0]["input_ids"]
+
+    began = time.perf_counter()
+    first = first_chunk(chunk_size)
+    found = {"cold": time.perf_counter() - began, "first": first.tolist()}
+    if second:
+        began = time.perf_counter()
+        chunk = first_chunk(second)
+        found |= {"second": time.perf_counter() - began, "first_of_second": chunk.tolist()}
+    return found
+
+
+def mask(
+    _channel: Channel, reviews: str, folder: str, model: str, chunk_size: int, rows: int, times: int
+) -> dict[str, Any]:
+    """Median seconds of one masked batch, from rows in hand to tensors."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    chunks = data.concat(data.tokenize(load_reviews(reviews, folder), tokenizer), chunk_size)
+    collate = masking.masker(partial(masking.token), tokenizer, MLM_PROBABILITY, seed=42)
+    return timed_batches(collate, [chunks[row] for row in range(rows)], times)
+
+
+def track(_channel: Channel, folder: str, steps: int, pause: float) -> float:
+    """Seconds per step that tracking takes from training: logging, and what the end has to wait for because of it."""
+    store = tracking.Store(f"sqlite:///{folder}/mlflow.db", "mlmx", Path(folder) / "mlartifacts")
+    ending = logged(store, Path(folder) / "empty", 0, pause)
+    return max(logged(store, Path(folder) / "run", steps, pause) - ending, 0.0) / steps
+
+
+def logged(store: tracking.Store, folder: Path, steps: int, pause: float) -> float:
+    """Seconds that logging ``steps`` steps and then ending the run take from the training thread."""
+    folder.mkdir(parents=True)
+    run, seconds = runs.Run(folder), 0.0
+    with runs.log_to(), runs.log_to_file(run):
+        tracker = tracking.Tracker(run, store)
+        tracker.start("benchmark", "none", {}, {}, {})
+        for step in range(steps):
+            time.sleep(pause)
+            began = time.perf_counter()
+            tracker.log(step, 0.0, step_numbers(step))
+            seconds += time.perf_counter() - began
+        began = time.perf_counter()
+        tracker.finish("FINISHED", {})
+    return seconds + time.perf_counter() - began
+
+
+def sweep(channel: Channel, setup: dict[str, Any], chunk_sizes: list[int]) -> None:
+    """``mlmx train -m`` that pauses after each job; a job's answer is its seconds beyond steps, scoring and saving."""
+    watch, own_train, began = Stopwatch(), command.train, time.perf_counter()
+
+    def train_and_wait(*args: Any) -> Any:
+        nonlocal began
+        value = own_train(*args)
+        channel.send(time.perf_counter() - began - watch.seconds)
+        asked, _ = channel.receive()
+        if asked == "stop":
+            raise SystemExit(0)
+        began, watch.seconds = time.perf_counter(), 0.0
+        return value
+
+    scoring = (Measure, "__call__"), (Measure, "breakdown")
+    saving = (Trainer, "_save_checkpoint"), (Trainer, "save_model")
+    reviews = ["dataset=imdb_packaged"] if setup["packaged"] else ["dataset=files", f"dataset.path={setup['reviews']}"]
+    dials = [f"chunk_size={','.join(map(str, chunk_sizes))}", "lr=2e-5,5e-5", "epochs=1", "heldout.documents=20"]
+    command.train = train_and_wait
+    try:
+        with changed(lambda trainer: trainer.add_callback(watch)), watch.watching(*scoring, *saving):
+            run_train(setup, "-m", *reviews, *dials)
+    finally:
+        command.train = own_train
+
+
+def precisions(_channel: Channel, device: str) -> list[str]:
+    """Every precision that is shipped and that this machine is meant to train in."""
+    chosen = resolve_precision("auto", on_cpu=device == "cpu")
+    return sorted({"fp32", chosen} | ({"bf16", "fp16"} if device == "cuda" else set()))
+
+
+def facts(_channel: Channel) -> dict[str, Any]:
+    """What this side's process computes with."""
+    return thread_facts() | {"precision=auto on the CPU": resolve_precision("auto", on_cpu=True)}
