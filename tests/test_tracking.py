@@ -198,3 +198,12 @@ def test_plots_draw_the_rows_they_are_given(tmp_path: Path):
         draw([*rows, {"step": 9, "epoch": 2.0, "eval/loss": 1.0}], tmp_path / "plots", "a run")[0].read_bytes()
         != before
     )
+
+
+def test_a_plot_holds_nothing_of_the_run_before(tmp_path: Path):
+    few, many = (
+        [{"epoch": n, "eval/loss": 9.0 - n, "eval/perplexity": 5.0 ** (9 - n)} for n in range(m)] for m in (2, 5)
+    )
+    first = [path.read_bytes() for path in draw(few, tmp_path, "a run")]
+    draw(many, tmp_path, "another")
+    assert [path.read_bytes() for path in draw(few, tmp_path, "a run")] == first
