@@ -121,7 +121,7 @@ def _split_off(
         f"{source[int(shared.argmax())]['text'][:60]!r}; take other held-out documents, or leave these unscored by "
         "dataset.allow_overlap=true",
     )
-    remaining = source.select(np.flatnonzero(~shared))
+    remaining = source.select(np.flatnonzero(~shared)) if count else source
     require(len(remaining) > 0, f"{origin}: no held-out document is left that does not stand in the training texts")
     return Split(train, choose(remaining, documents), origin, count)
 
