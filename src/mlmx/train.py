@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import math
 import os
@@ -95,6 +96,8 @@ def make_ready(cfg: TrainConfig, job: Job, parts: Parts, clock: Clock, cache: da
     )
     material = gather(cfg, parts, describe.source_name(cfg, job), cache)
     clock.lap("data")
+    importlib.import_module("mlmx.training.engine")
+    memory.settle()
     loaded = model.load_model(parts.encoder, material.tokenizer, cfg.seed)
     model.prompt_of(loaded, material.tokenizer, cfg.example)
     clock.lap("model")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,13 +150,10 @@ def load_tokenizer(encoder: Encoder, chunk_size: int) -> PreTrainedTokenizerBase
     Raises:
         RequestError: not reachable, not a masked LM, no mask token, or too long a chunk.
     """
-    from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+    from transformers import AutoModelForMaskedLM
 
-    try:
-        config = AutoConfig.from_pretrained(encoder.path, revision=encoder.revision)
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(encoder.path, revision=encoder.revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise RequestError(f"model.path={encoder.path}: cannot be loaded ({error})") from error
+    tokenizer: PreTrainedTokenizerBase
+    config, tokenizer = _config_and_tokenizer(encoder.path, encoder.revision, _version(encoder.path))
     is_masked_lm = encoder.fresh is not None or type(config) in AutoModelForMaskedLM._model_mapping
     require(
         is_masked_lm and tokenizer.mask_token_id is not None,
@@ -166,6 +164,23 @@ def load_tokenizer(encoder: Encoder, chunk_size: int) -> PreTrainedTokenizerBase
     longest = encoder.max_length if encoder.fresh else _longest_input(config.to_dict())
     require_fit(Encoder(encoder.path, max_length=longest), chunk_size)
     return tokenizer
+
+
+def _version(path: str) -> tuple[int, ...]:
+    """When the files of a local folder were last written; nothing for a hub repository."""
+    folder = Path(path).expanduser()
+    return tuple(sorted(file.stat().st_mtime_ns for file in folder.iterdir())) if folder.is_dir() else ()
+
+
+@lru_cache(maxsize=2)  # the jobs of a sweep mostly share a tokenizer
+def _config_and_tokenizer(path: str, revision: str | None, version: tuple[int, ...]) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+        return config, AutoTokenizer.from_pretrained(path, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise RequestError(f"model.path={path}: cannot be loaded ({error})") from error
 
 
 def load_model(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
