@@ -69,11 +69,11 @@ def test_a_run_reports_its_speed_and_its_share_of_the_machine(tiny: Path, corpus
 def test_training_on_the_cpu_uses_our_dropout_and_scoring_none(
     tiny: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from mlmx.training import dropout
+    from mlmx.training import cpu
 
     drawn = []
-    original = dropout.Bytes.draw
-    monkeypatch.setattr(dropout.Bytes, "draw", lambda self, shape: drawn.append(shape) or original(self, shape))
+    original = cpu.Bytes.draw
+    monkeypatch.setattr(cpu.Bytes, "draw", lambda self, shape: drawn.append(shape) or original(self, shape))
     train(tiny, corpus)
     assert drawn == [], "the tiny model has no dropout"
     train_scratch(corpus, ["model=scratch", "model.layers=1", "model.hidden_size=32", "model.heads=2"])

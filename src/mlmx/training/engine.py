@@ -18,7 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from mlmx.training.dropout import FastDropout
+from mlmx.training.cpu import CpuKernels
 from mlmx.training.progress import Progress
 from mlmx.training.reporter import Recorder, Reporter
 
@@ -99,7 +99,7 @@ class CorrectedTrainer(CountedTrainer):
         torch.manual_seed(hash(key) & (2**63 - 1))
         checkpointing = getattr(self.model, "is_activation_checkpointing", False)
         fast = self.args.device.type == "cpu" and not checkpointing
-        with FastDropout() if fast else contextlib.nullcontext():
+        with CpuKernels() if fast else contextlib.nullcontext():
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(

@@ -1,4 +1,4 @@
-"""Dropout on the CPU: the law of torch's own, with bits drawn in bulk."""
+"""Kernels of the CPU: dropout by the law of torch's own, attention and linear layers with the same results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mlmx.training.dropout import FastDropout
+from mlmx.training import cpu
+from mlmx.training.cpu import CpuKernels
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -24,7 +25,7 @@ def heads(seed: int, batch: int = 3, count: int = 4, length: int = 40, size: int
 def test_elements_are_dropped_at_the_rate_and_the_others_scaled(p: float, dtype: torch.dtype):
     torch.manual_seed(1)
     x = torch.ones(2000, 1000, dtype=dtype, requires_grad=True)
-    with FastDropout():
+    with CpuKernels():
         y = functional.dropout(x, p, True)
     assert (y == 0).double().mean().item() == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / y.numel()) + p * 1e-3)
     assert y[y != 0].unique().tolist() == [pytest.approx(1 / (1 - p), rel=1e-2 if dtype == torch.bfloat16 else 1e-6)]
@@ -34,7 +35,7 @@ def test_elements_are_dropped_at_the_rate_and_the_others_scaled(p: float, dtype:
 
 def test_neighbours_are_dropped_independently():
     torch.manual_seed(2)
-    with FastDropout():
+    with CpuKernels():
         kept = functional.dropout(torch.ones(1000, 1000), 0.3, True) > 0
     assert kept.double().mean(0).std() == pytest.approx(math.sqrt(0.3 * 0.7 / 1000), rel=0.15)
     for near in (torch.roll(kept, 1, 1), torch.roll(kept, 1, 0), torch.roll(kept, 8, 1)):
@@ -47,7 +48,7 @@ def test_a_seed_repeats_the_draw_and_another_does_not():
     drawn = []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
-        with FastDropout():
+        with CpuKernels():
             drawn.append((functional.dropout(x, 0.1), functional.dropout(x, 0.1)))
     assert torch.equal(drawn[0][0], drawn[1][0])
     assert torch.equal(drawn[0][1], drawn[1][1])
@@ -57,12 +58,12 @@ def test_a_seed_repeats_the_draw_and_another_does_not():
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_attention_is_softmax_dropout_and_product_with_their_gradients(padded: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("mlmx.training.dropout._is_ours", lambda tensor: True)  # fp64, to compare to rounding
+    monkeypatch.setattr("mlmx.training.cpu._is_ours", lambda tensor: True)  # fp64, to compare to rounding
     query, key, value = (heads(seed).requires_grad_() for seed in range(3))
     mask = (torch.arange(40) < torch.tensor([40, 25, 7])[:, None])[:, None, None, :] if padded else None
     p = 0.2
     torch.manual_seed(5)
-    with FastDropout():
+    with CpuKernels():
         out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=p)
     signed = out.grad_fn.saved_tensors[3]
     scores = query @ key.mT / math.sqrt(8)
@@ -84,7 +85,7 @@ def test_attention_drops_at_the_rate_and_is_right_on_average(dtype: torch.dtype)
     rates = []
     for seed in range(200):
         torch.manual_seed(seed)
-        with FastDropout():
+        with CpuKernels():
             out = functional.scaled_dot_product_attention(query.requires_grad_(), key, value, dropout_p=0.1)
         assert out.dtype == dtype
         total += out.detach().float()
@@ -98,7 +99,7 @@ def test_attention_drops_at_the_rate_and_is_right_on_average(dtype: torch.dtype)
 def test_what_is_not_ours_stays_the_library_s():
     x = torch.randn(4, 8)
     query = heads(1).float()
-    with FastDropout():
+    with CpuKernels():
         assert functional.dropout(x, 0.5, training=False) is x or torch.equal(functional.dropout(x, 0.5, False), x)
         assert torch.equal(functional.dropout(x, 0.0), x)
         assert not functional.dropout(x, 1.0).any()
@@ -106,3 +107,27 @@ def test_what_is_not_ours_stays_the_library_s():
         causal = functional.scaled_dot_product_attention(query, query, query, is_causal=True)
     assert torch.equal(plain, functional.scaled_dot_product_attention(query, query, query))
     assert torch.equal(causal, functional.scaled_dot_product_attention(query, query, query, is_causal=True))
+
+
+@pytest.mark.skipif(not cpu.ONEDNN, reason="this torch has no oneDNN")
+@pytest.mark.parametrize("biased", [True, False])
+def test_linear_layers_give_the_library_s_results_and_gradients(biased: bool):
+    torch.manual_seed(1)
+    x, weight = torch.randn(3, 20, 32, requires_grad=True), torch.randn(50, 32, requires_grad=True)
+    inputs = (x, weight, torch.randn(50, requires_grad=True)) if biased else (x, weight)
+    towards = torch.randn(3, 20, 50)
+    with CpuKernels():
+        ours = functional.linear(*inputs)
+    theirs = functional.linear(*inputs)
+    assert type(ours.grad_fn).__name__ == "_LinearBackward", "else this compares the library with itself"
+    assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    for own, other in zip(*(torch.autograd.grad(out, inputs, towards) for out in (ours, theirs)), strict=True):
+        assert torch.allclose(own, other, rtol=1e-5, atol=1e-5)
+
+
+def test_frozen_weights_get_no_gradient():
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(5, 8)
+    with CpuKernels():
+        functional.linear(x, weight).sum().backward()
+    assert torch.allclose(x.grad, weight.sum(0).expand(4, 8), atol=1e-6)
+    assert weight.grad is None
