@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -28,6 +29,14 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MLMX_OUTPUTS", str(folder))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     return folder
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What the test's code says of its own accord, as log records."""
+    monkeypatch.setattr(logging.getLogger("mlmx"), "propagate", True)
+    caplog.set_level(logging.INFO, "mlmx")
+    return caplog
 
 
 @pytest.fixture(scope="session")

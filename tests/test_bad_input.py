@@ -183,7 +183,7 @@ NUMBERS: list[Row] = [
     *((train(f"batch_size={n}"), [f"batch_size={n}:", "at least 1"]) for n in (0, -8)),
     (train("weight_decay=-1"), ["weight_decay=-1:", "0 or more"]),
     (train("seed=-1"), ["seed=-1:", "between 0 and 4294967295"]),
-    (train("precision=fp16"), ["precision=fp16:", "fp32, bf16, auto"]),
+    (train("precision=fp8"), ["precision=fp8:", "auto, fp32, bf16, fp16"]),
     (train("masking.mask_share=2"), ["masking.mask_share=2", "together 1"]),
     (train("model.heads=3"), ["model.hidden_size=128", "multiple", "model.heads=3"]),
     (train("model.layers=0"), ["layers=0", "at least 1"]),

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mlmx import data
 from mlmx.config import RequestError
 from mlmx.data.chunks import DOCUMENTS_PER_GROUP
+from mlmx.data.content import batches, content_sha256, document_keys, utf8
+from mlmx.data.fast import ODD_TEXTS
+from mlmx.data.tokens import _with_word_ids, word_begins
 
 # The recipe's own tokenise, group and split code run on the 25,000 IMDB train reviews (chunks, all, train, test).
 REFERENCE = {
@@ -60,6 +65,19 @@ def test_imdb_chunks_and_split_are_the_recipes(imdb_tokens: data.Tokens, chunk_s
     assert train[0]["input_ids"][:12].tolist() == first_ids
 
 
+def test_texts_are_hashed_by_content_however_they_lie_in_memory():
+    texts = ["émigré 😀", "", "one", "two " * 900]
+    plain = Dataset.from_dict({"text": texts})
+    keys = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") for text in texts]
+    joined = concatenate_datasets([plain.select([0, 1]), Dataset.from_dict({"text": texts[2:]})])
+    chosen = Dataset.from_dict({"text": [*texts[::-1], "more"]}).select([3, 2, 1, 0])
+    for same in (plain, joined, chosen, Dataset.from_dict({"text": ["more", *texts]}).select(range(1, 5))):
+        assert document_keys(same).tolist() == keys
+        assert content_sha256(same) == content_sha256(plain)
+        assert b"".join(bytes(utf8(batch)[1]) for batch in batches(same)).decode() == "".join(texts)
+    assert content_sha256(Dataset.from_dict({"text": ["émigré 😀o", "", "ne", texts[3]]})) != content_sha256(plain)
+
+
 TEXTS = ["I rented it.", "Great movie, unbelievably so!", "", "émigré 😀 [MASK] don't"]
 
 
@@ -89,6 +107,31 @@ def test_word_starts_mark_pieces_and_punctuation(tokens: data.Tokens, tokenizer)
     assert pieces, "the text must hold a word of several pieces"
     assert marked[","]
     assert marked["!"]
+
+
+def test_word_starts_from_the_vocabulary_are_those_of_the_word_ids(imdb, tokenizer):
+    written = [f"{t} a {t} b{t}c {t}{t}x ##{t}" for t in tokenizer.all_special_tokens]
+    texts = Dataset.from_dict({"text": [*imdb.select(range(300))["text"], *ODD_TEXTS, *written]})
+    made = data.tokenize(texts, tokenizer)
+    ids, lengths, by_word_ids = _with_word_ids(texts, tokenizer)
+    assert np.array_equal(made.ids, ids)
+    assert np.array_equal(np.diff(made.offsets), lengths)
+    assert np.array_equal(made.word_starts, by_word_ids)
+    assert not by_word_ids.all()
+
+
+def test_ids_tell_where_words_begin_for_wordpiece_behind_berts_pre_tokenizer_alone(tokenizer):
+    pieces = {"[UNK]": 0, "a": 1, "##b": 2}
+    backend = Tokenizer(models.WordPiece(pieces, unk_token="[UNK]"))
+    assert word_begins(backend) is None
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.add_tokens(["##film"])  # an added token stands by itself, whatever its name
+    assert word_begins(backend).tolist() == [True, True, False, True]
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    assert word_begins(backend) is None, "'a ##b' would begin a word with ##b"
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.model = models.WordPiece(pieces, unk_token="[UNK]", continuing_subword_prefix="b")
+    assert word_begins(backend) is None
 
 
 def test_slow_and_fast_tokenizers_agree(tokens: data.Tokens, tokenizer):
@@ -133,10 +176,24 @@ def test_chunks_are_views(imdb_tokens: data.Tokens):
     assert np.shares_memory(row, imdb_tokens.ids)
 
 
-def test_rows_sha256_is_of_little_endian_int32_rows(tokens: data.Tokens):
-    chunks = data.concat(tokens, 4)
-    rows = b"".join(np.asarray(chunks[i]["input_ids"], "<i4").tobytes() for i in range(len(chunks)))
-    assert data.rows_sha256(chunks) == hashlib.sha256(rows).hexdigest()
+@pytest.mark.parametrize("chunking", [data.concat, data.document])
+@pytest.mark.parametrize("rows", [slice(None), slice(None, None, -1), [0, 1, 3, 4, 2], [5]])
+def test_rows_sha256_is_of_little_endian_int32_rows(tokens: data.Tokens, chunking: Callable, rows: object):
+    chunks = chunking(tokens, 4)
+    chunks = chunks.select(np.arange(len(chunks))[rows])
+    own = b"".join(np.asarray(chunks[i]["input_ids"], "<i4").tobytes() for i in range(len(chunks)))
+    assert data.rows_sha256(chunks) == hashlib.sha256(own).hexdigest()
+
+
+@pytest.mark.parametrize("number", [11, 37, 1862])
+@pytest.mark.parametrize("amounts", [(5, 3), (0.9, 0.1), (0.31, 2)])
+def test_the_split_is_the_librarys(tokens: data.Tokens, number: int, amounts: tuple[float, float]):
+    rows = np.arange(number)
+    chunks = data.Chunks(tokens, 1, rows, np.ones(number, np.int64), rows)
+    train, held = data.split_chunks(chunks, train_chunks=amounts[0], eval_chunks=amounts[1], split_seed=7)
+    sizes = {"train_size": len(train), "test_size": len(held)}
+    right = Dataset.from_dict({"row": rows}).train_test_split(**sizes, seed=7)
+    assert (train.samples.tolist(), held.samples.tolist()) == (right["train"]["row"][:], right["test"]["row"][:])
 
 
 def test_split_takes_shares_and_is_disjoint(imdb_tokens: data.Tokens):

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from mlmx import data, masking
 from mlmx.config import RequestError
-from mlmx.draws import random_bits, sample_keys, uniform
+from mlmx.draws import bits_at, random_bits, random_halves, sample_keys, uniform, uniform32
 
 RATE = 0.15
 
@@ -187,7 +187,61 @@ def test_evaluation_masks_are_fixed_over_epochs_and_not_those_of_training(tokeni
     assert not torch.equal(first["labels"], masker(tokenizer)([chunks[0]])["labels"])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("chunking", [data.concat, data.document])
+def test_rows_taken_together_are_masked_as_one_by_one(imdb, tokenizer, chunking, strategy):
+    tokens = data.tokenize(imdb.select(range(100)), tokenizer)
+    rows = np.random.default_rng(0).permutation(120).tolist()
+    for known in (tokens, replace(tokens, word_starts=None)):
+        chunks = replace(chunking(known, 128), epoch=2)
+        mask = masker(tokenizer, strategy)
+        together, one_by_one = mask(chunks.__getitems__(rows)), masked(mask, chunks, rows)
+        assert together.keys() == one_by_one.keys()
+        assert all(torch.equal(together[name], one_by_one[name]) for name in together)
+
+
+def test_rows_of_one_length_come_stacked_and_others_one_by_one(tokenizer, chunks: data.Chunks):
+    stacked = chunks.__getitems__([3, 0, len(chunks) - 1])
+    for place, number in enumerate([3, 0, len(chunks) - 1]):
+        assert all(np.array_equal(stacked[name][place], chunks[number][name]) for name in chunks[number])
+    ragged = replace(chunks, lengths=np.where(np.arange(len(chunks)) == 0, 5, chunks.lengths))
+    assert [len(row["input_ids"]) for row in ragged.__getitems__([0, 1])] == [5, 128]
+    assert isinstance(ragged.__getitems__([1, 2]), dict)
+
+
+@pytest.mark.parametrize("values", [2**32, 64])
+def test_the_budget_is_exact_in_expectation_for_units_of_all_sizes_and_for_equal_draws(values: int):
+    rows, sizes = 20_000, [1, 2, 3, 1, 5, 4, 1, 7, 2, 6, 1, 3, 4]
+    unit_starts = np.zeros((rows, sum(sizes)), np.bool_)
+    unit_starts[:, np.cumsum([0, *sizes[:-1]])] = True
+    candidates = np.ones_like(unit_starts)
+    candidates[:, ::9] = False
+    random = np.random.default_rng(0)
+    draws = random.integers(0, values, candidates.shape, np.uint32) * np.uint32(2**32 // values)
+    for budget in (9.0, 12.3, 20.9):
+        budgets, coins = np.full((rows, 1), budget), random.random((rows, 1))
+        targets = masking.take_units(unit_starts, candidates, budgets, draws, coins)
+        assert not (targets & ~candidates).any()
+        found = targets.sum(axis=1)
+        assert found.mean() == pytest.approx(budget, abs=4 * found.std() / np.sqrt(rows) + 1e-9)
+
+
+def test_the_largest_draw_is_as_good_as_any():
+    draws = np.full((2, 4), 2**32 - 1, np.uint32)
+    candidates = np.array([[False, True, False, False], [False] * 4])
+    targets = masking.take_units(np.ones_like(candidates), candidates, np.full((2, 1), 0.1), draws, np.ones((2, 1)))
+    assert np.array_equal(targets, candidates)
+
+
+@pytest.mark.parametrize("name", masking.NEEDS_NO_UNIFORMS)
+def test_strategies_that_are_given_no_uniforms_need_none(tokenizer, chunks: data.Chunks, name: str):
+    mask = masker(tokenizer, masking.MASKINGS[name])
+    assert not mask.draws_units
+    drawn = masked(replace(mask, draws_units=True), chunks, range(32))
+    assert torch.equal(drawn["labels"], masked(mask, chunks, range(32))["labels"])
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
 def test_worker_processes_change_no_mask(tokenizer, chunks: data.Chunks, workers: int):
     some = chunks.select(np.arange(32))
     loader = torch.utils.data.DataLoader(
@@ -267,9 +321,12 @@ def test_words_are_whole_and_signs_are_words_for(kind, imdb):
             assert chosen.all() or not chosen.any()
 
 
-def test_uniforms_are_uniform_and_rows_independent():
+@pytest.mark.parametrize(
+    "draw", [lambda keys: uniform(random_bits(keys, 500)), lambda keys: uniform32(random_halves(keys, 500))]
+)
+def test_uniforms_are_uniform_and_rows_independent(draw):
     keys = sample_keys(7, np.zeros(200), np.arange(200))
-    uniforms = uniform(random_bits(keys, 500))
+    uniforms = draw(keys)
     assert uniforms.min() >= 0
     assert uniforms.max() < 1
     counts = np.histogram(uniforms, bins=20, range=(0, 1))[0]
@@ -278,6 +335,15 @@ def test_uniforms_are_uniform_and_rows_independent():
     assert abs(np.corrcoef(uniforms[:-1].ravel(), uniforms[1:].ravel())[0, 1]) < 0.01
     assert abs(np.corrcoef(uniforms[:, :-1].ravel(), uniforms[:, 1:].ravel())[0, 1]) < 0.01
     assert len(np.unique(keys)) == 200
+
+
+def test_a_number_needs_none_before_it():
+    keys = sample_keys(7, np.zeros(3), np.arange(3))
+    bits = random_bits(keys, 50, stream=2)
+    assert np.array_equal(bits_at(keys[[2, 0]], np.array([9, 49]), stream=2), bits[[2, 0], [9, 49]])
+    assert np.array_equal(random_bits(keys, 40, stream=2, first=np.full(3, 10, np.uint64)), bits[:, 10:])
+    for length in (1, 20, 51):
+        assert np.array_equal(random_halves(keys, length), random_halves(keys, 99)[:, :length])
 
 
 def test_seeds_streams_and_epochs_give_different_keys():

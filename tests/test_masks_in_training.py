@@ -25,11 +25,13 @@ class Recording:
         self.mask = mask
         self.folder = folder
 
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: masking.Rows) -> dict[str, torch.Tensor]:
+        assert isinstance(rows, dict), "rows of one length are taken in one go"
         batch = self.mask(rows)
-        for row, inputs, labels in zip(rows, batch["input_ids"], batch["labels"], strict=True):
+        numbers = zip(masking.column(rows, "epoch"), masking.column(rows, "sample"), strict=True)
+        for (epoch, sample), inputs, labels in zip(numbers, batch["input_ids"], batch["labels"], strict=True):
             pair = np.stack([inputs.numpy(), labels.numpy()])
-            name = f"{row['epoch']}-{row['sample']}.npy"
+            name = f"{epoch}-{sample}.npy"
             before = self.folder / name
             if before.exists():
                 assert np.array_equal(np.load(before), pair), f"{name} was masked otherwise before"

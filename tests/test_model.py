@@ -14,6 +14,7 @@ from transformers import (
     DebertaV2Config,
     DistilBertConfig,
     ElectraConfig,
+    FlaubertConfig,
     ModernBertConfig,
     MPNetConfig,
     RobertaConfig,
@@ -63,10 +64,67 @@ def test_masked_positions_give_the_full_heads_loss_and_gradient(family: str):
             assert torch.allclose(ours[name], parameter.grad, rtol=1e-9, atol=1e-12), name
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_fixed_number_of_rows_gives_the_same_loss(family: str):
+    loaded = AutoModelForMaskedLM.from_config(CONFIGS[family]).eval()
+    batch = batch_of(3)
+    count = int((batch["labels"] != -100).sum())
+    plain, labels = model.masked_logits(loaded, batch)
+    padded, padded_labels = model.masked_logits(loaded, batch, count + 5)
+    assert padded.shape == (count + 5, 120)
+    assert padded_labels.tolist() == labels.tolist() + [-100] * 5
+    assert torch.allclose(padded[:count], plain, atol=1e-6)
+    too_few, _ = model.masked_logits(loaded, batch, count - 1)
+    assert too_few.isnan().all(), "targets that find no room must not be lost in silence"
+
+
+def test_the_last_feed_forward_network_sees_targets_alone():
+    for family in set(CONFIGS) - {"albert", "modernbert"}:
+        loaded = AutoModelForMaskedLM.from_config(CONFIGS[family]).eval()
+        batch = batch_of(4)
+        seen: list[torch.Size] = []
+        wide = [m for m in loaded.base_model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 64]
+        handles = [m.register_forward_hook(lambda m, i, out, seen=seen: seen.append(out.shape)) for m in wide]
+        model.masked_logits(loaded, batch)
+        for handle in handles:
+            handle.remove()
+        assert seen == [(3, 16, 64), (1, int((batch["labels"] != -100).sum()), 64)], family
+
+
+def test_activation_checkpointing_gives_the_same_gradient():
+    torch.manual_seed(0)
+    loaded = AutoModelForMaskedLM.from_config(CONFIGS["bert"]).double().train()
+    for part in loaded.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    gradients = []
+    for _ in range(2):
+        loaded.zero_grad()
+        logits, labels = model.masked_logits(loaded, batch_of(5))
+        torch.nn.functional.cross_entropy(logits, labels).backward()
+        gradients.append(loaded.get_input_embeddings().weight.grad.clone())
+        loaded.activation_checkpointing_enable()
+    assert torch.allclose(*gradients, rtol=1e-9, atol=1e-12)
+
+
+def test_an_unknown_architecture_keeps_its_full_head_and_says_so(caplog: pytest.LogCaptureFixture):
+    sizes = {"n_layers": 2, "emb_dim": 32, "n_heads": 2, "vocab_size": 120, "max_position_embeddings": 40}
+    loaded = AutoModelForMaskedLM.from_config(FlaubertConfig(**sizes, n_langs=1)).double().eval()
+    batch = batch_of(6)
+    with caplog.at_level("INFO", logger="mlmx"):
+        logits, labels = model.masked_logits(loaded, batch)
+        model.masked_logits(loaded, batch)
+    everywhere = loaded(input_ids=batch["input_ids"]).logits
+    assert torch.allclose(logits, everywhere[batch["labels"] != -100])
+    assert torch.equal(labels, batch["labels"][batch["labels"] != -100])
+    notices = [record.message for record in caplog.records if "flaubert" in record.message]
+    assert len(notices) == 1
+
+
 def test_no_hook_stays_behind(tiny: Path, tokenizer):
     loaded = model.load_model(model.pretrained(path=str(tiny)), tokenizer, seed=0)
     model.masked_logits(loaded, batch_of(2))
-    assert not loaded.base_model._forward_hooks
+    assert not any(module._forward_hooks for module in loaded.modules())
     assert loaded(input_ids=batch_of(2)["input_ids"]).logits.shape[:2] == (3, 16)
 
 

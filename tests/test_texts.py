@@ -152,6 +152,15 @@ def test_a_corpus_is_read_once_for_the_check_and_the_run(tmp_path: Path):
     assert files(path=str(path), sample_by="document") is not first
 
 
+def test_a_corpus_that_changed_is_read_again(tmp_path: Path):
+    for number, name in enumerate(("a.csv", "folder", "folder.dict")):
+        path = write(tmp_path / name, ["one"])
+        assert files(path=str(path))["text"] == ["one"]
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write(path, ["two", str(number)])
+        assert files(path=str(path))["text"] == ["two", str(number)]
+
+
 # ---------------------------------------------------------------------------------- packaged data
 
 

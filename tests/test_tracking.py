@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-import sqlite3
+import time
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from mlmx import cli, tracking
 from mlmx.config import RequestError
 from mlmx.runs import Run, all_runs
+from mlmx.tracking import writer
 from mlmx.tracking.plots import draw
 
 REPORT = {
@@ -31,6 +34,34 @@ def tracker(folder: Path, store: tracking.Store | None) -> tracking.Tracker:
     made = tracking.Tracker(Run(folder), store)
     made.start("a name", "eval-1", {"lr": 1e-5}, {"mlmx.command": "python -m mlmx train"}, REPORT)
     return made
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait for what another thread or process does (pytest's timeout ends it)."""
+    while not true():
+        time.sleep(0.01)
+
+
+def logged(made: tracking.Tracker) -> list[tuple[str, int, int, float]]:
+    """(name, step, milliseconds, value) of every number in metrics.jsonl."""
+    return sorted(
+        (name, row["step"], int(datetime.fromisoformat(row["time"]).timestamp() * 1000), value)
+        for row in made.run.metrics()
+        for name, value in row.items()
+        if name not in ("step", "time")
+    )
+
+
+def history(at: tracking.Store, made: tracking.Tracker) -> list[tuple[str, int, int, float]]:
+    """The same of every point that MLflow has of the run, which ended as it should have."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(at.uri)
+    assert made.run_id is not None
+    run = client.get_run(made.run_id)
+    assert run.info.status == made.status
+    points = [point for name in run.data.metrics for point in client.get_metric_history(made.run_id, name)]
+    return sorted((point.key, point.step, point.timestamp, point.value) for point in points)
 
 
 def test_numbers_reach_the_folder_and_the_store(store: Path, outputs: Path):
@@ -66,9 +97,9 @@ def test_the_experiment_and_its_artifacts_lie_at_absolute_addresses(store: Path,
 
     monkeypatch.chdir(tmp_path)
     made = tracker(outputs / "run", tracking.local(experiment="mine"))
+    made.finish("FAILED", {})
     experiment = MlflowClient(tracking.local().uri).get_experiment_by_name("mine")
     assert experiment.artifact_location == (outputs / "mlartifacts").as_uri()
-    made.finish("FAILED", {})
     assert not (tmp_path / "mlruns").exists()
 
 
@@ -88,6 +119,7 @@ def test_weights_are_linked_into_the_store_and_resuming_files_are_not(store: Pat
     ):
         (saved / name).write_text(name)
     made.checkpoint(saved, 7, 1.0)
+    made.finish("FINISHED", {})
     listed = {
         Path(f.path).name for f in MlflowClient(tracking.local().uri).list_artifacts(made.run_id, "checkpoints/epoch-1")
     }
@@ -96,7 +128,14 @@ def test_weights_are_linked_into_the_store_and_resuming_files_are_not(store: Pat
     assert linked.samefile(saved / "model.safetensors"), "weights take their space once"
 
 
-def test_a_store_that_fails_costs_a_line_not_the_run(outputs: Path, capsys: pytest.CaptureFixture[str], caplog):
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "RETRY_AFTER_SECONDS", (0.01,))
+    monkeypatch.setattr(writer, "PATIENCE_SECONDS", 0.5)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_store_that_fails_costs_a_line_not_the_run(outputs: Path, caplog):
     outputs.mkdir()
     (outputs / "mlflow.db").write_text("this is no database")
     made = tracker(outputs / "run", tracking.local())
@@ -105,22 +144,29 @@ def test_a_store_that_fails_costs_a_line_not_the_run(outputs: Path, capsys: pyte
     assert made.run_id is None
     assert [row["train/loss"] for row in Run(outputs / "run").metrics()] == [1.0]
     assert json.loads((outputs / "run" / "result.json").read_text())["status"] == "FINISHED"
-    assert caplog.text.count("MLflow cannot be reached") == 1
+    assert caplog.text.count("MLflow cannot be reached") <= 1
+    assert caplog.text.count("MLflow did not get all of this run") == 1
+    assert f"2 points, params and datasets, its files, its files, how it ended; all of it is in {made.run.folder}" in (
+        caplog.text
+    )
 
 
-def test_a_store_lost_in_the_middle_costs_a_line_not_the_run(store: Path, outputs: Path, caplog, monkeypatch):
+@pytest.mark.usefixtures("impatient")
+def test_a_store_lost_in_the_middle_is_said_once_and_gets_everything_on_return(store: Path, outputs: Path, caplog):
     made = tracker(outputs / "run", tracking.local())
     made.log(1, 0.5, {"train/loss": 1.0})
-    database = sqlite3.connect(store)
-    database.execute("DROP TABLE metrics")
-    database.commit()
-    database.close()
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    until(lambda: made.run_id is not None)
+    gone = store.rename(store.with_name("gone.db"))
+    store.mkdir()
     for step in (2, 3):
         made.log(step, 1.0, {"train/loss": 0.5})
+    until(lambda: "MLflow cannot be reached" in caplog.text)
+    store.rmdir()
+    gone.rename(store)
     made.finish("FINISHED", {})
-    assert len(Run(outputs / "run").metrics()) == 3
     assert caplog.text.count("MLflow cannot be reached") == 1
+    assert "did not get" not in caplog.text
+    assert history(tracking.local(), made) == logged(made)
 
 
 def test_no_tracking_leaves_no_store(tiny: Path, corpus: Path, outputs: Path):
@@ -152,3 +198,12 @@ def test_plots_draw_the_rows_they_are_given(tmp_path: Path):
         draw([*rows, {"step": 9, "epoch": 2.0, "eval/loss": 1.0}], tmp_path / "plots", "a run")[0].read_bytes()
         != before
     )
+
+
+def test_a_plot_holds_nothing_of_the_run_before(tmp_path: Path):
+    few, many = (
+        [{"epoch": n, "eval/loss": 9.0 - n, "eval/perplexity": 5.0 ** (9 - n)} for n in range(m)] for m in (2, 5)
+    )
+    first = [path.read_bytes() for path in draw(few, tmp_path, "a run")]
+    draw(many, tmp_path, "another")
+    assert [path.read_bytes() for path in draw(few, tmp_path, "a run")] == first

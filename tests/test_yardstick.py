@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import collections
+import hashlib
+import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +90,28 @@ def test_score_is_the_same_for_batch_sizes_and_workers_and_repeats_to_the_bit(
         assert np.array_equal(other.tokens, scores[0].tokens)
     again = score_documents(scored_model, rows, collate, 7, model.masked_logits)
     assert np.array_equal(again.totals["loss"], scores[1].totals["loss"])
+
+
+def test_the_masks_are_those_of_every_run_before():
+    """A protocol id promises the same targets, shown the same: they may not change with the code."""
+    special = np.arange(1000) < 5
+    known = masking.Vocabulary(special, np.flatnonzero(~special).astype(np.int32), mask_id=4, pad_id=0)
+    ids = (np.arange(6 * 300) * 7919 % 1000).astype(np.int32).reshape(6, 300)
+    affixes = {"num_prefix": 1, "num_suffix": 1}
+    rows = [
+        {"input_ids": ids[i, : 300 - 40 * i], "word_starts": None, "document": np.uint64(i), "position": 298 * i}
+        | affixes
+        for i in range(6)
+    ]
+    batch = Yardstick(known)(rows)
+    found = hashlib.sha256(batch["input_ids"].numpy().tobytes() + batch["labels"].numpy().tobytes()).hexdigest()
+    assert found[:16] == "b232cf7cf6e980c6"
+
+
+def test_rows_reach_the_yardstick_one_by_one_also_without_special_tokens(texts: Dataset, tokenizer):
+    rows = data.heldout_chunks(texts, tokenizer, 64)
+    bare = replace(rows, prefix=rows.prefix[:0], suffix=rows.suffix[:0])
+    assert [row["position"] for row in bare.__getitems__([0, 1])] == [bare[i]["position"] for i in (0, 1)]
 
 
 def test_context_is_all_that_a_chunk_size_changes(texts: Dataset, tokenizer, scored_model, record_property):
@@ -240,3 +266,24 @@ def test_groups_by_word_frequency_and_piece(tokenizer):
     assert told["new"] == ("unseen", "first")
     assert told["un"] == ("rare", "first")
     assert all(told[piece] == ("rare", "continuation") for piece in pieces if piece.startswith("##"))
+
+
+def test_bands_count_whole_words_in_the_rows_trained_on(imdb, tokenizer):
+    tokens, held = (data.tokenize(imdb.select(rows), tokenizer) for rows in (range(100), range(100, 120)))
+    assert tokens.word_starts is not None
+    training = data.concat(tokens, 64).select(np.arange(0, 300, 3))
+    flat = [int(i) for row in (training[n] for n in range(len(training))) for i in row["input_ids"]]
+    starts = np.concatenate([training[n]["word_starts"] for n in range(len(training))])
+    counts = collections.Counter(words_of(flat, starts))
+    expected = []
+    for word in words_of(held.ids.tolist(), held.word_starts):
+        band = sum(counts[word] >= least for least in data.BANDS.values()) - 1
+        expected += [2 * band + (piece > 0) for piece in range(len(word))]
+    assert data.token_groups(held, training).tolist() == expected
+    assert len(set(expected)) >= 5
+
+
+def words_of(ids: list[int], starts: np.ndarray) -> list[tuple[int, ...]]:
+    """Pieces word by word; the first token begins a word, wherever the row was cut."""
+    edges = sorted({0, *np.flatnonzero(starts).tolist(), len(ids)})
+    return [tuple(ids[a:b]) for a, b in itertools.pairwise(edges)]

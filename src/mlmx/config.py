@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from mlmx.places import conf_dir
 
 Options = dict[str, Any]
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 HELDOUT: Options = {"dataset": None, "documents": 400, "share": 0.02}
 
 
@@ -100,9 +101,9 @@ class TrainConfig:
         )
         require(0 <= self.seed < 2**32, f"seed={self.seed}: must lie between 0 and 4294967295")
         require(
-            self.precision in ("fp32", "bf16", "auto"),
-            f"precision={self.precision}: choose one of fp32, bf16, auto"
-            f"{did_you_mean(self.precision, ('fp32', 'bf16', 'auto'))}",
+            self.precision in PRECISIONS,
+            f"precision={self.precision}: choose one of {', '.join(PRECISIONS)}"
+            f"{did_you_mean(self.precision, PRECISIONS)}",
         )
 
 

@@ -65,8 +65,8 @@ def _heldout_line(report: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def precision(arguments: Any) -> str:
-    """The precision training runs in: ``bf16`` (autocast over fp32 weights) or ``fp32``."""
-    return "bf16" if arguments.bf16 else "fp32"
+    """The precision training runs in: ``bf16`` or ``fp16`` (autocast over fp32 weights), or ``fp32``."""
+    return "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
 
 
 def masked_sample(mask: Masker, chunks: Chunks, tokenizer: Any) -> str:

@@ -18,8 +18,10 @@ STREAM = 0xD1342543DE82EF95
 def mix(state: Words) -> Words:
     """SplitMix64's output function: a bijection of 64-bit words that leaves no visible structure."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
+    state ^= state >> np.uint64(27)
+    state *= np.uint64(0x94D049BB133111EB)
+    state ^= state >> np.uint64(31)
+    return state
 
 
 def sample_keys(seed: int, epochs: NDArray[Any], samples: NDArray[Any], stream: int = 0) -> Words:
@@ -30,18 +32,32 @@ def sample_keys(seed: int, epochs: NDArray[Any], samples: NDArray[Any], stream: 
     return mix(key + GOLDEN)
 
 
-def random_bits(keys: Words, length: int, stream: int = 0, first: Words | None = None) -> Words:
-    """uint64[B, length] random words: number t of a row depends on its key, the stream and t alone.
+def bits_at(keys: Words, positions: NDArray[Any], stream: int = 0) -> Words:
+    """uint64 random words: the one at a position depends on its key, the stream and the position alone.
 
-    Args:
-        first: uint64[B], the position each row begins at, 0 by default.
+    Keys and positions are broadcast against each other; positions may wrap round below 0.
     """
-    counters = np.arange(1, length + 1, dtype=np.uint64)[None, :]
-    if first is not None:
-        counters = counters + first[:, None]
-    return mix((keys[:, None] ^ np.uint64(stream * STREAM % 2**64)) + counters * GOLDEN)
+    counters = positions.astype(np.uint64) + np.uint64(1)
+    return mix((keys ^ np.uint64(stream * STREAM % 2**64)) + counters * GOLDEN)
+
+
+def random_bits(keys: Words, length: int, stream: int = 0, first: Words | None = None) -> Words:
+    """uint64[B, length]: the words of each key at ``length`` positions from ``first`` (uint64[B], 0 by default) on."""
+    positions = np.arange(length, dtype=np.uint64)[None, :]
+    return bits_at(keys[:, None], positions if first is None else positions + first[:, None], stream)
+
+
+def random_halves(keys: Words, length: int, stream: int = 0) -> NDArray[np.uint32]:
+    """uint32[B, length]: as `random_bits`, two numbers cut from each 64-bit word, the lower half first."""
+    words = random_bits(keys, (length + 1) // 2, stream)
+    return words.astype("<u8", copy=False).view("<u4")[:, :length]
 
 
 def uniform(bits: Words) -> NDArray[np.float64]:
     """Uniform numbers in [0, 1) from the upper 53 bits."""
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def uniform32(halves: NDArray[np.uint32]) -> NDArray[np.float64]:
+    """Uniform numbers in [0, 1), multiples of 2⁻³²."""
+    return halves * np.float64(2.0**-32)

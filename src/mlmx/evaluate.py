@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlmx import data, describe, masking, model, runs, tracking
+from mlmx import data, describe, masking, memory, model, runs, tracking
 from mlmx.config import EvaluateConfig, Job, RequestError, TrainConfig, bind
 from mlmx.measure import Measure
-from mlmx.parts import Parts, gather, parts_of
+from mlmx.parts import Parts, gather, parts_of, token_cache
 
 log = logging.getLogger("mlmx")
 
@@ -47,17 +47,22 @@ def resolve(cfg: EvaluateConfig) -> tuple[Path, TrainConfig, runs.Run | None]:
 
 def evaluate(cfg: EvaluateConfig, job: Job) -> dict[str, float]:
     """Print the scores, and keep them with the run."""
+    memory.keep_freed()
     folder, settings, run = resolve(cfg)
     parts = parts_of(settings)
+    source_name = describe.source_name(settings, job)
     with runs.log_to():
-        if cfg.dataset:
-            tokenizer, mask, heldout, report = other_texts(settings, parts, run, describe.source_name(settings, job))
-            measure = Measure(tokenizer, mask, heldout, cfg.batch_size)
-        else:
-            made = gather(settings, parts, describe.source_name(settings, job))
-            tokenizer, report = made.tokenizer, made.report
-            measure = Measure(tokenizer, made.mask, made.heldout, cfg.batch_size, made.eval_chunks)
-        loaded = model.load_model(parts.encoder, tokenizer, settings.seed)
+        with token_cache() as cache:
+            if cfg.dataset:
+                tokenizer, mask, heldout, report = other_texts(settings, parts, run, source_name, cache)
+                measure = Measure(tokenizer, mask, heldout, cfg.batch_size)
+            else:
+                made = gather(settings, parts, source_name, cache)
+                tokenizer, report = made.tokenizer, made.report
+                measure = Measure(tokenizer, made.mask, made.heldout, cfg.batch_size, made.eval_chunks)
+            loaded = model.load_model(parts.encoder, tokenizer, settings.seed)
+            if run is not None:  # a bare folder is scored without a trace
+                cache.keep()
         loaded.to(device())  # type: ignore[arg-type]
         scored = measure(loaded)
         log.info("%s\n%s", folder, describe.scores(scored, report, measure.protocol))
@@ -67,7 +72,7 @@ def evaluate(cfg: EvaluateConfig, job: Job) -> dict[str, float]:
 
 
 def other_texts(
-    settings: TrainConfig, parts: Parts, run: runs.Run | None, source_name: str
+    settings: TrainConfig, parts: Parts, run: runs.Run | None, source_name: str, cache: data.TokenCache
 ) -> tuple[Any, masking.Masker, data.HeldoutChunks, dict[str, Any]]:
     """Documents of another dataset, all of them held out but those that the run was trained on.
 
@@ -85,7 +90,7 @@ def other_texts(
         chosen, left_out = split.heldout, split.left_out
     else:
         chosen = data.choose(documents, parts.heldout.documents)
-    heldout = data.heldout_chunks(chosen, tokenizer, settings.chunk_size)
+    heldout = data.heldout_chunks(chosen, tokenizer, settings.chunk_size, cache)
     report = {"heldout": {"source": source_name, "chunks": len(heldout), "left_out_for_overlap": left_out}}
     return tokenizer, mask, heldout, report
 

@@ -15,6 +15,11 @@ from mlmx.measure import HeldoutSource, Material, heldout_source
 from mlmx.places import outputs_dir
 
 
+def token_cache() -> data.TokenCache:
+    """The tokens kept below outputs/cache; used as a context."""
+    return data.token_cache(outputs_dir() / "cache")
+
+
 @dataclass(frozen=True)
 class Parts:
     """The group options of a config as functions with their options filled in, all checked."""
@@ -67,11 +72,11 @@ def check_training(cfg: TrainConfig) -> None:
     model.require_there(parts.encoder)
 
 
-def gather(cfg: TrainConfig, parts: Parts, source_name: str, keep: bool = False) -> Material:
+def gather(cfg: TrainConfig, parts: Parts, source_name: str, cache: data.TokenCache) -> Material:
     """texts → tokens → chunks, and the masker over them.
 
     Args:
-        keep: keep the tokens below outputs/cache for later runs.
+        cache: where tokens come from; what is made is written once the caller lets it `keep`.
 
     Raises:
         RequestError: a model or text that does not fit, too few chunks, held-out texts among the training ones.
@@ -81,9 +86,9 @@ def gather(cfg: TrainConfig, parts: Parts, source_name: str, keep: bool = False)
         parts.strategy, tokenizer, cfg.mlm_probability, cfg.seed, parts.shares, parts.final_probability, cfg.epochs
     )
     texts = parts.heldout.split(parts.source())
-    chunks = parts.chunking(data.tokens_of(texts.train, tokenizer, outputs_dir() / "cache", keep), cfg.chunk_size)
+    chunks = parts.chunking(cache.tokens(texts.train, tokenizer), cfg.chunk_size)
     train_chunks, eval_chunks = parts.split(chunks)
-    heldout = None if texts.heldout is None else data.heldout_chunks(texts.heldout, tokenizer, cfg.chunk_size)
+    heldout = None if texts.heldout is None else data.heldout_chunks(texts.heldout, tokenizer, cfg.chunk_size, cache)
     splits = {"train": train_chunks, "eval": eval_chunks}
     report = data.data_report(source_name, texts, tokenizer, parts.chunking, chunks, splits, heldout)
     return Material(tokenizer, mask, train_chunks, eval_chunks, heldout, report)

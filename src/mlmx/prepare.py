@@ -9,7 +9,7 @@ from typing import Any
 
 from mlmx import describe, model, runs
 from mlmx.config import Job, PrepareConfig, TrainConfig, require
-from mlmx.parts import check_training, gather, parts_of
+from mlmx.parts import check_training, gather, parts_of, token_cache
 
 log = logging.getLogger("mlmx")
 
@@ -30,9 +30,10 @@ def prepare(cfg: PrepareConfig, job: Job) -> dict[str, dict[str, Any]]:
     """Fetch model and texts into the libraries' caches, keep the tokens, print the data report and masked samples."""
     train = settings(cfg)
     parts = parts_of(train)
-    with runs.log_to():
-        material = gather(train, parts, describe.source_name(train, job), keep=True)
+    with runs.log_to(), token_cache() as cache:
+        material = gather(train, parts, describe.source_name(train, job), cache)
         model.load_model(parts.encoder, material.tokenizer, cfg.seed)
+        cache.keep()
         log.info("%s", json.dumps(material.report, indent=2, ensure_ascii=False))
         for number in range(min(cfg.preview, len(material.train_chunks))):
             log.info("%s", describe.preview(material.mask, material.train_chunks[number], material.tokenizer))

@@ -84,14 +84,9 @@ class Run:
         aside.replace(target)
 
     def append_metrics(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
-        """One line of ``metrics.jsonl``."""
-        row = {
-            "step": step,
-            "epoch": round(epoch, 6),
-            "time": datetime.now().astimezone().isoformat(),
-            **metrics,
-        }
-        self.append_line("metrics.jsonl", row)
+        """One line of ``metrics.jsonl``, of a run that has ended."""
+        with contextlib.closing(MetricsFile(self.folder)) as file:
+            file.append(step, epoch, metrics)
 
     def append_line(self, name: str, row: Mapping[str, Any]) -> None:
         """One JSON object as a line of a file of the run."""
@@ -118,6 +113,28 @@ class Run:
         config = from_plain("train", {str(key): value for key, value in loaded.items()})
         assert isinstance(config, TrainConfig)
         return config
+
+
+class MetricsFile:
+    """``metrics.jsonl`` of a run folder, kept open for more lines.
+
+    A line has left the process when `append` returns, so that killing it loses none; it is not waited for until it is
+    on the disk, so that a power cut may take the last ones.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.file = self.path.open("a", encoding="utf-8")
+
+    def append(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
+        """One line."""
+        row = {"step": step, "epoch": round(epoch, 6), "time": datetime.now().astimezone().isoformat(), **metrics}
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        """No more lines."""
+        self.file.close()
 
 
 def begin(folder: Path, config: TrainConfig, overrides: tuple[str, ...]) -> Run:

@@ -8,21 +8,22 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlmx import describe, model, provenance, runs, tracking, training
+from mlmx import data, describe, memory, model, provenance, runs, tracking, training
 from mlmx.config import Job, TrainConfig
 from mlmx.measure import Material, Measure
-from mlmx.parts import Parts, check_training, gather, parts_of
+from mlmx.parts import Parts, check_training, gather, parts_of, token_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
 log = logging.getLogger("mlmx")
+LONGEST_UNIT = 32  # tokens of one word or span
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,13 @@ def follow(cfg: TrainConfig, job: Job) -> float:
 
 def lead(cfg: TrainConfig, job: Job) -> float:
     """A run with its record."""
+    memory.keep_freed()
     parts, clock = parts_of(cfg), Clock()
     with runs.log_to():
-        ready = make_ready(cfg, job, parts, clock)
-        run = runs.begin(job.folder, cfg, job.overrides)
+        with token_cache() as cache:
+            ready = make_ready(cfg, job, parts, clock, cache)
+            run = runs.begin(job.folder, cfg, job.overrides)
+            cache.keep()
         with runs.log_to_file(run), recorded(run, parts.store, clock) as tracker:
             announce(cfg, job, ready, tracker)
             fills = partial(describe.fills, ready.model, ready.material.tokenizer, cfg.example, model.fill_masks)
@@ -73,7 +77,7 @@ def lead(cfg: TrainConfig, job: Job) -> float:
     return tracker.last.get("heldout/loss", tracker.last.get("eval/loss", math.nan))
 
 
-def make_ready(cfg: TrainConfig, job: Job, parts: Parts, clock: Clock) -> Ready:
+def make_ready(cfg: TrainConfig, job: Job, parts: Parts, clock: Clock, cache: data.TokenCache) -> Ready:
     """Load and check all parts of the run; writes nothing.
 
     Raises:
@@ -89,7 +93,7 @@ def make_ready(cfg: TrainConfig, job: Job, parts: Parts, clock: Clock) -> Ready:
         seed=cfg.seed,
         precision=cfg.precision,
     )
-    material = gather(cfg, parts, describe.source_name(cfg, job))
+    material = gather(cfg, parts, describe.source_name(cfg, job), cache)
     clock.lap("data")
     loaded = model.load_model(parts.encoder, material.tokenizer, cfg.seed)
     model.prompt_of(loaded, material.tokenizer, cfg.example)
@@ -128,10 +132,16 @@ def fit(cfg: TrainConfig, ready: Ready, run: runs.Run, tracker: tracking.Tracker
         mask=ready.material.mask,
         mlm_probability=cfg.mlm_probability,
         masked_logits=model.masked_logits,
+        most_targets=most_targets(cfg, ready.material.mask.rates),
         scores=ready.measure,
         recorder=tracker,
     )
     run_and_save(trainer, run.model)
+
+
+def most_targets(cfg: TrainConfig, rates: Sequence[float]) -> int:
+    """More targets than a batch can have: the budget of each of its chunks, and a word or span beyond it."""
+    return cfg.batch_size * (math.ceil(max(rates) * cfg.chunk_size) + LONGEST_UNIT)
 
 
 def conclude(ready: Ready, run: runs.Run, tracker: tracking.Tracker) -> None:

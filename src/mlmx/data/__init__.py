@@ -6,7 +6,7 @@
 4. `heldout`: documents that are never trained on, as rows of the yardstick.
 """
 
-from mlmx.data.cache import tokens_of
+from mlmx.data.cache import TokenCache, token_cache
 from mlmx.data.chunks import CHUNKINGS, Chunks, concat, document, require_amounts, rows_sha256, split_chunks
 from mlmx.data.heldout import (
     BANDS,
@@ -32,6 +32,7 @@ __all__ = [
     "Chunks",
     "HeldoutChunks",
     "Split",
+    "TokenCache",
     "Tokens",
     "choose",
     "concat",
@@ -48,7 +49,7 @@ __all__ = [
     "rows_sha256",
     "split_chunks",
     "split_off",
+    "token_cache",
     "token_groups",
     "tokenize",
-    "tokens_of",
 ]

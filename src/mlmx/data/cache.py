@@ -1,73 +1,208 @@
-"""Tokens kept on disk by what they are made of, so that they are made once and read by every run, memory-mapped.
+"""Tokens kept by what they are made of: in memory between the jobs of a process, in a folder between processes.
 
-``prepare`` writes, ``train`` and ``evaluate`` read: a run that is refused leaves nothing behind.
+An entry is a folder of arrays, memory-mapped when read, named after a hash of the texts and the tokenizer. What reads
+it checks the sizes and checksums that are written beside the arrays, and makes a damaged one anew.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 import shutil
 import tempfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 
-from mlmx.data.report import content_sha256
-from mlmx.data.tokens import Tokens, tokenize
+from mlmx.data.content import content_sha256
+from mlmx.data.heldout import MarkedTokens, mark_words
+from mlmx.data.tokens import Tokens, take_whole, tokenize
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FORMAT = 1
-ARRAYS = ("ids", "word_starts", "offsets")
+log = logging.getLogger("mlmx")
+FORMAT = 2
+IN_MEMORY = 4  # entries: training and held-out tokens of the last two corpora
 
 
-def tokens_of(texts: Dataset, tokenizer: Any, folder: Path, keep: bool = False) -> Tokens:
-    """The tokens of some texts: read from ``folder`` if they were kept there, else made, and kept if asked.
+@dataclass(frozen=True)
+class Entry:
+    """What is kept under one name: arrays, and facts that go into JSON."""
 
-    The key is a hash of the texts and of the tokenizer, so another text or tokenizer is another entry.
+    arrays: dict[str, NDArray[Any]]
+    facts: dict[str, Any]
+
+
+class TokenCache:
+    """Gives tokens, and makes them only where nobody has yet.
+
+    Nothing is written before `keep`, so that a run which is refused leaves nothing behind::
+
+        with cache:
+            tokens = cache.tokens(texts, tokenizer)  # from memory, from the folder, or made
+            ...                                      # whatever may still be refused
+            cache.keep()
+
+    From making to keeping, or to the end of the block, other processes that want the same tokens wait for them.
     """
-    entry = folder / f"tokens-{_key(texts, tokenizer)}"
-    if not entry.is_dir():
-        made = tokenize(texts, tokenizer)
-        if not keep:
-            return made
-        _write(made, entry)
-    return _read(entry)
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._memory: dict[str, Entry] = {}
+        self._used: set[str] = set()
+        self._damaged: set[str] = set()
+        self._locks: list[FileLock] = []
+
+    def __enter__(self) -> TokenCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._used.clear()
+        self._release()
+
+    def tokens(self, texts: Dataset, tokenizer: Any) -> Tokens:
+        """As `tokenize` makes them."""
+        name = f"tokens-{_key(texts, tokenizer)}"
+        return _tokens(self._get(name, lambda: _entry(tokenize(texts, tokenizer))))
+
+    def marked(self, texts: Dataset, tokenizer: Any) -> MarkedTokens:
+        """As `mark_words` makes them."""
+
+        def make() -> Entry:
+            made = mark_words(texts, tokenizer)
+            entry = _entry(made.tokens)
+            return Entry(entry.arrays | {"chosen": made.chosen, "word_bytes": made.word_bytes}, entry.facts)
+
+        entry = self._get(f"heldout-{_key(texts, tokenizer)}", make)
+        return MarkedTokens(_tokens(entry), entry.arrays["chosen"], entry.arrays["word_bytes"])
+
+    def keep(self) -> None:
+        """Write what was used and is not in the folder yet."""
+        for name in sorted(self._used):
+            target = self.folder / name
+            if name in self._damaged or not target.is_dir():
+                try:
+                    _write(self._memory[name], target)
+                except OSError as error:
+                    log.info("%s: the tokens cannot be kept for later runs (%s)", self.folder, error)
+            self._damaged.discard(name)
+        self._release()
+
+    def _get(self, name: str, make: Callable[[], Entry]) -> Entry:
+        entry = self._memory.pop(name, None) or self._read(name)
+        if entry is None:
+            self._lock(name)
+            entry = self._read(name) or make()  # another process may have kept it while this one waited
+        self._used.add(name)
+        self._memory[name] = entry  # the newest last
+        while len(self._memory) > IN_MEMORY:
+            oldest = next(iter(self._memory))
+            del self._memory[oldest]
+            self._used.discard(oldest)
+        return entry
+
+    def _read(self, name: str) -> Entry | None:
+        folder = self.folder / name
+        if name in self._damaged or not folder.is_dir():
+            return None
+        try:
+            return _read(folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.info("%s: damaged, its tokens are made anew (%s)", folder, error)
+            self._damaged.add(name)
+            return None
+
+    def _lock(self, name: str) -> None:
+        """Wait for any process that is making this entry. The lock lies outside the folder, which may not exist yet."""
+        place = hashlib.sha256(f"{self.folder.absolute()}/{name}".encode()).hexdigest()[:16]
+        lock = FileLock(Path(tempfile.gettempdir()) / f"mlmx-{os.getuid()}-{place}.lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            log.info("another run is tokenising the same texts; waiting for it")
+            lock.acquire()
+        self._locks.append(lock)
+
+    def _release(self) -> None:
+        while self._locks:
+            lock = self._locks.pop()
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+
+
+@lru_cache(maxsize=1)
+def token_cache(folder: Path) -> TokenCache:
+    """The cache of this process for a folder; the jobs of a sweep share it."""
+    return TokenCache(folder)
 
 
 def _key(texts: Dataset, tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        backend.no_truncation()
-        backend.no_padding()
+    backend = take_whole(tokenizer)
     vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     what = f"{FORMAT} {content_sha256(texts)} {type(tokenizer).__name__} {vocabulary}"
     return hashlib.sha256(what.encode()).hexdigest()[:24]
 
 
-def _write(tokens: Tokens, entry: Path) -> None:
+def _entry(tokens: Tokens) -> Entry:
+    arrays = {name: getattr(tokens, name) for name in ("ids", "word_starts", "offsets")}
+    facts = {name: getattr(tokens, name) for name in ("num_prefix", "num_suffix", "tokenized_by")}
+    return Entry({name: array for name, array in arrays.items() if array is not None}, facts)
+
+
+def _tokens(entry: Entry) -> Tokens:
+    arrays = entry.arrays
+    return Tokens(arrays["ids"], arrays.get("word_starts"), arrays["offsets"], **entry.facts)
+
+
+# ------------------------------------------------------------------------------------------- on disk
+
+
+def _write(entry: Entry, target: Path) -> None:
     """Written aside and renamed as a whole: another process sees all of it or nothing."""
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".tokens-", dir=entry.parent))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".tokens-", dir=target.parent))
     try:
-        for name in ARRAYS:
-            array = getattr(tokens, name)
-            if array is not None:
-                np.save(aside / f"{name}.npy", array)
-        affixes = {"num_prefix": tokens.num_prefix, "num_suffix": tokens.num_suffix}
-        (aside / "affixes.json").write_text(json.dumps(affixes), encoding="utf-8")
-        aside.rename(entry)
+        made = work / "new"
+        made.mkdir()
+        for name, array in entry.arrays.items():
+            np.save(made / f"{name}.npy", array)
+        said = json.dumps([entry.facts, {name: _checksum(made / f"{name}.npy") for name in entry.arrays}])
+        contents = {"said": said, "crc32": zlib.crc32(said.encode())}
+        (made / "entry.json").write_text(json.dumps(contents), encoding="utf-8")
+        if target.is_dir():
+            target.rename(work / "old")
+        made.rename(target)
     except OSError:
-        if not entry.is_dir():  # another process may have been faster, with the same tokens
+        if not target.is_dir():  # another process may have been faster, with the same tokens
             raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
 
 
-def _read(entry: Path) -> Tokens:
-    arrays = {name: np.load(path, mmap_mode="r") for name in ARRAYS if (path := entry / f"{name}.npy").is_file()}
-    affixes = json.loads((entry / "affixes.json").read_text(encoding="utf-8"))
-    return Tokens(ids=arrays["ids"], word_starts=arrays.get("word_starts"), offsets=arrays["offsets"], **affixes)
+def _read(folder: Path) -> Entry:
+    """Memory-mapped arrays; ValueError, KeyError, TypeError or OSError where anything is not as it was written."""
+    contents = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
+    if zlib.crc32(contents["said"].encode()) != contents["crc32"]:
+        raise ValueError("entry.json has changed")
+    facts, checksums = json.loads(contents["said"])
+    for name, checksum in checksums.items():
+        if _checksum(folder / f"{name}.npy") != checksum:
+            raise ValueError(f"{name}.npy has changed")
+    # Plain views of the mapped files: rows of a np.memmap are made several times more slowly.
+    return Entry({name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in checksums}, facts)
+
+
+def _checksum(path: Path) -> list[int]:
+    """Bytes of the file and their crc32."""
+    contents = np.memmap(path, np.uint8, mode="r")
+    return [len(contents), zlib.crc32(contents.data)]

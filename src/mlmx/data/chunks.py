@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -60,10 +60,36 @@ class Chunks:
             "epoch": self.epoch,
         }
 
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any] | list[dict[str, Any]]:
+        """Several rows at once, as torch's DataLoader asks for them.
+
+        Rows of one length come stacked, under the same names: ``{"input_ids": int32[B, T], "word_starts": bool[B, T] |
+        None, "sample": int64[B], "epoch": int64[B]}``; others one by one.
+        """
+        rows = np.asarray(indices)
+        starts, lengths = self.starts[rows], self.lengths[rows]
+        if len(self.prefix) or len(self.suffix) or (lengths != lengths[0]).any():
+            return [self[index] for index in indices]
+        ids, words = self.tokens.ids, self.tokens.word_starts
+        return {
+            "input_ids": windows(ids, lengths[0])[starts],
+            "word_starts": None if words is None else windows(words, lengths[0])[starts],
+            "sample": self.samples[rows],
+            "epoch": np.full(len(rows), self.epoch),
+        }
+
     def select(self, rows: NDArray[np.int64]) -> Chunks:
         """These rows, in this order."""
         chosen = {name: getattr(self, name)[rows] for name in ("starts", "lengths", "samples")}
         return replace(self, **chosen)
+
+
+def windows(flat: NDArray[Any], length: int) -> NDArray[Any]:
+    """Every run of ``length`` neighbours as a row, [N - length + 1, length], a view.
+
+    ``sliding_window_view`` gives the same, but takes several times longer than the rows themselves.
+    """
+    return np.ndarray((len(flat) - length + 1, length), flat.dtype, flat, strides=flat.strides * 2)
 
 
 def concat(tokens: Tokens, chunk_size: int) -> Chunks:
@@ -112,15 +138,13 @@ CHUNKINGS: dict[str, Callable[..., Chunks]] = table(concat, document)
 def split_chunks(
     chunks: Chunks, *, train_chunks: float = 10_000, eval_chunks: float = 1_000, split_seed: int = 42
 ) -> tuple[Chunks, Chunks]:
-    """Rows for training and for evaluation, drawn after chunking by ``datasets``' ``train_test_split``.
+    """Rows for training and for evaluation, drawn after chunking as ``datasets``' ``train_test_split`` draws them.
 
     Args:
         train_chunks, eval_chunks: numbers of chunks, or shares between 0 and 1.
     Raises:
         RequestError: the corpus has fewer chunks than asked for.
     """
-    from datasets import Dataset
-
     wanted = require_amounts(train_chunks, eval_chunks, split_seed)
     # Shares are rounded as the library does, but 0.9 and 0.1 of 37 chunks are not more than 37 of them.
     counts = [w if isinstance(w, int) else round(w * len(chunks), 6) for w in wanted.values()]
@@ -136,11 +160,8 @@ def split_chunks(
             f"dataset.train_chunks={train_chunks:g} and dataset.eval_chunks={eval_chunks:g}; lower these "
             "(shares such as 0.9 and 0.1 work too) or chunk_size"
         )
-    # The library draws the rows, on a table of row numbers, so that the split is its split.
-    rows = Dataset.from_dict({"row": np.arange(len(chunks))})
-    halves = rows.train_test_split(train_size=train_size, test_size=eval_size, seed=split_seed)
-    train, evaluation = (chunks.select(np.asarray(halves[name]["row"])) for name in ("train", "test"))
-    return train, evaluation
+    drawn = np.random.default_rng(split_seed).permutation(len(chunks))
+    return chunks.select(drawn[eval_size : eval_size + train_size]), chunks.select(drawn[:eval_size])
 
 
 def require_amounts(train_chunks: float = 1, eval_chunks: float = 1, split_seed: int = 0) -> dict[str, int | float]:
@@ -170,7 +191,17 @@ def _amount(name: str, value: float) -> int | float:
 
 def rows_sha256(chunks: Chunks) -> str:
     """sha256 of the int32 little-endian bytes of ``input_ids``, rows in order."""
+    tokens = chunks.tokens.ids.astype("<i4", copy=False).data.cast("B")
+    prefix, suffix = (edge.astype("<i4").tobytes() for edge in (chunks.prefix, chunks.suffix))
+    starts, ends = chunks.starts, chunks.starts + chunks.lengths
+    if not prefix and not suffix:
+        # Rows that follow each other in the tokens as well are one stretch of memory.
+        gaps = np.flatnonzero(starts[1:] != ends[:-1])
+        starts, ends = starts[np.append(0, gaps + 1)], ends[np.append(gaps, -1)]
+    # About a megabyte at a time: hashing lets other threads run, and handing over costs more than hashing one row.
+    step = max(1, 2**18 * len(starts) // int((ends - starts).sum()))
     digest = hashlib.sha256()
-    for row in range(len(chunks)):
-        digest.update(chunks[row]["input_ids"].astype("<i4", copy=False).tobytes())
+    for some in (slice(first, first + step) for first in range(0, len(starts), step)):
+        spans = zip((4 * starts[some]).tolist(), (4 * ends[some]).tolist(), strict=True)
+        digest.update(b"".join(part for first, last in spans for part in (prefix, tokens[first:last], suffix)))
     return digest.hexdigest()

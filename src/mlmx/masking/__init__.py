@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlmx.config import RequestError, require, table
-from mlmx.draws import Words, mix, random_bits, sample_keys, uniform
+from mlmx.draws import Words, bits_at, mix, random_halves, sample_keys, uniform, uniform32
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 IGNORED = -100  # the label of a position that is not scored, as in torch's cross-entropy
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
+Ids = NDArray[np.int64]
+Draws = NDArray[np.uint32]
+LAST = np.uint32(2**32 - 1)  # stands behind every unit
+# Rows of chunks, each a mapping of its own, or those of one length stacked: the same names, one more axis.
+Rows = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 # --------------------------------------------------------------------------------- the strategies
@@ -54,7 +59,7 @@ def span(
     """
     require(0 < geometric_p <= 1, f"masking.geometric_p={geometric_p:g}: must be above 0 and at most 1; usual is 0.2")
     require(max_words >= 1, f"masking.max_words={max_words}: must be at least 1; the usual value is 10")
-    longest = np.clip(budgets // 2, 1, max_words)
+    longest = np.clip(budgets // 2, 1, max_words).astype(np.int64)  # a float's remainder is slow
     begins = word_starts & (uniforms < geometric_p)
     begins[:, 0] = True
     word = np.cumsum(word_starts, axis=1)
@@ -67,6 +72,7 @@ def span(
 Strategy = Callable[..., Bools]
 MASKINGS: dict[str, Strategy] = table(token, whole_word, span)
 NEEDS_WORDS = ("whole_word", "span")
+NEEDS_NO_UNIFORMS = ("token", "whole_word")  # their units lie in the text alone; drawing numbers takes time
 
 
 # ------------------------------------------------------------------------------- rate and shares
@@ -151,13 +157,15 @@ def vocabulary(tokenizer: Any) -> Vocabulary:
 class Masker:
     """Collates rows of chunks into a masked batch; holds no state, so any process may call it.
 
-    ``[{"input_ids": int32[T], "word_starts": bool[T], "sample": 7, "epoch": 0}, …]`` →
+    ``[{"input_ids": int32[T], "word_starts": bool[T], "sample": 7, "epoch": 0}, …]``, or rows of one length stacked
+    (``{"input_ids": int32[B, T], "word_starts": bool[B, T], "sample": int64[B], "epoch": int64[B]}``), →
     ``{"input_ids", "labels"[, "attention_mask"]}: LongTensor[B, T]``; ``attention_mask`` only where rows
     differ in length, so that fused attention applies to full ones.
 
     Attributes:
         rates: masking rate of each epoch; the last one holds from there on.
         fixed: one mask per sample for the whole run, at the first rate (evaluation).
+        draws_units: whether the strategy is given uniforms to place its units by, else zeros.
     """
 
     strategy: Strategy
@@ -166,73 +174,100 @@ class Masker:
     seed: int
     shares: tuple[float, float] = (0.8, 0.1)
     fixed: bool = False
+    draws_units: bool = True
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Rows) -> dict[str, torch.Tensor]:
         ids, word_starts, real = pad(rows, self.vocabulary.pad_id)
-        epochs = np.array([0 if self.fixed else row["epoch"] for row in rows])
-        samples = np.array([row["sample"] for row in rows])
+        samples = column(rows, "sample")
+        epochs = np.zeros_like(samples) if self.fixed else column(rows, "epoch")
         keys = sample_keys(self.seed, epochs, samples, stream=1 if self.fixed else 0)
         rates = np.array(self.rates)[np.minimum(epochs, len(self.rates) - 1)]
-        targets = self.targets(word_starts, real & ~self.vocabulary.special[ids], keys, rates)
-        bits = random_bits(keys, ids.shape[1], stream=2)
-        return batch(replace_targets(ids, targets, bits, self.vocabulary, self.shares), ids, targets, real)
+        at = np.flatnonzero(self.targets(word_starts, real & ~self.vocabulary.special.take(ids), keys, rates))
+        row = at // ids.shape[1]
+        bits = bits_at(keys[row], at - row * ids.shape[1], stream=2)
+        return batch(ids, at, shown(ids.take(at), bits, self.vocabulary, self.shares), real)
 
     def targets(self, word_starts: Bools, candidates: Bools, keys: Words, rates: Floats) -> Bools:
         """Which tokens are to be predicted, bool[B, T]: ``rate`` of each row's candidates in expectation."""
         length = word_starts.shape[1]
-        budgets = (rates * candidates.sum(axis=1))[:, None]
-        unit_starts = self.strategy(uniform(random_bits(keys, length)), word_starts, budgets)
-        return take_units(unit_starts, candidates, budgets, uniform(random_bits(keys, length, stream=1)))
+        budgets = (rates * candidates.sum(axis=1, dtype=np.int32))[:, None]
+        uniforms = uniform32(random_halves(keys, length)) if self.draws_units else np.zeros(word_starts.shape)
+        unit_starts = self.strategy(uniforms, word_starts, budgets)
+        draws = random_halves(keys, 1 + length, stream=1)
+        return take_units(unit_starts, candidates, budgets, draws[:, 1:], uniform32(draws[:, :1]))
 
 
-def take_units(unit_starts: Bools, candidates: Bools, budgets: Floats, uniforms: Floats) -> Bools:
-    """Whole units in random order until each row has its budget of targets.
+def take_units(unit_starts: Bools, candidates: Bools, budgets: Floats, draws: Draws, coins: Floats) -> Bools:
+    """Whole units in random order until each row has its budget of targets, bool[B, T].
 
     The unit that would exceed the budget is taken with the probability that makes the expected number exactly
     the budget; a row with any candidate gets at least one target.
+
+    Args:
+        draws: uint32[B, T], the draw at a unit's first token is its place in the order; equal draws make one unit.
+        coins: float64[B, 1] uniforms, one for the unit that would exceed the row's budget.
     """
-    rows, length = candidates.shape
-    positions = np.arange(length)
-    first = np.maximum.accumulate(np.where(unit_starts, positions, 0), axis=1)
-    order_key = np.where(candidates, np.take_along_axis(uniforms, first, axis=1), 2.0)
-    order = np.argsort(order_key, axis=1, kind="stable")
-    ranked = np.take_along_axis(order_key, order, axis=1)
-    # In rank order a unit is a run of equal keys, [begin, end).
-    changes = np.ones((rows, length + 1), np.bool_)
-    changes[:, 1:-1] = ranked[:, 1:] != ranked[:, :-1]
-    begin = np.maximum.accumulate(np.where(changes[:, :-1], positions, 0), axis=1)
-    end = np.minimum.accumulate(np.where(changes[:, 1:], positions + 1, length)[:, ::-1], axis=1)[:, ::-1]
-    # One more uniform per unit decides at the edge: the fraction of its key, scaled up, is as good as a new draw.
-    edge = (ranked * 2.0**20) % 1.0
-    taken = (end <= budgets) | ((begin < budgets) & (edge < (budgets - begin) / (end - begin)))
-    taken &= ranked < 2.0
+    order = draws >> np.uint32(1)  # below LAST
+    if not unit_starts.all():
+        order = draws_of_units(unit_starts, order)
+    order[~candidates] = LAST
+    # The unit at the budget's edge is that of the token at rank `budget`; ranks beyond the largest need no order.
+    rank = budgets.astype(np.int64)
+    first = np.sort(np.partition(order, rank.max(), axis=1)[:, : rank.max() + 1], axis=1)
+    edge = first[np.arange(len(first))[:, None], rank]
+    before = (first < edge).sum(axis=1, keepdims=True)
+    size = (order == edge).sum(axis=1, keepdims=True, dtype=np.int32)
+    taken = coins * size < budgets - before
+    targets: Bools = order < edge + taken
     # A row left without any, its first unit being longer than its whole budget: its shortest unit instead.
-    none = ~taken.any(axis=1) & candidates.any(axis=1)
-    sizes = np.where(ranked < 2.0, end - begin, length + 1)[none]
-    shortest = np.take_along_axis(begin[none], sizes.argmin(axis=1)[:, None], axis=1)
-    taken[none] = (begin[none] == shortest) & (ranked[none] < 2.0)
-    targets = np.zeros((rows, length), np.bool_)
-    np.put_along_axis(targets, order, taken, axis=1)
+    empty = (~taken & (before == 0) & (edge < LAST))[:, 0]
+    if empty.any():
+        targets[empty] = order[empty] == shortest(order[empty])
     return targets
 
 
-def replace_targets(
-    ids: NDArray[np.int64], targets: Bools, bits: Words, vocabulary: Vocabulary, shares: tuple[float, float]
-) -> NDArray[np.int64]:
-    """What the model sees, int64[B, T]: targets as ``[MASK]``, as an ordinary random token, or as they are."""
-    rows, columns = np.nonzero(targets)
-    own = bits[rows, columns]
-    fate = uniform(own)
-    drawn = vocabulary.ordinary[mix(~own) % np.uint64(len(vocabulary.ordinary))]
+def draws_of_units(unit_starts: Bools, draws: Draws) -> Draws:
+    """At every token the draw at its unit's first token, uint32[B, T]; a row's first token begins one."""
+    places = np.arange(draws.size).reshape(draws.shape)
+    starts = np.where(unit_starts, places, places[:, :1])
+    return draws.take(np.maximum.accumulate(starts, axis=1))
+
+
+def shortest(order: Draws) -> Draws:
+    """The draw of each row's shortest unit, uint32[B, 1]; among several, the first in order."""
+    ranked = np.sort(order, axis=1)
+    flat = (np.arange(len(order), dtype=np.uint64)[:, None] << np.uint64(32) | ranked).ravel()
+    sizes = (np.searchsorted(flat, flat, "right") - np.searchsorted(flat, flat, "left")).reshape(order.shape)
+    sizes[ranked == LAST] = order.shape[1] + 1
+    return np.take_along_axis(ranked, sizes.argmin(axis=1)[:, None], axis=1)
+
+
+def shown(right: Ids, bits: Words, vocabulary: Vocabulary, shares: tuple[float, float]) -> Ids:
+    """What the model sees of each target, int64[M]: ``[MASK]``, an ordinary random token, or the token itself.
+
+    Args:
+        right: int64[M], the targets' own ids.
+        bits: uint64[M], a random word for each.
+    """
     mask_share, random_share = shares
-    shown = np.where(fate < mask_share, vocabulary.mask_id, drawn)
-    inputs = ids.copy()
-    inputs[rows, columns] = np.where(fate < mask_share + random_share, shown, ids[rows, columns])
-    return inputs
+    fate = uniform(bits)
+    ids = np.where(fate < mask_share, vocabulary.mask_id, right)
+    random = np.flatnonzero((fate >= mask_share) & (fate < mask_share + random_share))
+    ids[random] = vocabulary.ordinary[mix(~bits[random]) % np.uint64(len(vocabulary.ordinary))]
+    return ids
 
 
-def pad(rows: Sequence[Mapping[str, Any]], pad_id: int) -> tuple[NDArray[np.int64], Bools, Bools]:
+def column(rows: Rows, name: str) -> NDArray[np.int64]:
+    """A number of each row, int64[B]."""
+    return np.asarray(rows[name] if isinstance(rows, Mapping) else [row[name] for row in rows], np.int64)
+
+
+def pad(rows: Rows, pad_id: int) -> tuple[Ids, Bools, Bools]:
     """Rows as rectangles: ids int64[B, T], word starts bool[B, T], and which positions are real bool[B, T]."""
+    if isinstance(rows, Mapping):
+        ids = rows["input_ids"].astype(np.int64, order="C")
+        real = np.ones(ids.shape, np.bool_)
+        return ids, real if rows["word_starts"] is None else rows["word_starts"], real
     lengths = np.array([len(row["input_ids"]) for row in rows])
     real = np.arange(lengths.max()) < lengths[:, None]
     ids = np.full(real.shape, pad_id, np.int64)
@@ -243,14 +278,19 @@ def pad(rows: Sequence[Mapping[str, Any]], pad_id: int) -> tuple[NDArray[np.int6
     return ids, word_starts, real
 
 
-def batch(inputs: NDArray[np.int64], ids: NDArray[np.int64], targets: Bools, real: Bools) -> dict[str, torch.Tensor]:
-    """Tensors for the model: ``labels`` hold the original ids at targets and −100 elsewhere."""
+def batch(ids: Ids, at: Ids, seen: Ids | int, real: Bools) -> dict[str, torch.Tensor]:
+    """Tensors for the model, made of ``ids`` in place: ``labels`` hold the original ids at targets, −100 elsewhere.
+
+    Args:
+        at: int64[M], the targets' places in the flattened ``ids``.
+        seen: int64[M], what the model sees there.
+    """
     import torch
 
-    tensors = {
-        "input_ids": torch.from_numpy(inputs),
-        "labels": torch.from_numpy(np.where(targets, ids, IGNORED)),
-    }
+    labels = np.full(ids.shape, IGNORED)
+    labels.reshape(-1)[at] = ids.take(at)
+    ids.reshape(-1)[at] = seen
+    tensors = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
     if not real.all():
         tensors["attention_mask"] = torch.from_numpy(real.astype(np.int64))
     return tensors
@@ -283,4 +323,4 @@ def masker(
         )
     last = mlm_probability if final_probability is None else final_probability
     rates = tuple(float(rate) for rate in np.linspace(mlm_probability, last, max(1, int(np.ceil(epochs)))))
-    return Masker(strategy, vocabulary(tokenizer), rates, seed, shares)
+    return Masker(strategy, vocabulary(tokenizer), rates, seed, shares, draws_units=name not in NEEDS_NO_UNIFORMS)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlmx.draws import random_bits, uniform
-from mlmx.masking import Bools, Vocabulary, batch, pad, replace_targets
+from mlmx.draws import bits_at, random_bits, uniform
+from mlmx.masking import Bools, Vocabulary, batch, pad, shown
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +38,10 @@ class Yardstick:
         keys, first = places(rows)
         chosen = uniform(random_bits(keys, ids.shape[1], stream=3, first=first)) < RATE
         targets = chosen & own(rows, real) & ~self.vocabulary.special[ids]
-        bits = random_bits(keys, ids.shape[1], stream=4, first=first)
-        return batch(replace_targets(ids, targets, bits, self.vocabulary, SHARES), ids, targets, real)
+        at = np.flatnonzero(targets)
+        row, column = np.divmod(at, ids.shape[1])
+        bits = bits_at(keys[row], first[row] + column.astype(np.uint64), stream=4)
+        return batch(ids, at, shown(ids.take(at), bits, self.vocabulary, SHARES), real)
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,7 @@ class WholeWords:
         ids, _, real = pad(rows, self.vocabulary.pad_id)
         targets = np.zeros_like(real)
         targets[real] = np.concatenate([row["chosen"] for row in rows])
-        inputs = np.where(targets, self.vocabulary.mask_id, ids)
-        return batch(inputs, ids, targets, real)
+        return batch(ids, np.flatnonzero(targets), self.vocabulary.mask_id, real)
 
 
 def places(rows: Sequence[Mapping[str, Any]]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:

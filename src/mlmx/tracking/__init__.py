@@ -1,23 +1,22 @@
 """Tracking: local files first, MLflow second.
 
-`Store` says where MLflow keeps its records; `Tracker` writes a run's numbers to both places. Light to import:
-MLflow is loaded by `mlflow_run` when a tracker starts.
+`Store` says where MLflow keeps its records; `Tracker` writes a run's numbers to its folder, and a `writer` brings them
+from there to MLflow. Light to import: MLflow is loaded by `mlflow_run`, in the writer's thread.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlmx.config import require, table
 from mlmx.places import outputs_dir
-from mlmx.runs import HELDOUT_FILE, Run
-
-if TYPE_CHECKING:
-    from mlmx.tracking.mlflow_run import MlflowRun
+from mlmx.runs import HELDOUT_FILE, MetricsFile, Run
+from mlmx.tracking.writer import Writer
 
 log = logging.getLogger("mlmx")
 
@@ -54,20 +53,24 @@ TRACKINGS: dict[str, Callable[..., Store | None]] = table(local, server, none)
 
 
 class Tracker:
-    """A run's numbers and checkpoints, written to its folder and then to MLflow.
+    """A run's numbers and checkpoints, written to its folder at once and to MLflow in a thread of its own.
 
-    Whatever MLflow does, the run goes on: its first failure is said once and it is left alone from then on.
+    Whatever MLflow does, the run goes on.
     """
 
     def __init__(self, run: Run, store: Store | None) -> None:
         self.run = run
         self.store = store
-        self.mlflow: MlflowRun | None = None
+        self.lines = MetricsFile(run.folder)
         self.run_id: str | None = None
+        self.status = "RUNNING"
         self.last: dict[str, float] = {}
         self.latest = (0, 0.0)
         self.plots: list[Path] = []
         self.about: dict[str, Any] = {}
+        self.seconds: Mapping[str, float] = {}
+        self.writing = threading.Lock()  # result.json is written again by the writer's thread, with the id
+        self.writer = Writer(store, self.lines.path, self._opened) if store is not None else None
 
     def start(
         self,
@@ -77,7 +80,7 @@ class Tracker:
         tags: Mapping[str, str],
         report: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        """Write what is known before training, and open the MLflow run.
+        """Write what is known before training, and ask for the MLflow run.
 
         Args:
             protocol: id of what the scores are measured on.
@@ -85,41 +88,50 @@ class Tracker:
         """
         self.about = {"run_name": name, "command": tags.get("mlmx.command"), "protocol": protocol}
         self.run.write_json("data.json", report)
-        if self.store is not None:
-            try:
-                from mlmx.tracking.mlflow_run import MlflowRun
-
-                self.mlflow = MlflowRun(self.store, name, params, tags, report)
-                self.run_id = self.mlflow.run_id
-            except Exception as error:
-                self._away(error)
-        self._send(lambda mlflow: mlflow.add_files(self._files()))
-        self._write_result("RUNNING", {})
+        self._write_result()
+        if self.writer is not None:
+            self.writer.start(name, tags)
+            self.writer.do("params and datasets", lambda mlflow: mlflow.describe(params, report))
+            self._send_files()
 
     def log(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
-        """Numbers of an optimizer step: a line of metrics.jsonl, then points in MLflow; said aloud as well."""
-        self.last |= metrics
+        """Numbers of an optimizer step: a line of metrics.jsonl, from there points in MLflow; said aloud as well."""
+        self.last = self.last | metrics
         self.latest = (step, epoch)
-        self.run.append_metrics(step, epoch, metrics)
+        self.lines.append(step, epoch, metrics)
+        if self.writer is not None:
+            self.writer.log()
         shown = "  ".join(f"{name} {value:,.5g}" for name, value in metrics.items() if not name.startswith("final/"))
         if shown:
             log.info("epoch %g  step %d  %s", round(epoch, 2), step, shown)
-        self._send(lambda mlflow: mlflow.log(step, {**metrics, "epoch": epoch}))
 
     def checkpoint(self, folder: Path, step: int, epoch: float) -> None:
         """The weights, configuration and tokenizer of a saved checkpoint; its optimizer stays local."""
         log.info("epoch %g  step %d  checkpoint %s", round(epoch, 2), step, folder)
-        self._send(lambda mlflow: mlflow.add_model(folder, f"checkpoints/epoch-{epoch:g}"))
+        if self.writer is not None:
+            self.writer.do(folder.name, lambda mlflow: mlflow.add_model(folder, f"checkpoints/epoch-{epoch:g}"))
 
     def finish(self, status: str, seconds: Mapping[str, float]) -> None:
         """Write the result and close the MLflow run, both with the true status (FINISHED, FAILED, KILLED)."""
-        self._write_result(status, seconds)
-        self._send(lambda mlflow: mlflow.add_files(self._files()))
-        self._send(lambda mlflow: mlflow.finish(status))
+        self.status, self.seconds = status, dict(seconds)
+        self.lines.close()
+        self._write_result()
+        if self.writer is not None:
+            self._send_files()
+            self.writer.finish(status)
 
-    def _write_result(self, status: str, seconds: Mapping[str, float]) -> None:
-        metrics = {"metrics": self.last, "seconds": dict(seconds)}
-        self.run.write_json("result.json", {"status": status, "run_id": self.run_id, **self.about, **metrics})
+    def _opened(self, run_id: str) -> None:
+        self.run_id = run_id
+        self._write_result()
+
+    def _write_result(self) -> None:
+        with self.writing:
+            result = {"status": self.status, "run_id": self.run_id, **self.about}
+            self.run.write_json("result.json", result | {"metrics": self.last, "seconds": self.seconds})
+
+    def _send_files(self) -> None:
+        assert self.writer is not None
+        self.writer.do("its files", lambda mlflow: mlflow.add_files(self._files()))
 
     def _files(self) -> list[Path]:
         names = (
@@ -132,24 +144,6 @@ class Tracker:
             HELDOUT_FILE,
         )
         return [path for name in names if (path := self.run.folder / name).is_file()] + self.plots
-
-    def _send(self, deed: Callable[[MlflowRun], None]) -> None:
-        if self.mlflow is None:
-            return
-        try:
-            deed(self.mlflow)
-        except Exception as error:
-            self._away(error)
-
-    def _away(self, error: Exception) -> None:
-        self.mlflow = None
-        reason = " ".join(str(error).split())[:300]
-        log.warning(
-            "MLflow cannot be reached and is left alone from here on (%s: %s); every number is in %s",
-            type(error).__name__,
-            reason,
-            self.run.folder / "metrics.jsonl",
-        )
 
 
 def add_metrics(store: Store | None, run_id: str | None, step: int, metrics: Mapping[str, float]) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
@@ -17,12 +18,14 @@ from filelock import FileLock
 if TYPE_CHECKING:
     from mlmx.tracking import Store
 
-# Before MLflow is imported: nothing is sent to its makers, and a dead server costs seconds, not minutes.
+# Before MLflow is imported: nothing is sent to its makers or printed, and a call that fails does so in seconds and
+# only once, for the writer tries again itself.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # not "Creating initial MLflow database tables..."
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # failures are said by the writer, without a traceback
 
 
 import mlflow.entities as entities
@@ -33,31 +36,44 @@ NOT_THE_MODEL = (".pt", ".pth", ".bin", "trainer_state.json")
 
 
 class MlflowRun:
-    """An open run of `Store`; every method raises what the store raises."""
+    """An open run; every method raises what the store raises.
+
+    Args:
+        started: milliseconds since 1970.
+        again: the run was asked for before and may be there, though no answer came; then it is found, not made twice.
+    """
 
     def __init__(
-        self,
-        store: Store,
-        name: str,
-        params: Mapping[str, Any],
-        tags: Mapping[str, str],
-        report: Mapping[str, Mapping[str, Any]],
+        self, client: MlflowClient, experiment: str, name: str, tags: dict[str, str], started: int, again: bool
     ) -> None:
-        self.client, experiment = connect(store)
-        created = self.client.create_run(experiment, run_name=name, tags=dict(tags))
-        self.run_id: str = created.info.run_id
-        artifacts = urlparse(created.info.artifact_uri)
+        self.client = client
+        same = client.search_runs([experiment], f"attributes.start_time = {started}") if again else []
+        mine = [run for run in same if run.data.tags.get("mlmx.folder") == tags.get("mlmx.folder")]
+        run = mine[0] if mine else client.create_run(experiment, started, tags, name)
+        self.run_id: str = run.info.run_id
+        artifacts = urlparse(run.info.artifact_uri)
         # Files of a local store are linked, not copied: a checkpoint takes its space once.
         self.local_artifacts = Path(url2pathname(artifacts.path)) if artifacts.scheme in ("", "file") else None
-        now = [entities.Param(key, str(value)) for key, value in params.items()]
-        self.client.log_batch(self.run_id, params=now)
+
+    def describe(self, params: Mapping[str, Any], report: Mapping[str, Mapping[str, Any]]) -> None:
+        """The dials, and the splits of the data report as datasets."""
+        self.client.log_batch(self.run_id, params=[entities.Param(key, str(value)) for key, value in params.items()])
         contexts = {"train": "training", "eval": "validation", "heldout": "testing"}
         inputs = [_dataset_input(report[name], name, context) for name, context in contexts.items() if name in report]
         self.client.log_inputs(self.run_id, inputs)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Points of all metrics at one step, in one call."""
-        self.client.log_batch(self.run_id, metrics=_points(step, metrics))
+    def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows of metrics.jsonl as points, each at its own step and time; the epoch is a metric as well."""
+        points = []
+        for row in rows:
+            milliseconds = int(datetime.fromisoformat(row["time"]).timestamp() * 1000)
+            values = {name: value for name, value in row.items() if name not in ("step", "time")}
+            points += [entities.Metric(name, value, milliseconds, row["step"]) for name, value in values.items()]
+        self.client.log_batch(self.run_id, metrics=points)
+
+    def ping(self) -> None:
+        """Raises where MLflow is away."""
+        self.client.get_run(self.run_id)
 
     def add_model(self, folder: Path, name: str) -> None:
         """A saved model's folder as artifact ``name``, without what only resuming needs."""
@@ -94,12 +110,8 @@ class MlflowRun:
 def reopen(store: Store, run_id: str, step: int, metrics: Mapping[str, float]) -> None:
     """Add points to a run that has ended."""
     client, _ = connect(store)
-    client.log_batch(run_id, metrics=_points(step, metrics))
-
-
-def _points(step: int, metrics: Mapping[str, float]) -> list[entities.Metric]:
     now = int(time.time() * 1000)
-    return [entities.Metric(name, value, now, step) for name, value in metrics.items()]
+    client.log_batch(run_id, metrics=[entities.Metric(name, value, now, step) for name, value in metrics.items()])
 
 
 def connect(store: Store) -> tuple[MlflowClient, str]:

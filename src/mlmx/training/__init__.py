@@ -77,21 +77,17 @@ def arguments(
     import torch
     import transformers
 
-    signature = inspect.signature(transformers.TrainingArguments).parameters
-    given = {key: value for key, value in options.items() if key != "name"}
-    for key, value in given.items():
-        near = did_you_mean(key, [name for name in signature if name not in SET_BY])
-        require(key in signature, f"trainer.{key}: no field of transformers.TrainingArguments{near}")
-        wanted = signature[key].annotation
-        given[key] = convert(f"trainer.{key}", value, wanted) if _is_checkable(wanted) else value
-        least = AT_LEAST.get(key)
-        require(least is None or given[key] >= least, f"trainer.{key}={value}: must be at least {least}")
+    given = _checked_fields(options, inspect.signature(transformers.TrainingArguments).parameters)
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
     on_cpu = bool(given.pop("use_cpu", False)) or not accelerated
     require(
         not given.get("tf32") or torch.cuda.is_available(),
         "trainer.tf32=true: needs a CUDA device, and there is none; leave it out, or use trainer=cpu",
     )
+    resolved = resolve_precision(precision, on_cpu)
+    if not on_cpu:
+        # Batches are pinned by the loader; their copies then overlap with the step before.
+        given.setdefault("accelerator_config", {"non_blocking": True})
     try:
         made = transformers.TrainingArguments(
             output_dir=str(folder),
@@ -100,7 +96,8 @@ def arguments(
             per_device_train_batch_size=batch_size,
             weight_decay=weight_decay,
             seed=seed,
-            bf16=resolve_precision(precision, on_cpu) == "bf16",
+            bf16=resolved == "bf16",
+            fp16=resolved == "fp16",
             use_cpu=on_cpu,
             report_to="none",
             remove_unused_columns=False,
@@ -115,8 +112,25 @@ def arguments(
     return made
 
 
+def _checked_fields(options: Mapping[str, Any], signature: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    """The ``trainer`` group's fields of TrainingArguments, their names and plain types checked."""
+    given = {key: value for key, value in options.items() if key != "name"}
+    for key, value in given.items():
+        near = did_you_mean(key, [name for name in signature if name not in SET_BY])
+        require(key in signature, f"trainer.{key}: no field of transformers.TrainingArguments{near}")
+        wanted = signature[key].annotation
+        given[key] = convert(f"trainer.{key}", value, wanted) if _is_checkable(wanted) else value
+        least = AT_LEAST.get(key)
+        require(least is None or given[key] >= least, f"trainer.{key}={value}: must be at least {least}")
+    return given
+
+
 def resolve_precision(precision: str, on_cpu: bool) -> str:
-    """``auto`` → bf16 where the hardware multiplies it natively, else fp32."""
+    """``auto`` → bf16 where the hardware multiplies it natively, else fp32.
+
+    Raises:
+        RequestError: fp16 without a CUDA device.
+    """
     import torch
 
     if on_cpu:
@@ -125,6 +139,10 @@ def resolve_precision(precision: str, on_cpu: bool) -> str:
         )
     else:
         native = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    require(
+        precision != "fp16" or (not on_cpu and torch.cuda.is_available()),
+        "precision=fp16: needs a CUDA device; choose auto, fp32 or bf16",
+    )
     if precision == "auto":
         return "bf16" if native else "fp32"
     return precision

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -16,25 +15,16 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 
+from mlmx.training.dropout import FastDropout
 from mlmx.training.progress import Progress
+from mlmx.training.reporter import Recorder, Reporter
 
 Batch = dict[str, torch.Tensor]
-MaskedLogits = Callable[[torch.nn.Module, Batch], tuple[torch.Tensor, torch.Tensor]]
+MaskedLogits = Callable[[torch.nn.Module, Batch, int | None], tuple[torch.Tensor, torch.Tensor]]
 Scores = Callable[[PreTrainedModel], dict[str, float]]
-
-
-class Recorder(Protocol):
-    """Where a training's numbers and checkpoints go."""
-
-    def log(self, step: int, epoch: float, metrics: dict[str, float]) -> None: ...
-
-    def checkpoint(self, folder: Path, step: int, epoch: float) -> None: ...
 
 
 class CountedTrainer(Trainer):
@@ -47,10 +37,12 @@ class CountedTrainer(Trainer):
     train_seconds = 0.0  # from step end to step end: loading, masking, forward, backward and optimizer
     last_loss: torch.Tensor | None = None
     scored_step = -1
+    chunk_size = 0
 
     def training_step(
         self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
+        self.chunk_size = inputs["input_ids"].shape[1]
         mask = inputs.get("attention_mask")
         own = inputs["input_ids"].numel() if mask is None else int(mask.sum())
         self.tokens_seen += own * self.args.world_size
@@ -90,9 +82,11 @@ class CorrectedTrainer(CountedTrainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *, masked_logits: MaskedLogits, **kwargs: Any) -> None:
+    def __init__(self, *, masked_logits: MaskedLogits, most_targets: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.masked_logits = masked_logits
+        # On a GPU shapes stay the same from step to step: nothing waits for the device, compiled code is made once.
+        self.most_targets = most_targets if self.args.device.type == "cuda" else None
         self.model_accepts_loss_kwargs = True  # makes the library count targets over the effective batch
         self.micro_batch = 0
 
@@ -103,7 +97,10 @@ class CorrectedTrainer(CountedTrainer):
         self.micro_batch = 0 if self.accelerator.sync_gradients else self.micro_batch + 1
         key = (self.args.seed, self.state.global_step, self.micro_batch, self.args.process_index)
         torch.manual_seed(hash(key) & (2**63 - 1))
-        return super().training_step(model, inputs, num_items_in_batch)
+        checkpointing = getattr(self.model, "is_activation_checkpointing", False)
+        fast = self.args.device.type == "cpu" and not checkpointing
+        with FastDropout() if fast else contextlib.nullcontext():
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self,
@@ -112,9 +109,9 @@ class CorrectedTrainer(CountedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        logits, labels = self.masked_logits(model, inputs)
+        logits, labels = self.masked_logits(model, inputs, self.most_targets)
         total = cross_entropy(logits.float(), labels, reduction="sum")
-        count = labels.numel() if num_items_in_batch is None else num_items_in_batch
+        count = labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
         # max: an effective batch without targets has loss 0, not NaN. DDP averages gradients: undo it.
         loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
         if self.args.average_tokens_across_devices:
@@ -143,68 +140,6 @@ def in_full_precision(model: PreTrainedModel) -> Iterator[None]:
             model.forward = cast(Any, wrapped)
 
 
-class Reporter(TrainerCallback):
-    """Names the library's numbers as ours and hands them, and each checkpoint, to the recorder."""
-
-    TIMINGS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
-    NAMES: ClassVar = {"loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/learning_rate"}
-
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
-        self.trainer: CountedTrainer
-        self.marked = (0, 0.0)
-        self.since = 0.0
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_log and torch.cuda.is_available():
-            torch.cuda.synchronize()  # else the clock would stop before the device does
-        self.trainer.train_seconds += time.perf_counter() - self.since
-        self.since = time.perf_counter()
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.since = time.perf_counter()  # scoring is no training time
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.since = time.perf_counter()
-        # before worker processes copy the dataset
-        cast(Any, self.trainer.train_dataset).epoch = int(state.epoch or 0)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        logs = logs or {}
-        metrics = {name: float(logs[key]) for key, name in self.NAMES.items() if key in logs}
-        own = {key: value for key, value in logs.items() if key.startswith("eval_") and key not in self.TIMINGS}
-        metrics |= {f"eval/{key.removeprefix('eval_')}": float(value) for key, value in own.items()}
-        metrics |= {key: float(value) for key, value in logs.items() if "/" in key}  # our own scores
-        if "eval/loss" in metrics and "eval/perplexity" not in metrics:
-            metrics["eval/perplexity"] = float(torch.tensor(metrics["eval/loss"], dtype=torch.float64).exp())
-        if "train/loss" in metrics:
-            metrics["train/tokens_per_second"] = self._speed()
-        if metrics and state.is_world_process_zero:
-            self.recorder.log(state.global_step, state.epoch or 0.0, metrics)
-
-    def _speed(self) -> float:
-        """Tokens per second of training steps since the last log; scoring and saving are not counted."""
-        tokens, seconds = self.trainer.tokens_seen, self.trainer.train_seconds
-        speed = (tokens - self.marked[0]) / max(seconds - self.marked[1], 1e-9)
-        self.marked = (tokens, seconds)
-        return speed
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            self.recorder.checkpoint(folder, state.global_step, state.epoch or 0.0)
-        self.since = time.perf_counter()  # nor is saving
-
-
 def make_trainer(
     name: str,
     arguments: TrainingArguments,
@@ -216,13 +151,14 @@ def make_trainer(
     mask: Any,
     mlm_probability: float,
     masked_logits: MaskedLogits,
+    most_targets: int | None = None,
     scores: Scores,
     recorder: Recorder,
 ) -> CountedTrainer:
     """A trainer of the named arithmetic, reporting to ``recorder`` and showing its progress."""
     arguments.eval_on_start = True
     parts: dict[str, Any] = {"model": model, "args": arguments, "processing_class": tokenizer}
-    reporter = Reporter(recorder)
+    reporter = Reporter(recorder, mlm_probability if name != "stock" else 1.0)
     trainer: CountedTrainer
     if name == "stock":
         trainer = CountedTrainer(
@@ -235,6 +171,7 @@ def make_trainer(
     else:
         trainer = CorrectedTrainer(
             masked_logits=masked_logits,
+            most_targets=most_targets,
             scores=scores,
             train_dataset=train_chunks,
             eval_dataset=eval_chunks,

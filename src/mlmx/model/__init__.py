@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-IGNORED = -100  # the label of a position that is not scored, as in torch's cross-entropy
 # Position ids of these architectures begin after the padding id: 514 positions hold 512 tokens.
 OFFSET_POSITIONS = (
     "roberta",
@@ -193,35 +192,13 @@ def load_model(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, seed: int) 
     return loaded
 
 
-def masked_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and labels of the masked positions only: float[M, V], long[M].
+def masked_logits(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], room: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels of the masked positions only: float[M, V], long[M]; see `mlmx.model.head`."""
+    from mlmx.model import head
 
-    Hidden states are gathered before the vocabulary projection, by a hook on the encoder, so that wrapped
-    models (DDP, compiled ones) run through their own ``forward`` and no logits of other positions exist.
-    """
-    labels = batch["labels"]
-    positions = labels.flatten().ne(IGNORED).nonzero().squeeze(1)
-    encoder = unwrapped(model).base_model
-
-    def gather(_module: Any, _inputs: Any, output: Any) -> Any:
-        hidden = output.last_hidden_state
-        output.last_hidden_state = hidden.reshape(-1, hidden.shape[-1])[positions].unsqueeze(0)
-        return output
-
-    handle = encoder.register_forward_hook(gather)
-    try:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        logits = model(**inputs).logits.squeeze(0)
-    finally:
-        handle.remove()
-    return logits, labels.flatten()[positions]
-
-
-def unwrapped(model: Any) -> Any:
-    """The transformers model inside DDP or ``torch.compile`` wrappers."""
-    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
-        model = model.module if hasattr(model, "module") else model._orig_mod
-    return model
+    return head.masked_logits(model, batch, room)
 
 
 def _longest_input(config: dict[str, Any]) -> int | None:

@@ -1,0 +1,120 @@
+"""The masked-positions head: hidden states are gathered where labels are set, before the vocabulary projection.
+
+Only targets have a loss, so no other position needs logits; nor, behind the last attention, anything at all: from
+there on each position is computed by itself, and the last layer's feed-forward network is spent on targets alone.
+Loss and gradients are those of the full head.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+log = logging.getLogger("mlmx")
+
+IGNORED = -100  # the label of a position that is not scored, as in torch's cross-entropy
+
+# Architecture → the module of its encoder behind whose output each position is computed by itself, "" for the whole
+# encoder: where layers share their weights (ALBERT) or the residual is added outside any module (ModernBERT).
+GATHERED_BEHIND = {
+    "albert": "",
+    "bert": "encoder.layer.-1.attention.output",
+    "camembert": "encoder.layer.-1.attention.output",
+    "deberta-v2": "encoder.layer.-1.attention.output",
+    "distilbert": "transformer.layer.-1.sa_layer_norm",
+    "electra": "encoder.layer.-1.attention.output",
+    "modernbert": "",
+    "mpnet": "encoder.layer.-1.attention.LayerNorm",
+    "roberta": "encoder.layer.-1.attention.output",
+    "xlm-roberta": "encoder.layer.-1.attention.output",
+}
+
+
+def masked_logits(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], room: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels of the masked positions only: float[M, V], long[M].
+
+    A hook gathers them, so that wrapped models (DDP, compiled ones) run through their own ``forward``. Of an
+    architecture that is not in the table, all positions are projected and the others dropped.
+
+    Args:
+        room: return this many rows whatever M is, the surplus labelled `IGNORED`: shapes that never change need no
+            word from the device and can be compiled. Logits are NaN where M exceeds it.
+    """
+    own = unwrapped(model)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    labels = batch["labels"].flatten()
+    chosen = labels.ne(IGNORED)
+    if room is None:
+        positions = chosen.nonzero().squeeze(1)
+    else:
+        room = min(room, len(labels))
+        positions = chosen.to(torch.int8).argsort(descending=True, stable=True)[:room]
+    if own.config.model_type in GATHERED_BEHIND:
+        with _gathering(_place(own), positions):
+            logits = model(**inputs).logits.squeeze(0)
+    else:
+        _say_full_head(own.config.model_type)
+        logits = model(**inputs).logits.flatten(0, 1)[positions]
+    if room is not None:
+        logits = logits + torch.where(chosen.sum() > room, torch.nan, 0.0).to(logits.dtype)
+    return logits, labels[positions]
+
+
+class _gathering:  # noqa: N801 (a context manager, used as a word of the language)
+    """Inside the block the module's output is its rows at ``positions``: [B, T, D] → [1, M, D]."""
+
+    def __init__(self, place: torch.nn.Module, positions: torch.Tensor) -> None:
+        self.place = place
+        self.positions = positions
+
+    def __enter__(self) -> None:
+        self.handle = self.place.register_forward_hook(self._gather)
+
+    def __exit__(self, *exception: object) -> None:
+        self.handle.remove()
+
+    def _gather(self, _module: Any, _inputs: Any, output: Any) -> Any:
+        if isinstance(output, torch.Tensor):
+            return self._rows(output)
+        output.last_hidden_state = self._rows(output.last_hidden_state)
+        return output
+
+    def _rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.reshape(-1, hidden.shape[-1])[self.positions].unsqueeze(0)
+
+
+def _place(own: Any) -> torch.nn.Module:
+    """The module behind which to gather."""
+    encoder: torch.nn.Module = own.base_model
+    path = GATHERED_BEHIND[own.config.model_type]
+    # Activation checkpointing runs a layer a second time, when the hook is gone; DeBERTa's first layer may have a
+    # convolution over neighbours behind it.
+    if getattr(own, "is_activation_checkpointing", False) or own.config.num_hidden_layers < 2:
+        path = ""
+    for name in filter(None, path.split(".")):
+        encoder = encoder[int(name)] if name == "-1" else getattr(encoder, name)  # type: ignore[index]
+    return encoder
+
+
+_said: set[str] = set()
+
+
+def _say_full_head(kind: str) -> None:
+    if kind not in _said:
+        _said.add(kind)
+        log.info(
+            "head     %s is not in the table of masked-positions heads: all positions are projected, with the same "
+            "numbers and more time",
+            kind,
+        )
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside DDP or ``torch.compile`` wrappers."""
+    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
+        model = model.module if hasattr(model, "module") else model._orig_mod
+    return model

@@ -1,0 +1,108 @@
+"""Dropout on the CPU: the law of torch's own, with bits drawn in bulk."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from mlmx.training.dropout import FastDropout
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def heads(seed: int, batch: int = 3, count: int = 4, length: int = 40, size: int = 8) -> torch.Tensor:
+    """float64[B, H, T, D] laid out as projections are, [B, T, H, D]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, length, count, size, generator=generator, dtype=torch.float64).transpose(1, 2)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 0.003])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_elements_are_dropped_at_the_rate_and_the_others_scaled(p: float, dtype: torch.dtype):
+    torch.manual_seed(1)
+    x = torch.ones(2000, 1000, dtype=dtype, requires_grad=True)
+    with FastDropout():
+        y = functional.dropout(x, p, True)
+    assert (y == 0).double().mean().item() == pytest.approx(p, abs=5 * math.sqrt(p * (1 - p) / y.numel()) + p * 1e-3)
+    assert y[y != 0].unique().tolist() == [pytest.approx(1 / (1 - p), rel=1e-2 if dtype == torch.bfloat16 else 1e-6)]
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(gradient, y), "the gradient goes through what was kept, and nothing else"
+
+
+def test_neighbours_are_dropped_independently():
+    torch.manual_seed(2)
+    with FastDropout():
+        kept = functional.dropout(torch.ones(1000, 1000), 0.3, True) > 0
+    assert kept.double().mean(0).std() == pytest.approx(math.sqrt(0.3 * 0.7 / 1000), rel=0.15)
+    for near in (torch.roll(kept, 1, 1), torch.roll(kept, 1, 0), torch.roll(kept, 8, 1)):
+        both = (~kept & ~near).double().mean()
+        assert both.item() == pytest.approx(0.09, abs=0.002)
+
+
+def test_a_seed_repeats_the_draw_and_another_does_not():
+    x = torch.ones(20, 500)
+    drawn = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        with FastDropout():
+            drawn.append((functional.dropout(x, 0.1), functional.dropout(x, 0.1)))
+    assert torch.equal(drawn[0][0], drawn[1][0])
+    assert torch.equal(drawn[0][1], drawn[1][1])
+    assert not torch.equal(drawn[0][0], drawn[0][1]), "two calls draw two masks"
+    assert not torch.equal(drawn[0][0], drawn[2][0])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_is_softmax_dropout_and_product_with_their_gradients(padded: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mlmx.training.dropout._is_ours", lambda tensor: True)  # fp64, to compare to rounding
+    query, key, value = (heads(seed).requires_grad_() for seed in range(3))
+    mask = (torch.arange(40) < torch.tensor([40, 25, 7])[:, None])[:, None, None, :] if padded else None
+    p = 0.2
+    torch.manual_seed(5)
+    with FastDropout():
+        out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=p)
+    signed = out.grad_fn.saved_tensors[3]
+    scores = query @ key.mT / math.sqrt(8)
+    probabilities = (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
+    assert torch.allclose(signed.abs(), probabilities, atol=1e-14)
+    expected = (probabilities * (signed > 0) / (1 - p)) @ value
+    assert torch.allclose(out, expected, atol=1e-13)
+    towards = heads(9)
+    ours = torch.autograd.grad(out, (query, key, value), towards)
+    theirs = torch.autograd.grad(expected, (query, key, value), towards)
+    for own, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(own, other, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_drops_at_the_rate_and_is_right_on_average(dtype: torch.dtype):
+    query, key, value = (heads(seed, length=128).to(dtype) for seed in range(3))
+    total = torch.zeros(3, 4, 128, 8)
+    rates = []
+    for seed in range(200):
+        torch.manual_seed(seed)
+        with FastDropout():
+            out = functional.scaled_dot_product_attention(query.requires_grad_(), key, value, dropout_p=0.1)
+        assert out.dtype == dtype
+        total += out.detach().float()
+        signed = out.grad_fn.saved_tensors[3]
+        rates.append((torch.signbit(signed)).double().mean().item())
+    assert sum(rates) / len(rates) == pytest.approx(0.1, rel=2e-3)
+    whole = functional.scaled_dot_product_attention(query.float(), key.float(), value.float())
+    assert (total / 200 - whole).abs().mean() < 0.01
+
+
+def test_what_is_not_ours_stays_the_library_s():
+    x = torch.randn(4, 8)
+    query = heads(1).float()
+    with FastDropout():
+        assert functional.dropout(x, 0.5, training=False) is x or torch.equal(functional.dropout(x, 0.5, False), x)
+        assert torch.equal(functional.dropout(x, 0.0), x)
+        assert not functional.dropout(x, 1.0).any()
+        plain = functional.scaled_dot_product_attention(query, query, query)
+        causal = functional.scaled_dot_product_attention(query, query, query, is_causal=True)
+    assert torch.equal(plain, functional.scaled_dot_product_attention(query, query, query))
+    assert torch.equal(causal, functional.scaled_dot_product_attention(query, query, query, is_causal=True))

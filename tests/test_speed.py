@@ -1,0 +1,82 @@
+"""What the speed is made of: freed memory is kept, operations are counted, dropout is ours on the CPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AlbertConfig, AutoModelForMaskedLM, BertConfig, DistilBertConfig
+
+from mlmx import runs
+from mlmx.training.flops import flops_per_token
+from tests.test_training import train, train_scratch
+
+FAULTS = """
+import resource, sys
+from mlmx.memory import keep_freed
+import torch
+if sys.argv[1] == "kept":
+    assert keep_freed()
+for _ in range(20):  # the heap grows to what is asked of it
+    torch.ones(1 << 24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
+def test_freed_memory_is_used_again_without_being_mapped_anew():
+    faults = {
+        how: int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("kept", "given back")
+    }
+    assert faults["kept"] < 100
+    assert faults["given back"] > 10 * faults["kept"], "else this test could not fail"
+
+
+@pytest.mark.parametrize(("chunk_size", "masked", "full"), [(512, 304.7, 427.3), (128, 283.5, 406.1)])
+def test_operations_per_token_are_those_worked_out_by_hand(chunk_size: int, masked: float, full: float):
+    with torch.device("meta"):
+        distilbert = AutoModelForMaskedLM.from_config(DistilBertConfig())
+    assert flops_per_token(distilbert, chunk_size, 0.15) / 1e6 == pytest.approx(masked, abs=0.05)
+    assert flops_per_token(distilbert, chunk_size) / 1e6 == pytest.approx(full, abs=0.05)
+
+
+def test_shared_layers_count_as_often_as_they_are_run():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+    bert, albert = (
+        AutoModelForMaskedLM.from_config(config)
+        for config in (BertConfig(**sizes, vocab_size=50), AlbertConfig(**sizes, vocab_size=50, embedding_size=32))
+    )
+    # Without the heads, ALBERT does what BERT does and projects its embeddings once.
+    assert flops_per_token(albert, 16, 0.0) == pytest.approx(flops_per_token(bert, 16, 0.0) + 6 * 32 * 32 * 4, rel=0.01)
+
+
+def test_a_run_reports_its_speed_and_its_share_of_the_machine(tiny: Path, corpus: Path):
+    run: runs.Run = train(tiny, corpus)
+    rows = [row for row in run.metrics() if "train/loss" in row]
+    assert rows
+    for row in rows:
+        assert 0 < row["perf/mfu"] < 1.2
+        assert 0 < row["perf/tokens_per_second"] <= row["train/tokens_per_second"]
+
+
+def test_training_on_the_cpu_uses_our_dropout_and_scoring_none(
+    tiny: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from mlmx.training import dropout
+
+    drawn = []
+    original = dropout.Bytes.draw
+    monkeypatch.setattr(dropout.Bytes, "draw", lambda self, shape: drawn.append(shape) or original(self, shape))
+    train(tiny, corpus)
+    assert drawn == [], "the tiny model has no dropout"
+    train_scratch(corpus, ["model=scratch", "model.layers=1", "model.hidden_size=32", "model.heads=2"])
+    lengths = {shape[-1] for shape in drawn}
+    assert 32 in lengths, "hidden states"
+    assert any(len(shape) == 3 for shape in drawn), "attention probabilities"
