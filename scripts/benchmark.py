@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if args.quick:  # of both sides, whose figures mean nothing: threads that spin starve whatever shares the cores
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no worker and no folder behind
     run = measured(args, names)
     print(markdown(run), end="")
     for path, text in ((args.json, json.dumps(run, indent=1) + "\n"), (args.markdown, markdown(run))):

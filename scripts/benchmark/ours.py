@@ -111,19 +111,20 @@ def prepare(
     _channel: Channel, reviews: str, folder: str, model: str, chunk_size: int, second: int | None
 ) -> dict[str, Any]:
     """Seconds from reviews to the first chunk with nothing cached, and to that of a second chunk size."""
-    texts = load_reviews(reviews, folder)
     tokenizer = AutoTokenizer.from_pretrained(model)
 
-    def first_chunk(size: int) -> Any:
-        return data.concat(data.tokens_of(texts, tokenizer, Path(folder) / "tokens", keep=True), size)[0]["input_ids"]
-
-    began = time.perf_counter()
-    first = first_chunk(chunk_size)
-    found = {"cold": time.perf_counter() - began, "first": first.tolist()}
-    if second:
+    def first_chunk(size: int) -> tuple[float, list[int]]:
+        texts = load_reviews(reviews, folder)  # a table of its own each time, of which nothing is known yet
         began = time.perf_counter()
-        chunk = first_chunk(second)
-        found |= {"second": time.perf_counter() - began, "first_of_second": chunk.tolist()}
+        with data.TokenCache(Path(folder) / "tokens") as cache:
+            chunk = data.concat(cache.tokens(texts, tokenizer), size)[0]["input_ids"]
+            cache.keep()
+        return time.perf_counter() - began, chunk.tolist()
+
+    seconds, first = first_chunk(chunk_size)
+    found = {"cold": seconds, "first": first}
+    if second:
+        found["second"], found["first_of_second"] = first_chunk(second)
     return found
 
 
@@ -134,31 +135,39 @@ def mask(
     tokenizer = AutoTokenizer.from_pretrained(model)
     chunks = data.concat(data.tokenize(load_reviews(reviews, folder), tokenizer), chunk_size)
     collate = masking.masker(partial(masking.token), tokenizer, MLM_PROBABILITY, seed=42)
-    return timed_batches(collate, [chunks[row] for row in range(rows)], times)
+    return timed_batches(collate, chunks.__getitems__(range(rows)), times)  # as torch's DataLoader asks for them
 
 
-def track(_channel: Channel, folder: str, steps: int, pause: float) -> float:
-    """Seconds per step that tracking takes from training: logging, and what the end has to wait for because of it."""
+def track(_channel: Channel, folder: str, steps: int, pause: float) -> dict[str, float]:
+    """Seconds per step that tracking takes from training: logging, and what the end has to wait for because of it.
+
+    ``cpu_seconds`` are those of all threads, also where training does not wait for them.
+    """
     store = tracking.Store(f"sqlite:///{folder}/mlflow.db", "mlmx", Path(folder) / "mlartifacts")
-    ending = logged(store, Path(folder) / "empty", 0, pause)
-    return max(logged(store, Path(folder) / "run", steps, pause) - ending, 0.0) / steps
+    _making_the_store, empty = (logged(store, Path(folder) / name, 0, pause) for name in ("first", "empty"))
+    full = logged(store, Path(folder) / "run", steps, pause)
+    waited = max(full["ending"] - empty["ending"], 0.0)
+    cpu = max(full["cpu"] - empty["cpu"], 0.0)
+    return {"seconds": (full["logging"] + waited) / steps, "cpu_seconds": cpu / steps}
 
 
-def logged(store: tracking.Store, folder: Path, steps: int, pause: float) -> float:
-    """Seconds that logging ``steps`` steps and then ending the run take from the training thread."""
+def logged(store: tracking.Store, folder: Path, steps: int, pause: float) -> dict[str, float]:
+    """Seconds that logging so many steps and then ending the run take from the training thread, and CPU seconds."""
     folder.mkdir(parents=True)
-    run, seconds = runs.Run(folder), 0.0
+    run, logging = runs.Run(folder), 0.0
     with runs.log_to(), runs.log_to_file(run):
         tracker = tracking.Tracker(run, store)
         tracker.start("benchmark", "none", {}, {}, {})
+        cpu = time.process_time()
         for step in range(steps):
             time.sleep(pause)
             began = time.perf_counter()
             tracker.log(step, 0.0, step_numbers(step))
-            seconds += time.perf_counter() - began
+            logging += time.perf_counter() - began
         began = time.perf_counter()
         tracker.finish("FINISHED", {})
-    return seconds + time.perf_counter() - began
+        ending = time.perf_counter() - began
+    return {"logging": logging, "ending": ending, "cpu": time.process_time() - cpu}
 
 
 def sweep(channel: Channel, setup: dict[str, Any], chunk_sizes: list[int]) -> None:

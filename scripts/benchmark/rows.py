@@ -195,15 +195,19 @@ def masking(bench: Bench) -> Reading:
 # ---------------------------------------------------------------------------------------- around it
 
 
+TRACKED = ("seconds", "cpu_seconds")
+
+
 def tracking(bench: Bench) -> Reading:
     """Milliseconds that tracking takes from a step."""
-    samples: dict[str, list[float]] = {side: [] for side in SIDES}
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     with bench.pair() as pair:
         for _ in range(bench.repeats):
             for side in SIDES:
                 given = {"folder": str(bench.place("store")), "steps": bench.sizes.log_steps, "pause": 0.005}
-                samples[side].append(pair.workers[side].ask("track", **given) * 1e3)
-    return Reading(samples)
+                found[side].append(pair.workers[side].ask("track", **given))
+    waited, cpu = ({side: [one[name] * 1e3 for one in found[side]] for side in SIDES} for name in TRACKED)
+    return Reading(waited, notes={"CPU milliseconds of all threads, per step": cpu})
 
 
 def sweep_job(bench: Bench) -> Reading:

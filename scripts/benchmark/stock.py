@@ -212,7 +212,7 @@ def mask(
     return timed_batches(collate, in_hand, times)
 
 
-def timed_batches(collate: Any, rows: list[Any], times: int) -> dict[str, Any]:
+def timed_batches(collate: Any, rows: Any, times: int) -> dict[str, Any]:
     """Median seconds of ``times`` batches after a first one, and the share of tokens that are targets."""
     seconds, share = [], 0.0
     for _ in range(times + 1):
@@ -223,7 +223,7 @@ def timed_batches(collate: Any, rows: list[Any], times: int) -> dict[str, Any]:
     return {"seconds": statistics.median(seconds[1:]), "share": share, "shape": list(batch["labels"].shape)}
 
 
-def track(_channel: Channel, folder: str, steps: int, pause: float) -> float:
+def track(_channel: Channel, folder: str, steps: int, pause: float) -> dict[str, float]:
     """Seconds per step of one synchronous MLflow call with the step's numbers, in a fresh sqlite store."""
     import mlflow
 
@@ -231,12 +231,14 @@ def track(_channel: Channel, folder: str, steps: int, pause: float) -> float:
     mlflow.set_experiment(experiment_id=mlflow.create_experiment("stock", artifact_location=Path(folder).as_uri()))
     seconds = 0.0
     with mlflow.start_run():
+        cpu = time.process_time()
         for step in range(steps):
             time.sleep(pause)
             began = time.perf_counter()
             mlflow.log_metrics(step_numbers(step), step=step, synchronous=True)
             seconds += time.perf_counter() - began
-    return seconds / steps
+        cpu = time.process_time() - cpu
+    return {"seconds": seconds / steps, "cpu_seconds": cpu / steps}
 
 
 def step_numbers(step: int) -> dict[str, float]:
