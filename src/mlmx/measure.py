@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -131,6 +132,10 @@ class Measure:
 
     def __call__(self, trained: PreTrainedModel) -> dict[str, float]:
         """``eval/loss eval/perplexity eval/accuracy``, the same of ``heldout/``, and ``heldout/bits_per_byte``."""
+        with _fast(trained):
+            return self._scores(trained)
+
+    def _scores(self, trained: PreTrainedModel) -> dict[str, float]:
         from mlmx import scoring
 
         found: dict[str, float] = {}
@@ -158,14 +163,15 @@ class Measure:
         if self.heldout is None:
             return {}
         per_token = data.token_groups(self.heldout.tokens, training)
-        found = scoring.score_groups(
-            trained,
-            self.heldout,
-            partial(_groups_of, per_token),
-            yardstick.Yardstick(self.vocabulary),
-            self.batch_size,
-            model.masked_logits,
-        )
+        with _fast(trained):
+            found = scoring.score_groups(
+                trained,
+                self.heldout,
+                partial(_groups_of, per_token),
+                yardstick.Yardstick(self.vocabulary),
+                self.batch_size,
+                model.masked_logits,
+            )
         named: dict[str, scoring.Sums] = {}
         for group, sums in found.items():
             for name in (list(data.BANDS)[group // 2], data.PIECES[group % 2]):
@@ -177,6 +183,13 @@ class Measure:
             for metric, value in scoring.numbers(named[name]).items()
             if metric in ("loss", "accuracy")
         }
+
+
+def _fast(trained: PreTrainedModel) -> contextlib.AbstractContextManager[Any]:
+    """The kernels that training uses on the CPU."""
+    from mlmx.training.cpu import CpuKernels
+
+    return CpuKernels() if trained.device.type == "cpu" else contextlib.nullcontext()
 
 
 def _groups_of(per_token: Any, rows: Sequence[Any]) -> Any:
