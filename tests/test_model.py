@@ -91,6 +91,20 @@ def test_the_last_feed_forward_network_sees_targets_alone():
         assert seen == [(3, 16, 64), (1, int((batch["labels"] != -100).sum()), 64)], family
 
 
+def test_a_compiled_model_is_compiled_once_and_gathers_each_batch_s_own_positions():
+    from torch._dynamo.utils import counters
+
+    loaded = AutoModelForMaskedLM.from_config(CONFIGS["distilbert"]).eval()
+    compiled = torch.compile(loaded, backend="aot_eager")
+    counters.clear()
+    for seed in range(3):
+        plain, labels = model.masked_logits(loaded, batch_of(seed), 24)
+        found, same = model.masked_logits(compiled, batch_of(seed), 24)
+        assert torch.equal(labels, same)
+        assert torch.allclose(found, plain, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 def test_activation_checkpointing_gives_the_same_gradient():
     torch.manual_seed(0)
     loaded = AutoModelForMaskedLM.from_config(CONFIGS["bert"]).double().train()
