@@ -27,7 +27,7 @@ class Sizes:
         schedule_steps: steps of the training whose final loss is compared, with ``schedule_encoder``.
         score_chunks: unseen chunks that it is taken on.
         mask_rows, mask_times: chunks of a masked batch, and how many are made per repeat.
-        log_steps: steps that are logged to MLflow per repeat.
+        log_steps: steps that are logged to MLflow per repeat; stock pays the same for each, mlmx something at the end.
         jobs: chunk sizes of the sweep; its jobs are these times two learning rates, the first one a warm-up.
         shared_workers: one process per side for all rows; without it every row has fresh ones.
         growth_*: points of ``--scaling``.
@@ -45,7 +45,7 @@ class Sizes:
     score_chunks: int
     mask_rows: int
     mask_times: int
-    log_steps: int
+    log_steps: dict[str, int]
     jobs: tuple[int, ...]
     shared_workers: bool
     growth_chunk_sizes: tuple[int, ...]
@@ -66,7 +66,7 @@ FULL = Sizes(
     score_chunks=200,
     mask_rows=32,
     mask_times=20,
-    log_steps=400,
+    log_steps={"stock": 100, "mlmx": 2_000},
     jobs=(64, 128, 256),
     shared_workers=False,
     growth_chunk_sizes=(64, 128, 256, 512),
@@ -87,7 +87,7 @@ QUICK = Sizes(
     score_chunks=8,
     mask_rows=4,
     mask_times=2,
-    log_steps=5,
+    log_steps={"stock": 5, "mlmx": 5},
     jobs=(32,),
     shared_workers=True,
     growth_chunk_sizes=(32,),
