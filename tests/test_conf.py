@@ -19,7 +19,7 @@ GROUPS = {
     "masking": ["token", "whole_word", "span"],
     "trainer": ["default", "cpu", "gpu", "reference"],
     "tracking": ["local", "server", "none"],
-    "experiment": ["demo", "reference", "imdb_512", "course_128"],
+    "experiment": ["demo", "reference", "imdb_512", "imdb_512_gpu", "course_128"],
 }
 OPTIONS = [f"{group}={option}" for group, options in GROUPS.items() for option in options]
 # What an option cannot do without.
@@ -48,7 +48,7 @@ def test_every_shipped_yaml_is_known_to_these_tests():
     expected = {f"{command}.yaml" for command in COMMANDS}
     expected |= {f"{option.replace('=', '/')}.yaml" for option in OPTIONS}
     assert shipped == expected
-    assert len(OPTIONS) == 27
+    assert len(OPTIONS) == 28
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -102,9 +102,9 @@ def test_experiments_open_with_their_command_cost_and_result(experiment: str):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["experiment=demo"], {"chunk_size": 128, "lr": 5e-4, "batch_size": 16, "epochs": 2.0, "seed": 42}),
+        (["experiment=demo"], {"chunk_size": 128, "lr": 5e-4, "batch_size": 8, "epochs": 2.0, "seed": 42}),
         (["experiment=demo", "chunk_size=256"], {"chunk_size": 256, "lr": 5e-4}),
-        (["chunk_size=256", "lr=5e-5", "experiment=demo"], {"chunk_size": 256, "lr": 5e-5, "batch_size": 16}),
+        (["chunk_size=256", "lr=5e-5", "experiment=demo"], {"chunk_size": 256, "lr": 5e-5, "batch_size": 8}),
     ],
 )
 def test_a_dial_on_the_command_line_wins_over_the_experiment(overrides: list[str], expected: dict[str, Any]):
@@ -118,5 +118,5 @@ def test_a_group_on_the_command_line_wins_over_the_experiment():
     assert config.dataset["source"] == "rotten_tomatoes"
     assert train_config("experiment=demo").model["name"] == "packaged"
     # the experiment's own options of a group still stand, unless given too
-    assert config.dataset["train_chunks"] == 800
+    assert config.dataset["train_chunks"] == 320
     assert train_config("experiment=demo", "dataset.train_chunks=7").dataset["train_chunks"] == 7

@@ -329,7 +329,7 @@ def test_unknown_root_keys_are_refused_with_the_nearest(command: str):
         (TrainConfig, "batch_size", [1, 64], [0, -8]),
         (TrainConfig, "weight_decay", [0, 0.1], [-0.1, NAN, math.inf]),
         (TrainConfig, "seed", [0, 2**32 - 1], [-1, 2**32]),
-        (TrainConfig, "precision", ["fp32", "bf16", "auto"], ["fp16", "", "BF16"]),
+        (TrainConfig, "precision", ["fp32", "bf16", "fp16", "auto"], ["fp8", "", "BF16"]),
         (EvaluateConfig, "batch_size", [1], [0, -1]),
         (EvaluateConfig, "chunk_size", [None, 3], [2, 0, -1]),
         (PredictConfig, "top_k", [1], [0, -1]),

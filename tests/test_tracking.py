@@ -175,7 +175,7 @@ def test_no_tracking_leaves_no_store(tiny: Path, corpus: Path, outputs: Path):
         cli.main(["train", f"model.path={tiny}", "dataset=files", f"dataset.path={corpus}", *sizes, "tracking=none"])
         == 0
     )
-    assert sorted(path.name for path in outputs.iterdir()) == ["train"]
+    assert sorted(path.name for path in outputs.iterdir()) == ["cache", "train"]
     assert all_runs()[0].read_json("result.json")["run_id"] is None
 
 

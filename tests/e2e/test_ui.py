@@ -322,7 +322,7 @@ def test_a_run_shows_its_files(page: Any, server: Server, runs: Path, tmp_path: 
     page.get_by_text("model.safetensors", exact=True).wait_for()
     page.get_by_text("plots", exact=True).click()
     page.get_by_text("perplexity.png", exact=True).click()
-    page.wait_for_function("[...document.images].some(image => image.naturalWidth >= 900)")  # 7 inches at 130 dpi
+    page.wait_for_function("[...document.images].some(image => image.naturalWidth >= 700)")  # 7 inches at 110 dpi
     page.screenshot(path=tmp_path / "plot.png")
     page.get_by_text("config.yaml", exact=True).first.click()
     page.get_by_text("mlm_probability: 0.15").first.wait_for()

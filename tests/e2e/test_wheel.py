@@ -90,7 +90,7 @@ def test_help_and_config(site: Path, empty: Path) -> None:
     shown = python("-m", "mlmx", "train", "experiment=demo", "--cfg", "job", cwd=empty, site=site)
     assert shown.returncode == 0, shown.stderr
     assert "chunk_size: 128" in shown.stdout
-    assert "train_chunks: 800" in shown.stdout
+    assert "train_chunks: 320" in shown.stdout
     script = python(str(site / "bin/mlmx"), "--version", cwd=empty, site=site)
     assert script.stdout.strip() == __version__
     assert list(empty.iterdir()) == before
@@ -110,7 +110,7 @@ def test_trains_and_predicts_in_an_empty_folder(site: Path, empty: Path, corpus:
     assert json.loads(result.read_text())["status"] == "FINISHED"
     assert f"folder   {result.parent}" in trained.stdout
     assert files_below(result.parent / "model") >= {"config.json", "model.safetensors", "tokenizer.json"}
-    assert {path.name for path in (empty / "outputs").iterdir()} == {"train"}
+    assert {path.name for path in (empty / "outputs").iterdir()} == {"cache", "train"}
 
     filled = python("-m", "mlmx", "predict", "run=last", "text=This is a great [MASK].", cwd=empty, site=site)
     assert filled.returncode == 0, filled.stderr
