@@ -19,7 +19,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 import mlmx
-from mlmx import cli, places
+from mlmx import arguments as arguments_of
+from mlmx import places
 from mlmx.cli import COMMANDS, conf_dir, main
 from mlmx.config import (
     CONFIGS,
@@ -325,7 +326,7 @@ def shuffled_pieces(count: int) -> list[str]:
 
 @pytest.mark.parametrize("texts", [NASTY, shuffled_pieces(1500)], ids=["chosen", "drawn"])
 def test_texts_to_fill_come_through_untouched(texts: list[str]):
-    arguments = cli._literal_texts("predict", ["top_k=3", *(f"text={text}" for text in texts)])
+    arguments = arguments_of.literal_texts("predict", ["top_k=3", *(f"text={text}" for text in texts)])
     register_schemas()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = to_config("predict", compose("predict", arguments))
@@ -341,8 +342,8 @@ def test_texts_reach_predict_from_the_command_line(monkeypatch: pytest.MonkeyPat
 
 
 def test_only_predict_takes_its_text_literally():
-    assert cli._literal_texts("train", ["text=${x}", "note='a'"]) == ["text=${x}", "note='a'"]
-    assert cli._literal_texts("predict", ["run=last"]) == ["run=last"]
+    assert arguments_of.literal_texts("train", ["text=${x}", "note='a'"]) == ["text=${x}", "note='a'"]
+    assert arguments_of.literal_texts("predict", ["run=last"]) == ["run=last"]
 
 
 # ------------------------------------------------------------------------------------- completion

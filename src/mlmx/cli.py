@@ -158,21 +158,17 @@ def _ended_by_signals() -> Iterator[None]:
 
 def _run(command: str, arguments: list[str]) -> int:
     import hydra
-    from hydra._internal.utils import get_args_parser
 
+    from mlmx.arguments import flags_first, parse
     from mlmx.config import register_schemas
     from mlmx.runs import register_resolvers
 
     register_schemas()
     register_resolvers()
-    # Hydra's own parser refuses a key=value behind a flag (model=minilm -m lr=1,2); intermixed does not.
-    parser = get_args_parser()
-    parser.error = _refuse  # type: ignore[method-assign]
-    parsed = parser.parse_intermixed_args(_literal_texts(command, arguments))
-    _require_well_formed(command, parsed)
+    parsed = parse(command, arguments)
     if not (parsed.cfg or parsed.info or parsed.hydra_help or parsed.shell_completion):
         _check_jobs(command, parsed)
-    argv_before, sys.argv = sys.argv, ["mlmx", *_flags_first(parsed)]
+    argv_before, sys.argv = sys.argv, ["mlmx", *flags_first(parsed)]
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us whole; we turn them into one line
     try:
@@ -185,30 +181,6 @@ def _run(command: str, arguments: list[str]) -> int:
         else:
             os.environ["HYDRA_FULL_ERROR"] = before
     return 0
-
-
-def _require_well_formed(command: str, parsed: argparse.Namespace) -> None:
-    """What Hydra would pass over or answer without naming what was given."""
-    from mlmx.config import CONFIGS, group_names
-
-    groups = [*group_names(CONFIGS[command]), "experiment"]
-    for override in parsed.overrides:
-        key, equals, value = override.partition("=")
-        if not override.startswith("~") and not (key and equals):
-            _refuse(f"{override!r}: is no key=value (python -m mlmx {command} --help lists the keys)")
-        if key in groups and value == "null":
-            _refuse(f"{override}: no such option; give one that python -m mlmx {command} --help lists")
-    for flag, value in (("--config-name", parsed.config_name), ("--config-path", parsed.config_path)):
-        if value:
-            _refuse(f"{flag} {value}: not taken here, {command} names its own config; --config-dir adds a folder to it")
-    if parsed.config_dir and not Path(parsed.config_dir).is_dir():
-        _refuse(f"--config-dir {parsed.config_dir}: no such folder (looked in {Path.cwd()})")
-
-
-def _refuse(message: str) -> NoReturn:
-    from mlmx.config import RequestError
-
-    raise RequestError(message)
 
 
 class _WithoutJobLine:
@@ -224,50 +196,17 @@ class _WithoutJobLine:
         return getattr(self.stream, name)
 
 
-def _literal_texts(command: str, arguments: list[str]) -> list[str]:
-    """``text=`` of ``predict`` is taken as it stands: a sentence is no Hydra expression.
-
-    ``text="A [MASK]." text="B [MASK]."`` → ``text=['A [MASK].','B [MASK].']``
-    """
-    if command != "predict":
-        return arguments
-    texts = [argument.removeprefix("text=") for argument in arguments if argument.startswith("text=")]
-    others = [argument for argument in arguments if not argument.startswith("text=")]
-    if not texts:
-        return others
-    quoted = ",".join("'" + _escaped(text) + "'" for text in texts)
-    return [*others, f"text=[{quoted}]"]
-
-
-def _escaped(text: str) -> str:
-    """Inside Hydra's single quotes: quotes, ``${`` and the backslashes before either are escaped."""
-    import re
-
-    return re.sub(r"(\\*)('|\$\{)", r"\1\1\\\2", re.sub(r"(\\+)\Z", r"\1\1", text))
-
-
-def _flags_first(parsed: argparse.Namespace) -> list[str]:
-    flags: list[str] = []
-    for name, value in vars(parsed).items():
-        flag = "--" + name.replace("_", "-")
-        if name == "overrides" or value in (None, False):
-            continue
-        if name == "shell_completion":
-            flag = "--shell-completion"
-        flags += [flag] if value is True else [flag, str(value)]
-    return [*flags, *parsed.overrides]
-
-
 def _check_jobs(command: str, parsed: argparse.Namespace) -> None:
     """Compose and check every job of the request before a folder is made or a library is loaded."""
     from hydra import compose, initialize_config_dir
 
+    from mlmx.arguments import jobs
     from mlmx.config import to_config
 
     module = importlib.import_module(f"mlmx.{command}")
     path = [f"hydra.searchpath=[file://{Path(parsed.config_dir).resolve()}]"] if parsed.config_dir else []
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        for number, overrides in enumerate(_jobs(parsed)):
+        for number, overrides in enumerate(jobs(parsed)):
             try:
                 config = to_config(command, compose(command, [*overrides, *path]))
                 module.check(config)
@@ -276,20 +215,6 @@ def _check_jobs(command: str, parsed: argparse.Namespace) -> None:
                     swept = " ".join(o for o in overrides if o not in parsed.overrides)
                     error.add_note(f"job {number} of the sweep" + (f" ({swept})" if swept else ""))
                 raise
-
-
-def _jobs(parsed: argparse.Namespace) -> list[list[str]]:
-    """The overrides of each job: one list without ``-m``, the basic sweeper's grid with it."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    overrides: list[str] = [o for o in parsed.overrides if not o.startswith(("hydra.", "hydra/"))]
-    if not parsed.multirun:
-        return [overrides]
-    parsed_overrides = OverridesParser.create().parse_overrides(overrides)
-    if any(o.is_sweep_override() and not o.is_discrete_sweep() for o in parsed_overrides):
-        return []  # a continuous interval: its values are known to its sweeper only
-    return [list(job) for batch in BasicSweeper.split_arguments(parsed_overrides, None) for job in batch]
 
 
 def _task(composed: DictConfig) -> Any:

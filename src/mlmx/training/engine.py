@@ -158,7 +158,7 @@ def make_trainer(
     """A trainer of the named arithmetic, reporting to ``recorder`` and showing its progress."""
     arguments.eval_on_start = True
     parts: dict[str, Any] = {"model": model, "args": arguments, "processing_class": tokenizer}
-    reporter = Reporter(recorder, mlm_probability if name != "stock" else 1.0)
+    reporter = Reporter(recorder, mlm_probability)  # projecting the other positions is no useful work
     trainer: CountedTrainer
     if name == "stock":
         trainer = CountedTrainer(

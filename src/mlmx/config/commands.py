@@ -1,56 +1,24 @@
-"""What a user may ask for: one dataclass per command, and the rules every key is checked by.
-
-Hydra composes YAML into these dataclasses. A group option (``model: scratch``) is ``name:`` plus the
-keyword-only arguments of the function of that name in a stage's table; `bind` checks the one against
-the other, so a function's signature is its schema. Nothing here imports torch, and nothing after
-`to_config` changes a value.
-"""
+"""What a user may ask for: one dataclass per command, composed by Hydra, plain and checked from then on."""
 
 from __future__ import annotations
 
-import difflib
-import functools
-import inspect
 import math
-import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from mlmx.config.requests import did_you_mean, require
+from mlmx.config.signatures import convert
 from mlmx.places import conf_dir
 
 Options = dict[str, Any]
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 HELDOUT: Options = {"dataset": None, "documents": 400, "share": 0.02}
-
-
-class RequestError(ValueError):
-    """The request was wrong: one line saying what was given, what is allowed and what to do."""
-
-
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """``"; did you mean X?"`` for the nearest choice, or nothing.
-
-    >>> did_you_mean("chunk_sze", ["chunk_size", "lr"])
-    '; did you mean chunk_size?'
-    """
-    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def require(ok: bool, message: str) -> None:
-    """Raise `RequestError` with ``message`` unless ``ok``."""
-    if not ok:
-        raise RequestError(message)
-
-
-# ---------------------------------------------------------------------------------- the commands
 
 
 @dataclass
@@ -256,144 +224,3 @@ def load_option(group: str, option: str) -> Options:
         f"{group}={option}: no such option{did_you_mean(option, known)} (options: {', '.join(known)})",
     )
     return typing.cast(Options, OmegaConf.to_container(OmegaConf.load(folder / f"{option}.yaml"), resolve=True))
-
-
-# --------------------------------------------------------------------- names and their signatures
-
-F = TypeVar("F", bound=Callable[..., Any])
-Function = Callable[..., Any]
-
-
-def table(*functions: F) -> dict[str, F]:
-    """``{function name: function}``: what a group's ``name:`` is looked up in."""
-    return {function.__name__: function for function in functions}
-
-
-def bind(
-    group: str, options: Mapping[str, Any], functions: Mapping[str, F], *shared: Callable[..., Any]
-) -> tuple[functools.partial[Any], ...]:
-    """Check a group's options against the signature of the function it names.
-
-    Keyword-only parameters are options; the other parameters are handed over by the pipeline. Options of
-    the ``shared`` functions (the split of every dataset, say) stand in the same group.
-
-    >>> def scratch(tokenizer, *, layers: int, dropout: float = 0.1): ...
-    >>> part, = bind("model", {"name": "scratch", "layers": 2}, table(scratch))
-    >>> part.func.__name__, part.keywords
-    ('scratch', {'layers': 2})
-
-    Returns:
-        The named function and each shared one, with their options filled in.
-    Raises:
-        RequestError: unknown name or option (with the nearest right one), wrong type, missing option.
-    """
-    name = options.get("name")
-    require(isinstance(name, str) and bool(name), f"{group}.name: missing; one of {', '.join(functions)}")
-    function = functions.get(str(name)) or _plugin(group, str(name), functions)
-    targets: list[Function] = [function, *shared]
-    accepted = {key: parameter for target in targets for key, parameter in _options_of(target).items()}
-    filled: list[dict[str, Any]] = [{} for _ in targets]
-    for key, value in options.items():
-        if key == "name":
-            continue
-        require(
-            key in accepted,
-            f"{group}.{key}: unknown option{did_you_mean(str(key), accepted)} "
-            f"({group} '{name}' takes {', '.join(accepted) or 'no options'})",
-        )
-        for target, keywords in zip(targets, filled, strict=True):
-            parameter = _options_of(target).get(key)
-            if parameter is not None:
-                keywords[key] = convert(f"{group}.{key}", value, _annotation(target, parameter))
-    for key, parameter in accepted.items():
-        require(
-            key in options or parameter.default is not inspect.Parameter.empty,
-            f"{group}.{key}: missing; {group} '{name}' needs it: {group}.{key}=…",
-        )
-    return tuple(functools.partial(target, **kw) for target, kw in zip(targets, filled, strict=True))
-
-
-def _plugin(group: str, name: str, functions: Mapping[str, F]) -> F:
-    """A user's own function: entry point ``<group>.<name>`` in the group ``mlmx.plugins``."""
-    found = [point for point in entry_points(group="mlmx.plugins") if point.name == f"{group}.{name}"]
-    require(
-        bool(found),
-        f"{group}.name={name}: unknown{did_you_mean(name, functions)} (known: {', '.join(functions)})",
-    )
-    return typing.cast(F, found[0].load())
-
-
-def _options_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-
-
-def _annotation(function: Callable[..., Any], parameter: inspect.Parameter) -> Any:
-    """The parameter's type, evaluated alone: other annotations may name types imported lazily."""
-    if isinstance(parameter.annotation, str):
-        return eval(parameter.annotation, function.__globals__)
-    return parameter.annotation
-
-
-def convert(key: str, value: Any, wanted: Any) -> Any:
-    """``value`` as type ``wanted``, or a `RequestError` that says what is needed.
-
-    >>> convert("lr", 1, float), convert("seed", 42.0, int), convert("path", ["a", "b"], str | list[str])
-    (1.0, 42, ['a', 'b'])
-    """
-    converted = _converted(value, wanted)
-    require(converted is not _NO, f"{key}={value!r}: {_wording(wanted)} is needed")
-    return converted
-
-
-_NO = object()
-
-
-def _converted(value: Any, wanted: Any) -> Any:
-    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
-    if wanted is Any or wanted is inspect.Parameter.empty:
-        return value
-    if origin is Literal:
-        return value if value in arguments else _NO
-    if origin in (typing.Union, types.UnionType):
-        exact = [a for a in arguments if isinstance(a, type) and type(value) is a]
-        tried = [_converted(value, a) for a in [*exact, *arguments]]
-        return next((t for t in tried if t is not _NO), _NO)
-    if origin in (list, tuple) and isinstance(value, (list, tuple)):
-        items = [_converted(item, arguments[0] if arguments else Any) for item in value]
-        return _NO if any(item is _NO for item in items) else items
-    if origin is dict and isinstance(value, Mapping):
-        items_of = {k: _converted(v, arguments[1]) for k, v in value.items()}
-        return _NO if any(v is _NO for v in items_of.values()) else items_of
-    return _scalar(value, wanted)
-
-
-def _scalar(value: Any, wanted: Any) -> Any:
-    if wanted in (None, type(None)):
-        return value if value is None else _NO
-    if not isinstance(wanted, type):
-        return _NO
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if wanted is float and number:
-        return float(value)
-    if wanted is int and number:
-        return int(value) if float(value).is_integer() else _NO
-    if wanted is str and (number or isinstance(value, bool)):
-        return str(value)
-    return value if isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool)) else _NO
-
-
-_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
-
-
-def _wording(wanted: Any) -> str:
-    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, arguments))
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_wording(a) for a in arguments)
-    if origin is list:
-        return "a list"
-    if origin is dict:
-        return "a mapping"
-    return _WORDS.get(wanted, getattr(wanted, "__name__", str(wanted)))

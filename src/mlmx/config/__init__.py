@@ -1,0 +1,51 @@
+"""What a user may ask for, and the rules every key is checked by.
+
+Hydra composes YAML into the dataclasses of `commands`. A group option (``model: scratch``) is ``name:`` plus the
+keyword-only arguments of the function of that name in a stage's table; `bind` checks the one against
+the other, so a function's signature is its schema. Nothing here imports torch, and nothing after
+`to_config` changes a value.
+"""
+
+from mlmx.config.commands import (
+    CONFIGS,
+    Config,
+    EvaluateConfig,
+    Job,
+    Options,
+    PredictConfig,
+    PrepareConfig,
+    TrainConfig,
+    UiConfig,
+    from_plain,
+    group_names,
+    load_option,
+    refuse_targets,
+    register_schemas,
+    to_config,
+)
+from mlmx.config.requests import RequestError, did_you_mean, require
+from mlmx.config.signatures import bind, convert, table
+
+__all__ = [
+    "CONFIGS",
+    "Config",
+    "EvaluateConfig",
+    "Job",
+    "Options",
+    "PredictConfig",
+    "PrepareConfig",
+    "RequestError",
+    "TrainConfig",
+    "UiConfig",
+    "bind",
+    "convert",
+    "did_you_mean",
+    "from_plain",
+    "group_names",
+    "load_option",
+    "refuse_targets",
+    "register_schemas",
+    "require",
+    "table",
+    "to_config",
+]

@@ -1,0 +1,26 @@
+"""A wrong request: one line saying what was given, what is allowed and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RequestError(ValueError):
+    """The request was wrong: one line saying what was given, what is allowed and what to do."""
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """``"; did you mean X?"`` for the nearest choice, or nothing.
+
+    >>> did_you_mean("chunk_sze", ["chunk_size", "lr"])
+    '; did you mean chunk_size?'
+    """
+    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def require(ok: bool, message: str) -> None:
+    """Raise `RequestError` with ``message`` unless ``ok``."""
+    if not ok:
+        raise RequestError(message)
