@@ -151,7 +151,7 @@ def test_no_config_names_a_target():
 
 
 # Where text becomes code, and in which modules that may be: `config.bind` evaluates the annotations of functions.
-CODE_FROM_TEXT = {"eval": ["config"], "exec": [], "compile": [], "__import__": [], "instantiate": [], "get_class": []}
+CODE_FROM_TEXT = {"eval": ["config.signatures"], "exec": [], "compile": [], "__import__": [], "instantiate": [], "get_class": []}
 UNSAFE_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 
 

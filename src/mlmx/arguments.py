@@ -70,6 +70,7 @@ def _escaped(text: str) -> str:
 
 
 def flags_first(parsed: argparse.Namespace) -> list[str]:
+    """The command line that Hydra's own parser takes: flags, then overrides."""
     flags: list[str] = []
     for name, value in vars(parsed).items():
         flag = "--" + name.replace("_", "-")
