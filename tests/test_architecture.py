@@ -150,8 +150,9 @@ def test_no_config_names_a_target():
     assert "_target_" not in set(keys_of(loaded))
 
 
-# Where text becomes code, and in which modules that may be: `config.bind` evaluates the annotations of functions.
-CODE_FROM_TEXT = {"eval": ["config.signatures"], "exec": [], "compile": [], "__import__": [], "instantiate": [], "get_class": []}
+# Where text becomes code, and in which modules that may be: `bind` evaluates the annotations of functions.
+EVERYWHERE_ELSE = ("exec", "compile", "__import__", "instantiate", "get_class")
+CODE_FROM_TEXT: dict[str, list[str]] = {"eval": ["config.signatures"], **{name: [] for name in EVERYWHERE_ELSE}}
 UNSAFE_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 
 

@@ -39,7 +39,13 @@ SET_BY = {
     "dataloader_persistent_workers": "mlmx itself (workers that live on would keep the first epoch's masks)",
     "label_smoothing_factor": "nothing: a smoothed loss could not be compared with any other",
     "push_to_hub": "nothing: mlmx uploads no model",
-    "resume_from_checkpoint": "nothing yet: a run is trained from its start",
+    "resume_from_checkpoint": "the dial resume",
+    "ignore_data_skip": "mlmx itself (a resumed run goes on with the very next batch)",
+    "restore_callback_states_from_checkpoint": "mlmx itself",
+    "save_only_model": "mlmx itself (a run could not be resumed without its optimizer)",
+    "enable_jit_checkpoint": "mlmx itself (SIGTERM, SIGINT and SIGUSR1 save a checkpoint)",
+    "auto_find_batch_size": "nothing: it would change the effective batch",
+    "data_seed": "the dial seed",
 }
 
 # The least of counts that the library takes as they are and fails on only once training has begun.
@@ -96,6 +102,8 @@ def arguments(
             per_device_train_batch_size=batch_size,
             weight_decay=weight_decay,
             seed=seed,
+            data_seed=seed,  # else the order of rows would depend on what was drawn before training
+            eval_on_start=True,
             bf16=resolved == "bf16",
             fp16=resolved == "fp16",
             use_cpu=on_cpu,

@@ -14,27 +14,27 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    Trainer,
     TrainingArguments,
 )
 
+from mlmx import interrupts
+from mlmx.training import checkpoints
 from mlmx.training.cpu import CpuKernels
 from mlmx.training.progress import Progress
 from mlmx.training.reporter import Recorder, Reporter
+from mlmx.training.resumable import ResumableTrainer
 
 Batch = dict[str, torch.Tensor]
 MaskedLogits = Callable[[torch.nn.Module, Batch, int | None], tuple[torch.Tensor, torch.Tensor]]
 Scores = Callable[[PreTrainedModel], dict[str, float]]
 
 
-class CountedTrainer(Trainer):
+class CountedTrainer(ResumableTrainer):
     """A Trainer that knows its speed and its latest loss, and whose first evaluation leaves no trace.
 
     Its own evaluation stays the library's; ``scores`` are logged beside it.
     """
 
-    tokens_seen = 0
-    train_seconds = 0.0  # from step end to step end: loading, masking, forward, backward and optimizer
     last_loss: torch.Tensor | None = None
     scored_step = -1
     chunk_size = 0
@@ -51,7 +51,11 @@ class CountedTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         # A score must not move what is trained: before the first step the random state is put back.
-        with torch.random.fork_rng(enabled=self.state.global_step == 0):
+        # Scoring can be left at any moment, but not by one of several processes.
+        with (
+            torch.random.fork_rng(enabled=self.state.global_step == 0),
+            contextlib.nullcontext() if self.args.world_size > 1 else interrupts.at_once(),
+        ):
             found = self.scored(*args, **kwargs)
         self.scored_step = self.state.global_step
         return found
@@ -156,7 +160,6 @@ def make_trainer(
     recorder: Recorder,
 ) -> CountedTrainer:
     """A trainer of the named arithmetic, reporting to ``recorder`` and showing its progress."""
-    arguments.eval_on_start = True
     parts: dict[str, Any] = {"model": model, "args": arguments, "processing_class": tokenizer}
     reporter = Reporter(recorder, mlm_probability)  # projecting the other positions is no useful work
     trainer: CountedTrainer
@@ -200,16 +203,26 @@ class InputIds(torch.utils.data.Dataset[dict[str, Any]]):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def run_and_save(trainer: CountedTrainer, folder: Path) -> None:
-    """Train, then save the final model with its tokenizer, loadable by ``transformers.pipeline`` alone."""
+def run_and_save(trainer: CountedTrainer, folder: Path, checkpoint: Path | None = None) -> None:
+    """Train, then save the final model with its tokenizer, loadable by ``transformers.pipeline`` alone.
+
+    Args:
+        checkpoint: where to go on from; None for the beginning, with the score before training.
+
+    Raises:
+        Interrupted: a signal came, and a checkpoint was saved.
+    """
+    trainer.args.eval_on_start = checkpoint is None
     try:
-        trainer.train()
-        if trainer.scored_step != trainer.state.global_step or trainer.args.load_best_model_at_end:
-            trainer.evaluate()  # the last numbers of a run are those of the model it saves
+        with interrupts.deferred():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if trainer.scored_step != trainer.state.global_step or trainer.args.load_best_model_at_end:
+                trainer.evaluate()  # the last numbers of a run are those of the model it saves
+            if trainer.args.should_save:
+                checkpoints.write(folder, lambda aside: trainer.save_model(str(aside)), manifest=False)
     finally:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, Progress):
                 callback.close()
-    trainer.save_model(str(folder))
+    interrupts.raise_noted()
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # whoever fills masks next gets fp32
-    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all of it is in config.yaml

@@ -29,12 +29,12 @@ class Progress(TrainerCallback):
         self.trainer = trainer
         self.bar: Bar | None = None
         self.looked = 0.0
-        self.began = 0.0
+        self.began, self.first = 0.0, 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.began = time.monotonic()
+        self.began, self.first = time.monotonic(), state.global_step
         if sys.stdout.isatty() and state.is_world_process_zero:
             columns = (
                 TextColumn("training"),
@@ -45,7 +45,7 @@ class Progress(TrainerCallback):
             )
             # Log lines pass through the bar's console while it is alive, so that neither tears the other.
             self.bar = Bar(*columns, console=Console(file=sys.stdout, soft_wrap=True), transient=True)
-            self.task = self.bar.add_task("", total=state.max_steps, speed="–", loss="–")
+            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, speed="–", loss="–")
             self.bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -60,7 +60,7 @@ class Progress(TrainerCallback):
         if self.bar:
             self.bar.update(self.task, completed=state.global_step, speed=f"{speed:,.0f}", loss=f"{loss:.3f}")
             return
-        left = (now - self.began) / state.global_step * (state.max_steps - state.global_step)
+        left = (now - self.began) / (state.global_step - self.first) * (state.max_steps - state.global_step)
         log.info(
             "step %d of %d · %s tok/s · loss %.3f · %s left",
             state.global_step,

@@ -33,9 +33,7 @@ class Reporter(TrainerCallback):
         self.recorder = recorder
         self.scored_share = scored_share  # of the positions, by the head
         self.trainer: CountedTrainer
-        self.marked = (0, 0.0)
         self.since = 0.0
-        self.began: float | None = None
         self.flops, self.measured_at = 0.0, 0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -51,7 +49,7 @@ class Reporter(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.since = time.perf_counter()
-        self.began = self.began or self.since
+        self.trainer.began = self.trainer.began or self.since
         # before worker processes copy the dataset
         cast(Any, self.trainer.train_dataset).epoch = int(state.epoch or 0)
 
@@ -83,9 +81,9 @@ class Reporter(TrainerCallback):
         """
         trainer = self.trainer
         tokens, seconds = trainer.tokens_seen, trainer.train_seconds
-        speed = (tokens - self.marked[0]) / max(seconds - self.marked[1], 1e-9)
-        self.marked = (tokens, seconds)
-        waited = time.perf_counter() - (self.began or 0.0)
+        speed = (tokens - trainer.marked[0]) / max(seconds - trainer.marked[1], 1e-9)
+        trainer.marked = (tokens, seconds)
+        waited = time.perf_counter() - (trainer.began or 0.0)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         if self.measured_at != trainer.chunk_size:
             self.measured_at = trainer.chunk_size
