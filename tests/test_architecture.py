@@ -17,13 +17,14 @@ LAYERS = [
     ["__init__"],
     ["places"],
     ["config"],
-    ["runs", "sources", "provenance", "draws", "memory"],
+    ["runs", "sources", "provenance", "draws", "memory", "interrupts", "identity"],
     ["data", "masking", "model", "training", "scoring", "tracking"],
     ["describe"],
     ["measure"],
     ["parts"],
     ["train", "prepare", "evaluate", "predict", "ui"],
     ["errors", "arguments"],
+    ["resumption"],
     ["cli"],
     ["__main__"],
 ]
@@ -190,7 +191,9 @@ def test_only_what_runs_after_the_checks_imports_a_heavy_library_on_loading():
     heavy = {"torch", "transformers", "datasets", "mlflow", "accelerate", "matplotlib", "rich"}
     loading = {module for module, path in MODULES.items() if library_imports(TREES[path].body) & heavy}
     after = {"scoring", "model.head", "tracking.mlflow_run", "tracking.plots"}
-    assert loading <= after | {f"training.{part}" for part in ("cpu", "engine", "flops", "progress", "reporter")}
+    assert loading <= after | {
+        f"training.{part}" for part in ("cpu", "engine", "flops", "progress", "reporter", "resumable")
+    }
 
 
 def test_no_error_is_swallowed_by_a_bare_except():

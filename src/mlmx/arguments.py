@@ -25,6 +25,8 @@ def parse(command: str, arguments: Sequence[str]) -> argparse.Namespace:
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
     parsed = parser.parse_intermixed_args(literal_texts(command, list(arguments)))
+    if command == "train":
+        parsed.overrides = [_resume_key(override) for override in parsed.overrides]
     _require_well_formed(command, parsed)
     return parsed
 
@@ -49,6 +51,11 @@ def _refuse(message: str) -> NoReturn:
     raise RequestError(message)
 
 
+def _resume_key(override: str) -> str:
+    """``resume=last`` → ``resume.run=last``: beside it stands ``resume.allow``."""
+    return f"resume.run={override.removeprefix('resume=')}" if override.startswith("resume=") else override
+
+
 def literal_texts(command: str, arguments: list[str]) -> list[str]:
     """``text=`` of ``predict`` is taken as it stands: a sentence is no Hydra expression.
 
@@ -60,8 +67,12 @@ def literal_texts(command: str, arguments: list[str]) -> list[str]:
     others = [argument for argument in arguments if not argument.startswith("text=")]
     if not texts:
         return others
-    quoted = ",".join("'" + _escaped(text) + "'" for text in texts)
-    return [*others, f"text=[{quoted}]"]
+    return [*others, f"text=[{','.join(map(quoted, texts))}]"]
+
+
+def quoted(text: str) -> str:
+    """A text as Hydra takes it literally, in single quotes."""
+    return "'" + _escaped(text) + "'"
 
 
 def _escaped(text: str) -> str:

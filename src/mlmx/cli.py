@@ -11,12 +11,10 @@ import contextlib
 import difflib
 import importlib
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from mlmx.places import conf_dir
 
@@ -118,11 +116,16 @@ def _config_dirs(arguments: Sequence[str]) -> list[Path]:
 
 def _guarded(command: str, arguments: list[str]) -> int:
     """Run a command; every ending is an exit code and, if it is an error, one line."""
+    from mlmx.interrupts import Interrupted, handled
+
     try:
-        with _ended_by_signals():
+        with handled():
             return _run(command, arguments)
     except SystemExit as ending:
         return ending.code if isinstance(ending.code, int) else (0 if ending.code is None else 1)
+    except Interrupted as ending:
+        print("mlmx: " + "; ".join([str(ending), *getattr(ending, "__notes__", [])]), file=sys.stderr)
+        return ending.code
     except KeyboardInterrupt:
         print("mlmx: interrupted", file=sys.stderr)
         return 130
@@ -136,26 +139,6 @@ def _guarded(command: str, arguments: list[str]) -> int:
         return code
 
 
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Inside the block SIGTERM and SIGHUP unwind the program, as SIGINT does: a run says that it was ended, a server
-    takes its own processes along."""
-
-    def leave(number: int, frame: object) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    # What is ignored stays ignored (nohup), and only the main thread may set handlers.
-    main = threading.current_thread() is threading.main_thread()
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if main and signal.getsignal(n) is signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-
-
 def _run(command: str, arguments: list[str]) -> int:
     import hydra
 
@@ -166,6 +149,8 @@ def _run(command: str, arguments: list[str]) -> int:
     register_schemas()
     register_resolvers()
     parsed = parse(command, arguments)
+    if command == "train":
+        _take_up(parsed)
     if not (parsed.cfg or parsed.info or parsed.hydra_help or parsed.shell_completion):
         _check_jobs(command, parsed)
     argv_before, sys.argv = sys.argv, ["mlmx", *flags_first(parsed)]
@@ -196,25 +181,44 @@ class _WithoutJobLine:
         return getattr(self.stream, name)
 
 
+def _take_up(parsed: argparse.Namespace) -> None:
+    """Of ``train resume=…`` the command line that goes on with the run it means."""
+    from mlmx import resumption
+
+    own = None
+    if resumption.asked(parsed.overrides) == "auto":
+        own = next(iter(_composed("train", parsed)), None)
+    resumption.take_up(parsed, own)
+
+
 def _check_jobs(command: str, parsed: argparse.Namespace) -> None:
     """Compose and check every job of the request before a folder is made or a library is loaded."""
+    module = importlib.import_module(f"mlmx.{command}")
+    for _ in _composed(command, parsed, module.check):
+        pass
+
+
+def _composed(
+    command: str, parsed: argparse.Namespace, check: Callable[[Any], None] = lambda config: None
+) -> Iterator[Any]:
+    """The config of each job of the request, checked."""
     from hydra import compose, initialize_config_dir
 
     from mlmx.arguments import jobs
     from mlmx.config import to_config
 
-    module = importlib.import_module(f"mlmx.{command}")
     path = [f"hydra.searchpath=[file://{Path(parsed.config_dir).resolve()}]"] if parsed.config_dir else []
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         for number, overrides in enumerate(jobs(parsed)):
             try:
                 config = to_config(command, compose(command, [*overrides, *path]))
-                module.check(config)
+                check(config)
             except Exception as error:
                 if parsed.multirun:
                     swept = " ".join(o for o in overrides if o not in parsed.overrides)
                     error.add_note(f"job {number} of the sweep" + (f" ({swept})" if swept else ""))
                 raise
+            yield config
 
 
 def _task(composed: DictConfig) -> Any:

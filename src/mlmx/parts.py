@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from mlmx import data, masking, model, tracking, training
+from mlmx import data, identity, masking, model, tracking, training
 from mlmx.config import TrainConfig, bind, require
 from mlmx.measure import HeldoutSource, Material, heldout_source
 from mlmx.places import outputs_dir
@@ -58,9 +58,18 @@ def parts_of(cfg: TrainConfig) -> Parts:
     return Parts(encoder(), source, split, chunking, heldout, strategy, shares(), schedule(), store())
 
 
+def resume_of(cfg: TrainConfig) -> tuple[str | None, list[str]]:
+    """The folder of the run to go on with, if any, and what may have changed about it."""
+    found: tuple[str | None, list[str]] = bind(
+        "resume", {"name": "resume_dials", **cfg.resume}, {"resume_dials": identity.resume_dials}
+    )[0]()
+    return found
+
+
 def check_training(cfg: TrainConfig) -> None:
     """Everything that can be judged before torch is imported and anything is written."""
     parts = parts_of(cfg)
+    resume_of(cfg)
     require("[MASK]" in cfg.example, f"example={cfg.example!r}: holds no [MASK] to fill")
     data.require_amounts(**parts.split.keywords)
     model.require_fit(parts.encoder, cfg.chunk_size)

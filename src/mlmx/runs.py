@@ -76,6 +76,11 @@ class Run:
     def plots(self) -> Path:
         return self.folder / "plots"
 
+    @property
+    def status(self) -> str | None:
+        """RUNNING, FINISHED, FAILED or KILLED, as far as the folder knows."""
+        return self.read_json("result.json").get("status")
+
     def write_json(self, name: str, value: Any) -> None:
         """Write aside, then rename: a reader never sees half a file. Numbers stay what they are."""
         target = self.folder / name
@@ -137,15 +142,41 @@ class MetricsFile:
         self.file.close()
 
 
-def begin(folder: Path, config: TrainConfig, overrides: tuple[str, ...]) -> Run:
-    """Write the first files of a run; refuse a folder that already holds one."""
+def begin(folder: Path, cfg: TrainConfig, overrides: tuple[str, ...], inputs: Mapping[str, Any]) -> Run:
+    """Write the first files of a run; refuse a folder that already holds one.
+
+    Args:
+        inputs: what the run is made of beyond its config, see `identity`.
+    """
     if (folder / "config.yaml").exists():
-        raise RequestError(f"{folder}: already holds a run; choose another hydra.run.dir")
-    run = Run(folder)
+        raise RequestError(
+            f"{folder}: already holds a run; choose another hydra.run.dir, or go on with it by resume={folder}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create({f.name: getattr(config, f.name) for f in fields(config)}), folder / "config.yaml")
-    OmegaConf.save(OmegaConf.create(list(overrides)), folder / "overrides.yaml")
-    run.write_json("result.json", {"status": "RUNNING"})
+    return _written(Run(folder), cfg, overrides, inputs)
+
+
+def reopen(
+    run: Run,
+    cfg: TrainConfig,
+    overrides: tuple[str, ...],
+    inputs: Mapping[str, Any],
+    drift: Mapping[str, tuple[Any, Any]],
+) -> Run:
+    """Begin a run again in its own folder; what has changed about it is kept in ``drift.jsonl``."""
+    if drift:
+        when = datetime.now().astimezone().isoformat()
+        changes = {key: {"was": was, "is": now} for key, (was, now) in drift.items()}
+        run.append_line("drift.jsonl", {"time": when, "changes": changes})
+    return _written(run, cfg, overrides, inputs)
+
+
+def _written(run: Run, cfg: TrainConfig, overrides: tuple[str, ...], inputs: Mapping[str, Any]) -> Run:
+    plain = {f.name: getattr(cfg, f.name) for f in fields(cfg)} | {"resume": {"run": None, "allow": []}}
+    OmegaConf.save(OmegaConf.create(list(overrides)), run.folder / "overrides.yaml")
+    run.write_json("inputs.json", inputs)
+    run.write_json("result.json", run.read_json("result.json") | {"status": "RUNNING"})
+    OmegaConf.save(OmegaConf.create(plain), run.folder / "config.yaml")
     return run
 
 
@@ -155,26 +186,35 @@ def find(wanted: str) -> Run:
     Raises:
         RequestError: no such run, or one that has not finished.
     """
-    if wanted == "last":
-        finished = [run for run in all_runs() if run.read_json("result.json").get("status") == "FINISHED"]
+    run = named(wanted)
+    if run is None:
+        finished = [run for run in all_runs() if run.status == "FINISHED"]
         if not finished:
             raise RequestError(f"run=last: no finished run below {outputs_dir() / 'train'}; train one first")
         return finished[-1]
+    if run.status != "FINISHED" or not (run.model / "config.json").is_file():
+        raise RequestError(f"run={wanted}: this run is unfinished (status {run.status}); choose one that finished")
+    return run
+
+
+def named(wanted: str, key: str = "run") -> Run | None:
+    """The run of this folder or MLflow run id, in whatever state; None for ``last``.
+
+    Raises:
+        RequestError: no such run.
+    """
+    if wanted == "last":
+        return None
     folder = Path(wanted).expanduser()
     if folder.is_dir() and (folder / "result.json").is_file():
-        run = Run(folder.resolve())
-    else:
-        by_id = [run for run in all_runs() if wanted and run.read_json("result.json").get("run_id") == wanted]
-        if not by_id:
-            raise RequestError(
-                f"run={wanted}: no such run; give a run folder (below {outputs_dir() / 'train'}), an MLflow run id, "
-                "or last"
-            )
-        run = by_id[0]
-    status = run.read_json("result.json").get("status")
-    if status != "FINISHED" or not (run.model / "config.json").is_file():
-        raise RequestError(f"run={wanted}: this run is unfinished (status {status}); choose one that finished")
-    return run
+        return Run(folder.resolve())
+    by_id = [run for run in all_runs() if wanted and run.read_json("result.json").get("run_id") == wanted]
+    if not by_id:
+        raise RequestError(
+            f"{key}={wanted}: no such run; give a run folder (below {outputs_dir() / 'train'}), an MLflow run id, "
+            "or last"
+        )
+    return by_id[0]
 
 
 def all_runs() -> list[Run]:

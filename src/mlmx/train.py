@@ -7,6 +7,7 @@ import importlib
 import logging
 import math
 import os
+import shlex
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -15,10 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlmx import data, describe, memory, model, provenance, runs, tracking, training
+from mlmx import data, describe, identity, interrupts, memory, model, provenance, runs, tracking, training
 from mlmx.config import Job, TrainConfig
 from mlmx.measure import Material, Measure
-from mlmx.parts import Parts, check_training, gather, parts_of, token_cache
+from mlmx.parts import Parts, check_training, gather, parts_of, resume_of, token_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -53,17 +54,17 @@ def follow(cfg: TrainConfig, job: Job) -> float:
     """The part of a further process of a distributed run (torchrun): it trains along and keeps no record."""
     runs.discard_empty(job.folder)
     with tempfile.TemporaryDirectory(prefix="mlmx-rank-") as folder:
-        return lead(replace(cfg, tracking={"name": "none"}), replace(job, folder=Path(folder)))
+        return lead(replace(cfg, tracking={"name": "none"}, resume={}), replace(job, folder=Path(folder)))
 
 
 def lead(cfg: TrainConfig, job: Job) -> float:
     """A run with its record."""
     memory.keep_freed()
-    parts, clock = parts_of(cfg), Clock()
+    parts, clock, job = parts_of(cfg), Clock(), replace(job, overrides=identity.without_resume(job.overrides))
     with runs.log_to():
         with token_cache() as cache:
             ready = make_ready(cfg, job, parts, clock, cache)
-            run = runs.begin(job.folder, cfg, job.overrides)
+            run = opened(cfg, job, ready)
             cache.keep()
         with runs.log_to_file(run), recorded(run, parts.store, clock) as tracker:
             announce(cfg, job, ready, tracker)
@@ -76,6 +77,39 @@ def lead(cfg: TrainConfig, job: Job) -> float:
             tracker.plots = draw_plots(run, describe.run_name(cfg, job))
         log.info("%s", describe.ending(run, tracker.last, clock.seconds, tracker.store))
     return tracker.last.get("heldout/loss", tracker.last.get("eval/loss", math.nan))
+
+
+def opened(cfg: TrainConfig, job: Job, ready: Ready) -> runs.Run:
+    """The run's folder, new or, with ``resume=``, the one it was interrupted in.
+
+    Raises:
+        RequestError: the folder holds another run, or what is asked for is not the run in it.
+    """
+    inputs = inputs_of(ready)
+    folder, allowed = resume_of(cfg)
+    if folder is None:
+        return runs.begin(job.folder, cfg, job.overrides, inputs)
+    run = runs.Run(job.folder)
+    before = identity.dials(run.config()) | (run.read_json("inputs.json") or inputs)
+    drift = identity.differences(before, identity.dials(cfg) | inputs)
+    identity.require_allowed(drift, allowed)
+    for key, (was, now) in drift.items():
+        log.info("resume: %s was %s, is %s from here on", key, was, now)
+    return runs.reopen(run, cfg, job.overrides, inputs, drift)
+
+
+def inputs_of(ready: Ready) -> dict[str, Any]:
+    """What a run is made of beyond its dials."""
+    report = ready.material.report
+    return {
+        "data.train": report["train"]["sha256"],
+        "data.eval": report["eval"]["sha256"],
+        "data.heldout": ready.measure.protocol,
+        "tokenizer": data.tokenizer_sha256(ready.material.tokenizer),
+        "model.weights": model.weights_sha256(ready.model),
+        "precision": describe.precision(ready.arguments),
+        "processes": ready.arguments.world_size,
+    }
 
 
 def make_ready(cfg: TrainConfig, job: Job, parts: Parts, clock: Clock, cache: data.TokenCache) -> Ready:
@@ -123,6 +157,7 @@ def announce(cfg: TrainConfig, job: Job, ready: Ready, tracker: tracking.Tracker
 
 def fit(cfg: TrainConfig, ready: Ready, run: runs.Run, tracker: tracking.Tracker) -> None:
     """Train from the baseline to the last epoch and save the model."""
+    from mlmx.training.checkpoints import newest_whole
     from mlmx.training.engine import make_trainer, run_and_save
 
     trainer = make_trainer(
@@ -139,7 +174,11 @@ def fit(cfg: TrainConfig, ready: Ready, run: runs.Run, tracker: tracking.Tracker
         scores=ready.measure,
         recorder=tracker,
     )
-    run_and_save(trainer, run.model)
+    trainer.save_seconds = math.inf if cfg.save_minutes is None else cfg.save_minutes * 60
+    checkpoint = newest_whole(run.checkpoints)
+    if checkpoint is not None:
+        log.info("resume   from %s", checkpoint)
+    run_and_save(trainer, run.model, checkpoint)
 
 
 def most_targets(cfg: TrainConfig, rates: Sequence[float]) -> int:
@@ -172,8 +211,9 @@ def recorded(run: runs.Run, store: tracking.Store | None, clock: Clock) -> Itera
     try:
         yield tracker
         status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit):
+    except (interrupts.Interrupted, KeyboardInterrupt, SystemExit) as error:
         status = "KILLED"
+        error.add_note(f"to go on: python -m mlmx train resume={shlex.quote(str(run.folder))}")
         raise
     finally:
         tracker.finish(status, clock.seconds)

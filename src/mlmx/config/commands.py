@@ -18,6 +18,7 @@ from mlmx.places import conf_dir
 
 Options = dict[str, Any]
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+RESUME: Options = {"run": None, "allow": []}
 HELDOUT: Options = {"dataset": None, "documents": 400, "share": 0.02}
 
 
@@ -36,6 +37,8 @@ class TrainConfig:
     run_name: str | None = None
     note: str | None = None
     example: str = "This is a great [MASK]."
+    save_minutes: float | None = 15
+    resume: Options = field(default_factory=lambda: dict(RESUME), metadata={"group": False})
     heldout: Options = field(default_factory=lambda: dict(HELDOUT), metadata={"group": False})
     model: Options = field(default_factory=dict)
     dataset: Options = field(default_factory=dict)
@@ -72,6 +75,10 @@ class TrainConfig:
             self.precision in PRECISIONS,
             f"precision={self.precision}: choose one of {', '.join(PRECISIONS)}"
             f"{did_you_mean(self.precision, PRECISIONS)}",
+        )
+        require(
+            self.save_minutes is None or 0 < self.save_minutes < math.inf,
+            f"save_minutes={self.save_minutes}: must be greater than 0, or null for none; the default is 15",
         )
 
 

@@ -22,7 +22,7 @@ from mlmx.data.heldout import (
 )
 from mlmx.data.report import data_report
 from mlmx.data.texts import DATASETS, files, hub, packaged_reviews, quick_check
-from mlmx.data.tokens import Tokens, tokenize
+from mlmx.data.tokens import Tokens, tokenize, tokenizer_sha256
 
 __all__ = [
     "BANDS",
@@ -52,4 +52,5 @@ __all__ = [
     "token_cache",
     "token_groups",
     "tokenize",
+    "tokenizer_sha256",
 ]

@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 
 from mlmx.data.content import content_sha256
 from mlmx.data.heldout import MarkedTokens, mark_words
-from mlmx.data.tokens import Tokens, take_whole, tokenize
+from mlmx.data.tokens import Tokens, tokenize, tokenizer_sha256
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 log = logging.getLogger("mlmx")
-FORMAT = 2
+FORMAT = 3
 IN_MEMORY = 4  # entries: training and held-out tokens of the last two corpora
 
 
@@ -147,9 +147,7 @@ def token_cache(folder: Path) -> TokenCache:
 
 
 def _key(texts: Dataset, tokenizer: Any) -> str:
-    backend = take_whole(tokenizer)
-    vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    what = f"{FORMAT} {content_sha256(texts)} {type(tokenizer).__name__} {vocabulary}"
+    what = f"{FORMAT} {content_sha256(texts)} {tokenizer_sha256(tokenizer)}"
     return hashlib.sha256(what.encode()).hexdigest()[:24]
 
 

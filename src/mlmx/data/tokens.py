@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -74,6 +76,13 @@ def take_whole(tokenizer: Any) -> Any:
         backend.no_truncation()
         backend.no_padding()
     return backend
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """What a tokenizer does, as a checksum: its class and everything in its file, or its vocabulary."""
+    backend = take_whole(tokenizer)
+    rules = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(f"{type(tokenizer).__name__} {rules}".encode()).hexdigest()
 
 
 def reference_version() -> str:

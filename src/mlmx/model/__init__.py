@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -181,6 +182,18 @@ def _config_and_tokenizer(path: str, revision: str | None, version: tuple[int, .
         return config, AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise RequestError(f"model.path={path}: cannot be loaded ({error})") from error
+
+
+def weights_sha256(loaded: PreTrainedModel) -> str:
+    """A checksum of a model's weights: names, shapes and up to 1,024 evenly spaced values of each."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, parameter in loaded.named_parameters():
+        values = parameter.detach().flatten()
+        sample = values[:: max(1, len(values) // 1024)].to("cpu", torch.float32).contiguous()
+        digest.update(f"{name} {tuple(parameter.shape)} ".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_model(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:

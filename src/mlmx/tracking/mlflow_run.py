@@ -32,7 +32,7 @@ import mlflow.entities as entities
 from mlflow import MlflowClient
 
 # What makes a checkpoint loadable; the optimizer, scheduler and random states are for resuming, and stay local.
-NOT_THE_MODEL = (".pt", ".pth", ".bin", "trainer_state.json")
+NOT_THE_MODEL = ("optimizer.safetensors", "trainer_state.json", "state.json", "manifest.json")
 
 
 class MlflowRun:
@@ -78,7 +78,7 @@ class MlflowRun:
     def add_model(self, folder: Path, name: str) -> None:
         """A saved model's folder as artifact ``name``, without what only resuming needs."""
         for path in sorted(folder.iterdir()):
-            if path.is_file() and not path.name.endswith(NOT_THE_MODEL):
+            if path.is_file() and path.name not in NOT_THE_MODEL:
                 self.add_file(path, name)
 
     def add_file(self, path: Path, folder: str | None = None) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch.nn.functional import cross_entropy
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -212,6 +213,8 @@ def run_and_save(trainer: CountedTrainer, folder: Path, checkpoint: Path | None 
     Raises:
         Interrupted: a signal came, and a checkpoint was saved.
     """
+    if trainer.args.world_size > 1:  # the first process has the run's folder, and says
+        [checkpoint] = broadcast_object_list([checkpoint])
     trainer.args.eval_on_start = checkpoint is None
     try:
         with interrupts.deferred():

@@ -1,0 +1,121 @@
+"""``train resume=…``: which run is meant, and its own command line in front of the new one.
+
+``resume=last`` or ``resume=<folder or MLflow run id>`` repeats the command of that run; ``resume=auto`` is put behind
+a command to make it go on with its own unfinished run where there is one. Either way Hydra then runs in that run's
+folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from mlmx import identity, runs
+from mlmx.arguments import quoted
+from mlmx.config import RequestError, TrainConfig, require
+from mlmx.places import outputs_dir
+
+KEY = "resume.run="
+FOLDER = "hydra.run.dir="
+SEARCH = "hydra.searchpath="
+
+
+def take_up(parsed: argparse.Namespace, composed: TrainConfig | None) -> None:
+    """Rewrite the overrides of ``train resume=…`` in place; a command without it stays as it is.
+
+    Args:
+        composed: the config of the command as it stands, for ``resume=auto``; None where it cannot be composed.
+
+    Raises:
+        RequestError: no such run, one that has finished or is being trained, or a sweep.
+    """
+    wanted = asked(parsed.overrides)
+    if wanted is None:
+        return
+    require(
+        not parsed.multirun,
+        f"resume={wanted}: goes on with one run; leave out -m, or name the folder of one job of the sweep",
+    )
+    given = [override for override in parsed.overrides if not override.startswith(KEY)]
+    if wanted == "auto":
+        found, before = _own(given, composed), []
+    else:
+        found = unfinished(wanted, extend=any(o.startswith("resume.allow=") for o in given))
+        before = _command(found, parsed, given)
+    if found is None:
+        parsed.overrides = given
+        return
+    kept = [override for override in given if not override.startswith(FOLDER)]
+    parsed.overrides = [*before, *kept, KEY + quoted(str(found.folder)), FOLDER + quoted(str(found.folder))]
+
+
+def asked(overrides: list[str]) -> str | None:
+    """What ``resume=`` was given as, if anything."""
+    values = [override.removeprefix(KEY).strip("'\"") for override in overrides if override.startswith(KEY)]
+    return None if not values or values[-1] in ("", "null") else values[-1]
+
+
+def _command(run: runs.Run, parsed: argparse.Namespace, given: list[str]) -> list[str]:
+    """The overrides the run was made with, but for those that are given anew."""
+    path = run.folder / "overrides.yaml"
+    stored = [str(override) for override in OmegaConf.to_container(OmegaConf.load(path)) or []]
+    searched = [override for override in stored if override.startswith(SEARCH)]
+    if searched and not parsed.config_dir:
+        parsed.config_dir = searched[-1].partition("file://")[2].rstrip("]")
+    anew = {_key(override) for override in given}
+    return [o for o in stored if _key(o) not in anew and not o.startswith(("hydra.", "resume."))]
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def _own(given: list[str], composed: TrainConfig | None) -> runs.Run | None:
+    """The newest unfinished run of this very command; with ``hydra.run.dir=`` only the one in that folder."""
+    folders = [override.removeprefix(FOLDER).strip("'\"") for override in given if override.startswith(FOLDER)]
+    if folders:
+        run = runs.Run(Path(folders[-1]).expanduser().resolve())
+        return run if is_unfinished(run) else None
+    if composed is None:
+        return None
+    wanted = identity.dials(composed)
+    for run in reversed(runs.all_runs()):
+        if is_unfinished(run) and _dials(run) == wanted:
+            return run
+    return None
+
+
+def _dials(run: runs.Run) -> dict[str, object] | None:
+    try:
+        return identity.dials(run.config())
+    except (OSError, RequestError):  # of another version, or gone meanwhile
+        return None
+
+
+def unfinished(wanted: str, extend: bool) -> runs.Run:
+    """The run that ``resume=`` means: its folder, its MLflow run id, or the ``last`` one that can be resumed.
+
+    Args:
+        extend: one that has finished is meant as well, to be trained on with changed dials.
+
+    Raises:
+        RequestError: no such run, one that has finished, or one that is being trained.
+    """
+    run = runs.named(wanted, "resume")
+    if run is None:
+        found = [run for run in runs.all_runs() if is_unfinished(run)]
+        require(bool(found), f"resume=last: no unfinished run below {outputs_dir() / 'train'}")
+        return found[-1]
+    require(
+        extend or run.status != "FINISHED",
+        f"resume={wanted}: this run has finished; to train it longer say so, "
+        f"for example: train resume={wanted} epochs=6 resume.allow=[epochs]",
+    )
+    return run
+
+
+def is_unfinished(run: runs.Run) -> bool:
+    """Whether a run has ended before its time and nobody is at it."""
+    return run.status not in (None, "FINISHED")
