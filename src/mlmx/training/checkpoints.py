@@ -163,7 +163,8 @@ def _to_disk(path: Path) -> None:
 def _unused(path: Path) -> Path:
     number, found = 1, path
     while found.exists():
-        number, found = number + 1, path.with_name(f"{path.name}-{number}")
+        number += 1
+        found = path.with_name(f"{path.name}-{number}")
     return found
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import nested_gather
 
@@ -54,6 +58,13 @@ class ResumableTrainer(Trainer):
         self.add_callback(TakeUp(self))
 
     # ------------------------------------------------------------------------------------------ steps
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As the library's, with workers that leave signals to this process: it needs them to end its step."""
+        loader: DataLoader[Any] = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)
+        inner.worker_init_fn = partial(_without_signals, inner.worker_init_fn)
+        return loader
 
     def _init_training_state(self, max_steps: int, num_update_steps_per_epoch: int, *others: Any) -> tuple[int, int]:
         self.steps_per_epoch = num_update_steps_per_epoch
@@ -245,6 +256,13 @@ class TakeUp(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.take_up()
+
+
+def _without_signals(begin: Callable[[int], None] | None, worker: int) -> None:
+    for number in interrupts.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if begin is not None:
+        begin(worker)
 
 
 def random_states() -> dict[str, Any]:

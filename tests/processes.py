@@ -1,0 +1,55 @@
+"""Commands in processes of their own, forked from one that has done the imports: real ones, to be killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+IMPORTED = ["mlmx.cli", "mlmx.train", "mlmx.training.engine", "mlmx.scoring", "mlmx.tracking.mlflow_run"]
+PATIENCE_SECONDS = 240
+
+
+def started(argv: list[str], outputs: Path, said: Path) -> ForkServerProcess:
+    """A running ``mlmx`` command; its exit code is the process's, what it prints goes to the file ``said``."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    process = context.Process(target=_run, args=(argv, str(outputs), str(said)))
+    process.start()
+    return process
+
+
+def _run(argv: list[str], outputs: str, said: str) -> None:
+    os.environ["MLMX_OUTPUTS"] = outputs
+    sys.stdout = sys.stderr = Path(said).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115
+    from mlmx.cli import main
+
+    sys.exit(main(argv))
+
+
+def ended(process: ForkServerProcess) -> int | None:
+    """Its exit code, negative for a signal."""
+    process.join(PATIENCE_SECONDS)
+    if process.is_alive():
+        process.kill()
+        raise TimeoutError("a command did not end")
+    return process.exitcode
+
+
+def wait_until(what: Callable[[], bool], process: ForkServerProcess) -> None:
+    """Look every millisecond."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    while not what():
+        if not process.is_alive() or time.monotonic() > until:
+            raise AssertionError("the command ended before it could be interrupted")
+        time.sleep(0.001)
+
+
+def reached(folder: Path, step: int) -> bool:
+    """Whether a run has logged the loss of an optimizer step."""
+    path = folder / "metrics.jsonl"
+    return path.is_file() and f'"step": {step},' in path.read_text(encoding="utf-8")
