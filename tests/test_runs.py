@@ -29,7 +29,7 @@ CONFIG = TrainConfig(
 
 def made(folder: Path, status: str = "FINISHED", started: float | None = None, **result: Any) -> Run:
     """A run's folder as a training leaves it, its model being nothing but a config."""
-    run = begin(folder, CONFIG, ("chunk_size=128",))
+    run = begin(folder, CONFIG, ("chunk_size=128",), {})
     run.write_json("result.json", {"status": status, **result})
     run.model.mkdir()
     (run.model / "config.json").write_text("{}")
@@ -78,8 +78,9 @@ def test_a_moment_names_folders_in_the_order_of_time():
 
 
 def test_a_run_begins_with_its_config_overrides_and_status(outputs: Path):
-    run = begin(outputs / "train" / "now", CONFIG, ("chunk_size=128", "note='it''s'"))
-    assert sorted(path.name for path in run.folder.iterdir()) == ["config.yaml", "overrides.yaml", "result.json"]
+    run = begin(outputs / "train" / "now", CONFIG, ("chunk_size=128", "note='it''s'"), {})
+    made_of = ["config.yaml", "inputs.json", "overrides.yaml", "result.json"]
+    assert sorted(path.name for path in run.folder.iterdir()) == made_of
     assert run.config() == CONFIG
     assert run.read_json("result.json") == {"status": "RUNNING"}
 
@@ -88,12 +89,12 @@ def test_a_folder_that_holds_a_run_is_refused_and_untouched(tmp_path: Path):
     run = made(tmp_path / "run")
     before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
     with pytest.raises(RequestError, match=r"already holds a run; choose another hydra\.run\.dir"):
-        begin(run.folder, TrainConfig(), ())
+        begin(run.folder, TrainConfig(), (), {})
     assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
 
 
 def test_a_config_written_by_hand_is_checked_when_read(tmp_path: Path):
-    run = begin(tmp_path / "run", CONFIG, ())
+    run = begin(tmp_path / "run", CONFIG, (), {})
     path = run.folder / "config.yaml"
     path.write_text(path.read_text().replace("chunk_size: 128", "chunk_sze: 128"))
     with pytest.raises(RequestError, match=r"chunk_sze: unknown key; did you mean chunk_size\?"):
