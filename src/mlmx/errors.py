@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from mlmx.config import CONFIGS, RequestError, did_you_mean, group_names
+from mlmx.config import CONFIGS, RequestError, WorkError, did_you_mean, group_names
 
 KINDS = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false", "String": "a text"}
 
@@ -17,6 +17,8 @@ def explain(error: BaseException, command: str) -> tuple[int, str]:
     where = "".join(f"{note}: " for note in getattr(error, "__notes__", []))
     if isinstance(error, RequestError):
         return 2, where + one_line(error)
+    if isinstance(error, WorkError):
+        return 1, where + one_line(error)
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return 2, where + _composition(error, command)
     if isinstance(error, ValueError) and "Config group override" in str(error):

@@ -6,15 +6,16 @@ import contextlib
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from mlmx import data, masking, model
-from mlmx.config import TrainConfig, bind, load_option, require
+from mlmx.config import TrainConfig, WorkError, bind, load_option, require
 from mlmx.masking import yardstick
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
     from mlmx.scoring import DocumentSums
 
+Found = TypeVar("Found")
+log = logging.getLogger("mlmx")
 YARDSTICK_VERSION = 1
 
 
@@ -111,6 +114,7 @@ class Measure:
 
     Attributes:
         protocol: what ``heldout/*`` is measured on, as an id.
+        batch_size: rows scored at once; halved where memory does not suffice, which moves no score.
         documents: per-document sums of the last call.
     """
 
@@ -133,7 +137,24 @@ class Measure:
     def __call__(self, trained: PreTrainedModel) -> dict[str, float]:
         """``eval/loss eval/perplexity eval/accuracy``, the same of ``heldout/``, and ``heldout/bits_per_byte``."""
         with _fast(trained):
-            return self._scores(trained)
+            return self._within_memory(lambda: self._scores(trained))
+
+    def _within_memory(self, scored: Callable[[], Found]) -> Found:
+        """What ``scored`` gives, with as many rows at once as fit."""
+        from mlmx.training.out_of_memory import brief, is_out_of_memory, release
+
+        while True:
+            try:
+                return scored()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = brief(error)
+            release()
+            if self.batch_size == 1:
+                raise WorkError(f"out of memory scoring a single row ({reason}): choose a smaller chunk_size or model")
+            self.batch_size = (self.batch_size + 1) // 2
+            log.warning("out of memory while scoring (%s): %d rows at once from here on", reason, self.batch_size)
 
     def _scores(self, trained: PreTrainedModel) -> dict[str, float]:
         from mlmx import scoring
@@ -163,15 +184,10 @@ class Measure:
         if self.heldout is None:
             return {}
         per_token = data.token_groups(self.heldout.tokens, training)
+        groups, collate = partial(_groups_of, per_token), yardstick.Yardstick(self.vocabulary)
+        score = partial(scoring.score_groups, trained, self.heldout, groups, collate, masked_logits=model.masked_logits)
         with _fast(trained):
-            found = scoring.score_groups(
-                trained,
-                self.heldout,
-                partial(_groups_of, per_token),
-                yardstick.Yardstick(self.vocabulary),
-                self.batch_size,
-                model.masked_logits,
-            )
+            found = self._within_memory(lambda: score(batch_size=self.batch_size))
         named: dict[str, scoring.Sums] = {}
         for group, sums in found.items():
             for name in (list(data.BANDS)[group // 2], data.PIECES[group % 2]):

@@ -70,6 +70,11 @@ def check_training(cfg: TrainConfig) -> None:
     """Everything that can be judged before torch is imported and anything is written."""
     parts = parts_of(cfg)
     resume_of(cfg)
+    require(
+        cfg.on_nan == "stop" or cfg.trainer["name"] != "stock",
+        f"on_nan={cfg.on_nan}: trainer.name=stock takes every step as the library does and can only stop; leave on_nan "
+        "out, or choose trainer=default",
+    )
     require("[MASK]" in cfg.example, f"example={cfg.example!r}: holds no [MASK] to fill")
     data.require_amounts(**parts.split.keywords)
     model.require_fit(parts.encoder, cfg.chunk_size)

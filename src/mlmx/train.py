@@ -173,6 +173,7 @@ def fit(cfg: TrainConfig, ready: Ready, run: runs.Run, tracker: tracking.Tracker
         most_targets=most_targets(cfg, ready.material.mask.rates),
         scores=ready.measure,
         recorder=tracker,
+        on_nan=cfg.on_nan,
     )
     trainer.save_seconds = math.inf if cfg.save_minutes is None else cfg.save_minutes * 60
     checkpoint = newest_whole(run.checkpoints)

@@ -23,7 +23,7 @@ from mlmx.config.commands import (
     register_schemas,
     to_config,
 )
-from mlmx.config.requests import RequestError, did_you_mean, require
+from mlmx.config.requests import RequestError, WorkError, did_you_mean, require
 from mlmx.config.signatures import bind, convert, table
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "RequestError",
     "TrainConfig",
     "UiConfig",
+    "WorkError",
     "bind",
     "convert",
     "did_you_mean",

@@ -18,6 +18,7 @@ from mlmx.places import conf_dir
 
 Options = dict[str, Any]
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+ON_NAN = ("stop", "skip", "rollback")  # what becomes of a training step whose loss or gradient is not finite
 RESUME: Options = {"run": None, "allow": []}
 HELDOUT: Options = {"dataset": None, "documents": 400, "share": 0.02}
 
@@ -34,6 +35,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     seed: int = 42
     precision: str = "auto"
+    on_nan: str = "stop"
     run_name: str | None = None
     note: str | None = None
     example: str = "This is a great [MASK]."
@@ -71,11 +73,10 @@ class TrainConfig:
             f"weight_decay={self.weight_decay:g}: must be 0 or more; the default is 0.01",
         )
         require(0 <= self.seed < 2**32, f"seed={self.seed}: must lie between 0 and 4294967295")
-        require(
-            self.precision in PRECISIONS,
-            f"precision={self.precision}: choose one of {', '.join(PRECISIONS)}"
-            f"{did_you_mean(self.precision, PRECISIONS)}",
-        )
+        for name, choices in (("precision", PRECISIONS), ("on_nan", ON_NAN)):
+            value = getattr(self, name)
+            near = did_you_mean(value, choices)
+            require(value in choices, f"{name}={value}: choose one of {', '.join(choices)}{near}")
         require(
             self.save_minutes is None or 0 < self.save_minutes < math.inf,
             f"save_minutes={self.save_minutes}: must be greater than 0, or null for none; the default is 15",

@@ -1,4 +1,4 @@
-"""A wrong request: one line saying what was given, what is allowed and what to do."""
+"""What a person is told in one line: a wrong request, or work that failed in a way that is understood."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Iterable
 
 class RequestError(ValueError):
     """The request was wrong: one line saying what was given, what is allowed and what to do."""
+
+
+class WorkError(RuntimeError):
+    """The work failed in a way that is understood: one line saying what happened and what to do."""
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

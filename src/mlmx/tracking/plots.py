@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def draw(rows: Sequence[Mapping[str, Any]], folder: Path, title: str) -> list[Pa
             if old is not None:
                 old.remove()
         for name in names:
-            points = [(row["epoch"], row[name]) for row in rows if name in row]
+            points = [(row["epoch"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", color=COLOURS[name.split("/")[0]], label=name)
                 axes.annotate(f"{points[-1][1]:,.4g}", points[-1], xytext=(6, 4), textcoords="offset points")

@@ -110,7 +110,7 @@ def arguments(
             report_to="none",
             remove_unused_columns=False,
             disable_tqdm=True,
-            logging_nan_inf_filter=options["name"] == "stock",
+            logging_nan_inf_filter=False,  # it would log a NaN as the mean of the losses before it
             **given,
         )
     except (ValueError, TypeError, ImportError) as error:

@@ -19,18 +19,19 @@ from transformers import (
 )
 
 from mlmx import interrupts
+from mlmx.config import WorkError
 from mlmx.training import checkpoints
 from mlmx.training.cpu import CpuKernels
+from mlmx.training.guards import GuardedTrainer, RollBack
+from mlmx.training.out_of_memory import Batch, brief, is_out_of_memory
 from mlmx.training.progress import Progress
 from mlmx.training.reporter import Recorder, Reporter
-from mlmx.training.resumable import ResumableTrainer
 
-Batch = dict[str, torch.Tensor]
 MaskedLogits = Callable[[torch.nn.Module, Batch, int | None], tuple[torch.Tensor, torch.Tensor]]
 Scores = Callable[[PreTrainedModel], dict[str, float]]
 
 
-class CountedTrainer(ResumableTrainer):
+class CountedTrainer(GuardedTrainer):
     """A Trainer that knows its speed and its latest loss, and whose first evaluation leaves no trace.
 
     Its own evaluation stays the library's; ``scores`` are logged beside it.
@@ -47,8 +48,9 @@ class CountedTrainer(ResumableTrainer):
         mask = inputs.get("attention_mask")
         own = inputs["input_ids"].numel() if mask is None else int(mask.sum())
         self.tokens_seen += own * self.args.world_size
-        self.last_loss = super().training_step(model, inputs, num_items_in_batch)
-        return self.last_loss
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.last_loss = self.step_loss
+        return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         # A score must not move what is trained: before the first step the random state is put back.
@@ -86,6 +88,7 @@ class CorrectedTrainer(CountedTrainer):
     """
 
     loss_is_scaled_for_ga = True
+    splits_batches = True
 
     def __init__(self, *, masked_logits: MaskedLogits, most_targets: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -93,19 +96,17 @@ class CorrectedTrainer(CountedTrainer):
         # On a GPU shapes stay the same from step to step: nothing waits for the device, compiled code is made once.
         self.most_targets = most_targets if self.args.device.type == "cuda" else None
         self.model_accepts_loss_kwargs = True  # makes the library count targets over the effective batch
-        self.micro_batch = 0
 
-    def training_step(
-        self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
+    def part_of_batch(
+        self, model: torch.nn.Module, inputs: Batch, num_items: torch.Tensor | int | None, place: tuple[int, ...]
     ) -> torch.Tensor:
-        # Dropout is a function of (seed, step, micro-batch, process), not of what was drawn before.
-        self.micro_batch = 0 if self.accelerator.sync_gradients else self.micro_batch + 1
-        key = (self.args.seed, self.state.global_step, self.micro_batch, self.args.process_index)
+        # Dropout is a function of (seed, step, place within the step, process), not of what was drawn before.
+        key = (self.args.seed, self.state.global_step, *place, self.args.process_index)
         torch.manual_seed(hash(key) & (2**63 - 1))
         checkpointing = getattr(self.model, "is_activation_checkpointing", False)
         fast = self.args.device.type == "cpu" and not checkpointing
         with CpuKernels() if fast else contextlib.nullcontext():
-            return super().training_step(model, inputs, num_items_in_batch)
+            return super().part_of_batch(model, inputs, num_items, place)
 
     def compute_loss(
         self,
@@ -114,7 +115,8 @@ class CorrectedTrainer(CountedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        logits, labels = self.masked_logits(model, inputs, self.most_targets)
+        room = self.most_targets and -(-self.most_targets * self.rows_at_once // self._train_batch_size)
+        logits, labels = self.masked_logits(model, inputs, room)
         total = cross_entropy(logits.float(), labels, reduction="sum")
         count = labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
         # max: an effective batch without targets has loss 0, not NaN. DDP averages gradients: undo it.
@@ -159,14 +161,19 @@ def make_trainer(
     most_targets: int | None = None,
     scores: Scores,
     recorder: Recorder,
+    on_nan: str = "stop",
 ) -> CountedTrainer:
-    """A trainer of the named arithmetic, reporting to ``recorder`` and showing its progress."""
+    """A trainer of the named arithmetic, reporting to ``recorder`` and showing its progress.
+
+    Args:
+        on_nan: what becomes of a step whose loss or gradient is not finite: ``stop``, ``skip`` or ``rollback``.
+    """
     parts: dict[str, Any] = {"model": model, "args": arguments, "processing_class": tokenizer}
+    parts |= {"scores": scores, "recorder": recorder, "on_nan": on_nan}
     reporter = Reporter(recorder, mlm_probability)  # projecting the other positions is no useful work
     trainer: CountedTrainer
     if name == "stock":
         trainer = CountedTrainer(
-            scores=scores,
             train_dataset=InputIds(train_chunks),
             eval_dataset=InputIds(eval_chunks),
             data_collator=DataCollatorForLanguageModeling(tokenizer=tokenizer, mlm_probability=mlm_probability),
@@ -176,7 +183,6 @@ def make_trainer(
         trainer = CorrectedTrainer(
             masked_logits=masked_logits,
             most_targets=most_targets,
-            scores=scores,
             train_dataset=train_chunks,
             eval_dataset=eval_chunks,
             data_collator=mask,
@@ -212,20 +218,55 @@ def run_and_save(trainer: CountedTrainer, folder: Path, checkpoint: Path | None 
 
     Raises:
         Interrupted: a signal came, and a checkpoint was saved.
+        WorkError: a step whose loss is not finite ended the training, or memory did not suffice.
     """
-    if trainer.args.world_size > 1:  # the first process has the run's folder, and says
-        [checkpoint] = broadcast_object_list([checkpoint])
-    trainer.args.eval_on_start = checkpoint is None
     try:
         with interrupts.deferred():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            while not trained(trainer, checkpoint):
+                checkpoint = to_go_back_to(trainer)
             if trainer.scored_step != trainer.state.global_step or trainer.args.load_best_model_at_end:
                 trainer.evaluate()  # the last numbers of a run are those of the model it saves
             if trainer.args.should_save:
                 checkpoints.write(folder, lambda aside: trainer.save_model(str(aside)), manifest=False)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise WorkError(
+            f"out of memory outside of forward and backward passes ({brief(error)}): choose a smaller model, chunk_size"
+            " or trainer.per_device_eval_batch_size"
+        ) from error
+    interrupts.raise_noted()
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # whoever fills masks next gets fp32
+
+
+def trained(trainer: CountedTrainer, checkpoint: Path | None) -> bool:
+    """Train from the checkpoint, or from the beginning; false if it has to go back to a checkpoint instead."""
+    if trainer.args.world_size > 1:  # the first process has the run's folder, and says
+        [checkpoint] = broadcast_object_list([checkpoint])
+    trainer.args.eval_on_start = checkpoint is None
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return True
+    except RollBack:
+        trainer.forget_step()
+        return False
     finally:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, Progress):
                 callback.close()
-    interrupts.raise_noted()
-    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # whoever fills masks next gets fp32
+
+
+def to_go_back_to(trainer: CountedTrainer) -> Path | None:
+    """The newest whole checkpoint; None in a process that has no record of the run.
+
+    Raises:
+        WorkError: there is none.
+    """
+    if not trainer.is_world_process_zero():
+        return None
+    found = checkpoints.newest_whole(Path(str(trainer.args.output_dir)))
+    if found is None:
+        raise WorkError(
+            "a step failed, and there is no whole checkpoint to go back to; choose a lower lr or on_nan=skip"
+        )
+    return found

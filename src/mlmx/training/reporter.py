@@ -70,7 +70,8 @@ class Reporter(TrainerCallback):
             metrics["eval/perplexity"] = float(torch.tensor(metrics["eval/loss"], dtype=torch.float64).exp())
         if "train/loss" in metrics:
             metrics |= self._speed(args)
-        if metrics and state.is_world_process_zero:
+        again = state.global_step < self.trainer.repeats_until  # these steps, and what they logged, were there before
+        if metrics and state.is_world_process_zero and not again:
             self.recorder.log(state.global_step, state.epoch or 0.0, metrics)
 
     def _speed(self, args: TrainingArguments) -> dict[str, float]:

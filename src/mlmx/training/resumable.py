@@ -25,6 +25,7 @@ from transformers.trainer_pt_utils import nested_gather
 
 from mlmx import interrupts
 from mlmx.training import checkpoints
+from mlmx.training.mishaps import Mishaps
 
 FORMAT = 1
 FLAGS = ("should_log", "should_evaluate", "should_save")
@@ -36,6 +37,7 @@ class ResumableTrainer(Trainer):
     Attributes:
         save_seconds: after so long without a checkpoint an interim one is saved, which the next one replaces.
         kept: what the checkpoint that was loaded says beyond weights and optimizer.
+        mishaps: what has gone wrong so far.
     """
 
     save_seconds = float("inf")
@@ -46,6 +48,7 @@ class ResumableTrainer(Trainer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.mishaps = Mishaps()
         self.kept: dict[str, Any] = {}
         self.tensors: dict[str, torch.Tensor] = {}
         self.steps_per_epoch = 1
@@ -118,6 +121,7 @@ class ResumableTrainer(Trainer):
         self.tokens_seen, self.train_seconds = kept["tokens_seen"], kept["train_seconds"]
         self.marked = tuple(kept["marked"])
         self.began = time.perf_counter() - kept["waited"]
+        self.mishaps.take_up(kept["mishaps"])
         for flag in FLAGS:
             setattr(self.control, flag, flag in kept["owed"])
         steps = [True] if kept["owed"] else []
@@ -195,6 +199,7 @@ class ResumableTrainer(Trainer):
             "train_seconds": self.train_seconds,
             "marked": self.marked,
             "waited": time.perf_counter() - (self.began or time.perf_counter()),
+            "mishaps": self.mishaps.state(),
             **{name: checkpoints.flattened(state, tensors, name) for name, state in states.items()},
         }
         save_file(tensors, aside / "optimizer.safetensors")
