@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from mlmx.cli import main
-from mlmx.runs import Run
+from mlmx.runs import Run, is_interim
 from mlmx.training import checkpoints
 from tests.processes import ended, reached, started, wait_until
 
@@ -237,7 +237,7 @@ def test_a_signal_ends_a_step_and_saves(number, code, whole, dropping, corpus, o
     assert ended(process) == code
     [saved] = checkpoints.all_of(folder / "checkpoints")
     checkpoints.verify(saved)
-    assert checkpoints.is_interim(saved)
+    assert is_interim(saved)
     last = said.read_text(encoding="utf-8").splitlines()[-1]
     assert last == f"mlmx: interrupted by {signal.Signals(number).name}; to go on: python -m mlmx train resume={folder}"
     assert Run(folder).status == "KILLED"

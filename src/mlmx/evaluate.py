@@ -107,10 +107,10 @@ def record(cfg: EvaluateConfig, run: runs.Run, chunk_size: int, protocol: str, s
         return
     last = run.metrics()[-1]
     metrics = {f"evaluate/{name}": value for name, value in scored.items()}
-    run.append_metrics(last["step"], last["epoch"], metrics)
+    row = run.append_metrics(last["step"], last["epoch"], metrics)
     run.write_json("result.json", result | {"metrics": result["metrics"] | metrics})
     store = bind("tracking", cfg.tracking, tracking.TRACKINGS)[0]()
-    tracking.add_metrics(store, result.get("run_id"), last["step"], metrics)
+    tracking.add_metrics(store, run, row)
 
 
 def device() -> str:

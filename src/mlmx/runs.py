@@ -2,7 +2,7 @@
 
 ::
 
-    outputs/train/<time>/   config.yaml overrides.yaml train.log metrics.jsonl result.json data.json
+    outputs/train/<time>/   config.yaml overrides.yaml train.log metrics.jsonl result.json data.json mlflow.json
                             plots/*.png  model/  checkpoints/
     outputs/mlflow.db  outputs/mlartifacts/
 """
@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -81,6 +81,11 @@ class Run:
         """RUNNING, FINISHED, FAILED or KILLED, as far as the folder knows."""
         return self.read_json("result.json").get("status")
 
+    def saved(self) -> list[Path]:
+        """The whole checkpoints that were asked for (not those saved on the way), by name; their files are not read."""
+        found = sorted(self.checkpoints.glob("checkpoint-*"))
+        return [folder for folder in found if (folder / "manifest.json").is_file() and not is_interim(folder)]
+
     def write_json(self, name: str, value: Any) -> None:
         """Write aside, then rename: a reader never sees half a file. Numbers stay what they are."""
         target = self.folder / name
@@ -88,10 +93,10 @@ class Run:
         aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         aside.replace(target)
 
-    def append_metrics(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
-        """One line of ``metrics.jsonl``, of a run that has ended."""
+    def append_metrics(self, step: int, epoch: float, metrics: Mapping[str, float]) -> dict[str, Any]:
+        """One line of ``metrics.jsonl``, of a run that has ended; returns its row."""
         with contextlib.closing(MetricsFile(self.folder)) as file:
-            file.append(step, epoch, metrics)
+            return file.append(step, epoch, metrics)
 
     def append_line(self, name: str, row: Mapping[str, Any]) -> None:
         """One JSON object as a line of a file of the run."""
@@ -103,7 +108,8 @@ class Run:
         path = self.folder / "metrics.jsonl"
         if not path.is_file():
             return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        with path.open("rb") as file:
+            return rows_of(file)
 
     def read_json(self, name: str) -> dict[str, Any]:
         """``result.json`` or ``data.json``; empty where the run has none yet."""
@@ -120,26 +126,71 @@ class Run:
         return config
 
 
+def is_interim(checkpoint: Path) -> bool:
+    """Whether a checkpoint was saved by a signal or the clock: it is of no use once there is a newer one."""
+    try:
+        return bool(json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["interim"])
+    except (OSError, ValueError, KeyError):
+        return False
+
+
 class MetricsFile:
-    """``metrics.jsonl`` of a run folder, kept open for more lines.
+    """``metrics.jsonl`` of a run folder, kept open for more lines; what follows its last whole line is cut off.
 
     A line has left the process when `append` returns, so that killing it loses none; it is not waited for until it is
-    on the disk, so that a power cut may take the last ones.
+    on the disk, so that a power cut may take the last ones (`settle` waits).
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "metrics.jsonl"
-        self.file = self.path.open("a", encoding="utf-8")
+        self.file = self.path.open("a+b", buffering=0)
+        self.size = self._whole_bytes()
+        self.file.truncate(self.size)
 
-    def append(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
-        """One line."""
+    def append(self, step: int, epoch: float, metrics: Mapping[str, float]) -> dict[str, Any]:
+        """One line, whole or not at all; returns its row.
+
+        Raises:
+            OSError: it could not be written (a full disk, say).
+        """
         row = {"step": step, "epoch": round(epoch, 6), "time": datetime.now().astimezone().isoformat(), **metrics}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        line = memoryview((json.dumps(row) + "\n").encode())
+        written = 0
+        try:
+            while written < len(line):
+                written += self.file.write(line[written:])
+        except OSError:
+            self.file.truncate(self.size)  # half a line would spoil the next one
+            raise
+        self.size += written
+        return row
+
+    def settle(self) -> None:
+        """Wait until every line so far is on the disk."""
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """No more lines."""
         self.file.close()
+
+    def _whole_bytes(self) -> int:
+        """Where the last row ends: a process killed while writing, or a power cut, leaves something behind it."""
+        self.file.seek(0)
+        whole = position = 0
+        for line in self.file.read().splitlines(keepends=True):
+            position += len(line)
+            whole = position if rows_of([line]) else whole
+        return whole
+
+
+def rows_of(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    """The rows of lines of ``metrics.jsonl``; what is no whole line of JSON is left out."""
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            row = json.loads(line) if line.endswith(b"\n") else None
+            rows += [row] if isinstance(row, dict) else []
+    return rows
 
 
 def begin(folder: Path, cfg: TrainConfig, overrides: tuple[str, ...], inputs: Mapping[str, Any]) -> Run:

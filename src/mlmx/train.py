@@ -74,7 +74,7 @@ def lead(cfg: TrainConfig, job: Job) -> float:
             clock.lap("train")
             log.info("before training  %s\nafter training   %s", before, fills())
             conclude(ready, run, tracker)
-            tracker.plots = draw_plots(run, describe.run_name(cfg, job))
+            draw_plots(run, describe.run_name(cfg, job))
         log.info("%s", describe.ending(run, tracker.last, clock.seconds, tracker.store))
     return tracker.last.get("heldout/loss", tracker.last.get("eval/loss", math.nan))
 

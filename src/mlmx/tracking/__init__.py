@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any
 
 from mlmx.config import require, table
 from mlmx.places import outputs_dir
-from mlmx.runs import HELDOUT_FILE, MetricsFile, Run
-from mlmx.tracking.writer import Writer
+from mlmx.runs import MetricsFile, Run
+from mlmx.tracking.sync import RUN_FILE, model_name, send_files, send_models
+from mlmx.tracking.writer import Writer, brief
 
 log = logging.getLogger("mlmx")
 
@@ -55,21 +57,24 @@ TRACKINGS: dict[str, Callable[..., Store | None]] = table(local, server, none)
 class Tracker:
     """A run's numbers and checkpoints, written to its folder at once and to MLflow in a thread of its own.
 
-    Whatever MLflow does, the run goes on.
+    Whatever MLflow does, the run goes on. In the folder of a run that is resumed it goes on with that run's files and
+    MLflow run; what a resumed training repeats is not written twice.
     """
 
     def __init__(self, run: Run, store: Store | None) -> None:
         self.run = run
         self.store = store
         self.lines = MetricsFile(run.folder)
-        self.run_id: str | None = None
-        self.status = "RUNNING"
-        self.last: dict[str, float] = {}
-        self.latest = (0, 0.0)
-        self.plots: list[Path] = []
+        rows = run.metrics()
+        self.had = {(row["step"], name) for row in rows for name in row}
+        self.last: dict[str, float] = {name: row[name] for row in rows for name in row if "/" in name}
+        self.latest: tuple[int, float] = (rows[-1]["step"], rows[-1]["epoch"]) if rows else (0, 0.0)
+        self.told: dict[str, Any] = run.read_json(RUN_FILE)
+        self.run_id: str | None = self.told.get("run_id")
+        self.status, self.resumable = "RUNNING", False
         self.about: dict[str, Any] = {}
         self.seconds: Mapping[str, float] = {}
-        self.writing = threading.Lock()  # result.json is written again by the writer's thread, with the id
+        self.writing = threading.Lock()  # files are written again by the writer's thread, with the id
         self.writer = Writer(store, self.lines.path, self._opened) if store is not None else None
 
     def start(
@@ -88,19 +93,32 @@ class Tracker:
         """
         self.about = {"run_name": name, "command": tags.get("mlmx.command"), "protocol": protocol}
         self.run.write_json("data.json", report)
-        self._write_result()
+        resumed = bool(self.told)
+        texts = {key: str(value) for key, value in params.items()}
+        if resumed:  # MLflow lets no param change
+            other = {key: value for key, value in texts.items() if self.told["params"].get(key) != value}
+            self.told["tags"] |= {f"mlmx.resumed.{key}": value for key, value in other.items()}
+        else:
+            started = int(time.time() * 1000)
+            self.told = {"name": name, "tags": dict(tags), "params": texts, "started": started, "run_id": None}
+        self.told["ended"] = None
+        self._write()
         if self.writer is not None:
-            self.writer.start(name, tags)
-            self.writer.do("params and datasets", lambda mlflow: mlflow.describe(params, report))
+            self.writer.start(self.told, resumed)
+            self.writer.do("params and datasets", lambda mlflow: mlflow.describe(report))
             self._send_files()
+            if resumed:
+                self.writer.do("earlier checkpoints", lambda mlflow: send_models(mlflow, self.run))
 
     def log(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
         """Numbers of an optimizer step: a line of metrics.jsonl, from there points in MLflow; said aloud as well."""
-        self.last = self.last | metrics
         self.latest = (step, epoch)
-        self.lines.append(step, epoch, metrics)
-        if self.writer is not None:
-            self.writer.log()
+        new = {name: value for name, value in metrics.items() if (step, name) not in self.had}
+        if new:
+            self.last = self.last | new
+            self.lines.append(step, epoch, new)
+            if self.writer is not None:
+                self.writer.log()
         shown = "  ".join(f"{name} {value:,.5g}" for name, value in metrics.items() if not name.startswith("final/"))
         if shown:
             log.info("epoch %g  step %d  %s", round(epoch, 2), step, shown)
@@ -109,50 +127,48 @@ class Tracker:
         """The weights, configuration and tokenizer of a saved checkpoint; its optimizer stays local."""
         log.info("epoch %g  step %d  checkpoint %s", round(epoch, 2), step, folder)
         if self.writer is not None:
-            self.writer.do(folder.name, lambda mlflow: mlflow.add_model(folder, f"checkpoints/epoch-{epoch:g}"))
+            self.writer.do(folder.name, lambda mlflow: mlflow.add_model(folder, model_name(epoch)))
 
-    def finish(self, status: str, seconds: Mapping[str, float]) -> None:
-        """Write the result and close the MLflow run, both with the true status (FINISHED, FAILED, KILLED)."""
-        self.status, self.seconds = status, dict(seconds)
+    def finish(self, status: str, seconds: Mapping[str, float], resumable: bool = False) -> None:
+        """Write the result and close the MLflow run, both with the true status (FINISHED, FAILED, KILLED).
+
+        Args:
+            resumable: whether a run that ended early can go on.
+        """
+        ended = int(time.time() * 1000)
+        self.status, self.seconds, self.resumable = status, dict(seconds), resumable
         self.lines.close()
-        self._write_result()
+        if self.told:
+            self.told["ended"] = ended
+        self._write()
         if self.writer is not None:
             self._send_files()
-            self.writer.finish(status)
+            self.writer.finish(status, resumable, ended)
 
     def _opened(self, run_id: str) -> None:
-        self.run_id = run_id
-        self._write_result()
+        self.run_id = self.told["run_id"] = run_id
+        self._write()
 
-    def _write_result(self) -> None:
+    def _write(self) -> None:
         with self.writing:
-            result = {"status": self.status, "run_id": self.run_id, **self.about}
+            if self.told:
+                self.run.write_json(RUN_FILE, self.told)
+            result = {"status": self.status, "resumable": self.resumable, "run_id": self.run_id, **self.about}
             self.run.write_json("result.json", result | {"metrics": self.last, "seconds": self.seconds})
 
     def _send_files(self) -> None:
         assert self.writer is not None
-        self.writer.do("its files", lambda mlflow: mlflow.add_files(self._files()))
-
-    def _files(self) -> list[Path]:
-        names = (
-            "config.yaml",
-            "overrides.yaml",
-            "data.json",
-            "metrics.jsonl",
-            "result.json",
-            "train.log",
-            HELDOUT_FILE,
-        )
-        return [path for name in names if (path := self.run.folder / name).is_file()] + self.plots
+        self.writer.do("its files", lambda mlflow: send_files(mlflow, self.run))
 
 
-def add_metrics(store: Store | None, run_id: str | None, step: int, metrics: Mapping[str, float]) -> None:
-    """Add points to an MLflow run made earlier; a store that is away is said, not raised."""
-    if store is None or run_id is None:
+def add_metrics(store: Store | None, run: Run, row: Mapping[str, Any]) -> None:
+    """Add a row of metrics.jsonl to the MLflow run of an ended run; a store that is away is said, not raised."""
+    told = run.read_json(RUN_FILE)
+    if store is None or not told.get("run_id"):
         return
     try:
-        from mlmx.tracking.mlflow_run import reopen
+        from mlmx.tracking.mlflow_run import add_points
 
-        reopen(store, run_id, step, metrics)
+        add_points(store, told, row)
     except Exception as error:
-        log.warning("MLflow run %s did not get these numbers (%s: %s)", run_id, type(error).__name__, error)
+        log.warning("MLflow run %s did not get these numbers (%s)", told["run_id"], brief(error))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
+import logging
 import os
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 from filelock import FileLock
+
+from mlmx.tracking.writer import brief
 
 if TYPE_CHECKING:
     from mlmx.tracking import Store
@@ -30,56 +33,145 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # failures are said b
 
 import mlflow.entities as entities
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+log = logging.getLogger("mlmx")
 
 # What makes a checkpoint loadable; the optimizer, scheduler and random states are for resuming, and stay local.
 NOT_THE_MODEL = ("optimizer.safetensors", "trainer_state.json", "state.json", "manifest.json")
+WEIGHTS = ".safetensors"
+MOST_POINTS, MOST_PARAMS = 1000, 100  # that MLflow takes in one call
+LONGEST_TAG = 8000  # characters; it cuts longer ones
+ENDED_EARLY = ("KILLED", "FAILED")
+RESUMABLE = "resumable"  # the tag of a run that ended early
 
 
 class MlflowRun:
-    """An open run; every method raises what the store raises.
+    """The MLflow run of a run folder; every method raises what the store raises.
 
     Args:
-        started: milliseconds since 1970.
-        again: the run was asked for before and may be there, though no answer came; then it is found, not made twice.
+        told: what mlflow.json says: name, tags, params, ``started`` (milliseconds since 1970) and, where known,
+            ``run_id``.
+        again: the run was asked for before and may be there, also if no answer came; then it is found, not made twice,
+            and no point that it has is sent to it.
+        make: whether one that is not there is made.
+
+    Raises:
+        LookupError: it is not there, and not to be made.
     """
 
     def __init__(
-        self, client: MlflowClient, experiment: str, name: str, tags: dict[str, str], started: int, again: bool
+        self, client: MlflowClient, experiment: str, told: Mapping[str, Any], again: bool, make: bool = True
     ) -> None:
-        self.client = client
-        same = client.search_runs([experiment], f"attributes.start_time = {started}") if again else []
-        mine = [run for run in same if run.data.tags.get("mlmx.folder") == tags.get("mlmx.folder")]
-        run = mine[0] if mine else client.create_run(experiment, started, tags, name)
+        self.client, self.experiment, self.told, self.again = client, experiment, told, again
+        found = self._found() if again else None
+        if found is None and not make:
+            raise LookupError(f"it has no run {told.get('run_id')}")
+        self.made = found is None
+        run = found or client.create_run(experiment, told["started"], dict(told["tags"]), told["name"])
         self.run_id: str = run.info.run_id
+        self.deleted = run.info.lifecycle_stage == "deleted"
         artifacts = urlparse(run.info.artifact_uri)
         # Files of a local store are linked, not copied: a checkpoint takes its space once.
         self.local_artifacts = Path(url2pathname(artifacts.path)) if artifacts.scheme in ("", "file") else None
+        self.has = self._points_there(found) if found else set()
+        self.epoch_at = -1  # the last step whose epoch has been sent
+        self.refused: set[str] = set()  # names of metrics that MLflow does not take
 
-    def describe(self, params: Mapping[str, Any], report: Mapping[str, Mapping[str, Any]]) -> None:
-        """The dials, and the splits of the data report as datasets."""
-        self.client.log_batch(self.run_id, params=[entities.Param(key, str(value)) for key, value in params.items()])
+    def _found(self) -> entities.Run | None:
+        if self.told.get("run_id"):
+            try:
+                return self.client.get_run(self.told["run_id"])
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # in another store, or in one that was made anew
+                    raise
+        return min(self._same(), key=lambda run: str(run.info.run_id), default=None)
+
+    def _same(self) -> list[entities.Run]:
+        """Runs that began at the moment of this one, for its folder: itself, and what a lost answer left behind."""
+        same = self.client.search_runs([self.experiment], f"attributes.start_time = {self.told['started']}")
+        return [run for run in same if run.data.tags.get("mlmx.folder") == self.told["tags"].get("mlmx.folder")]
+
+    def _points_there(self, run: entities.Run) -> set[tuple[str, int, int]]:
+        histories = (self.client.get_metric_history(self.run_id, name) for name in run.data.metrics)
+        return {(point.key, point.step, point.timestamp) for history in histories for point in history}
+
+    def reopen(self) -> None:
+        """The run goes on: RUNNING again, and no longer marked as one that ended early."""
+        if self.deleted:
+            self.client.restore_run(self.run_id)
+            self.deleted = False
+        if RESUMABLE in self.client.get_run(self.run_id).data.tags:
+            self.client.delete_tag(self.run_id, RESUMABLE)
+        self.client.update_run(self.run_id, "RUNNING")
+
+    def describe(self, report: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+        """Dials, tags and the splits of the data report as datasets; returns how many of each were not there."""
+        run = self.client.get_run(self.run_id)
+        params = [
+            entities.Param(key, value) for key, value in self.told["params"].items() if key not in run.data.params
+        ]
+        for start in range(0, len(params), MOST_PARAMS):
+            self.client.log_batch(self.run_id, params=params[start : start + MOST_PARAMS])
+        wanted, there = {key: value[:LONGEST_TAG] for key, value in self.told["tags"].items()}, run.data.tags
+        # A note may have been edited in MLflow since: only our own tags are put right.
+        wrong = [key for key in wanted if key not in there or (key.startswith("mlmx.") and there[key] != wanted[key])]
+        tags = [entities.RunTag(key, wanted[key]) for key in wrong]
+        self.client.log_batch(self.run_id, tags=tags)
+        known = {(one.dataset.name, one.dataset.digest) for one in (run.inputs.dataset_inputs if run.inputs else [])}
         contexts = {"train": "training", "eval": "validation", "heldout": "testing"}
         inputs = [_dataset_input(report[name], name, context) for name, context in contexts.items() if name in report]
-        self.client.log_inputs(self.run_id, inputs)
+        inputs = [made for made in inputs if (made.dataset.name, made.dataset.digest) not in known]
+        if inputs:
+            self.client.log_inputs(self.run_id, inputs)
+        return {"params": len(params), "tags": len(tags), "datasets": len(inputs)}
 
-    def log(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Rows of metrics.jsonl as points, each at its own step and time; the epoch is a metric as well."""
-        points = []
+    def log(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Rows of metrics.jsonl as points, each at its own step and time, the epoch once per step; returns how many
+        were not there."""
+        points, at = [], self.epoch_at
         for row in rows:
-            milliseconds = int(datetime.fromisoformat(row["time"]).timestamp() * 1000)
-            values = {name: value for name, value in row.items() if name not in ("step", "time")}
-            points += [entities.Metric(name, value, milliseconds, row["step"]) for name, value in values.items()]
-        self.client.log_batch(self.run_id, metrics=points)
+            step, milliseconds = row["step"], int(datetime.fromisoformat(row["time"]).timestamp() * 1000)
+            told = {"step", "time"} | ({"epoch"} if step <= at else set()) | self.refused
+            names = [name for name in row if name not in told and (name, step, milliseconds) not in self.has]
+            points += [entities.Metric(name, row[name], milliseconds, step) for name in names]
+            at = max(at, step)
+        for start in range(0, len(points), MOST_POINTS):
+            self._log_points(points[start : start + MOST_POINTS])
+        self.epoch_at = at
+        return len(points)
+
+    def _log_points(self, points: list[entities.Metric]) -> None:
+        """Points in one call; of those that MLflow refuses for what they are, only the rest."""
+        try:
+            self.client.log_batch(self.run_id, metrics=points)
+        except MlflowException as error:
+            self.ping()
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            for name in dict.fromkeys(point.key for point in points):
+                self._log_metric(name, [point for point in points if point.key == name])
+
+    def _log_metric(self, name: str, points: list[entities.Metric]) -> None:
+        try:
+            self.client.log_batch(self.run_id, metrics=points)
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            self.refused.add(name)
+            log.warning("MLflow does not take the metric %s (%s); it stays in metrics.jsonl", name, brief(error))
 
     def ping(self) -> None:
-        """Raises where MLflow is away."""
-        self.client.get_run(self.run_id)
+        """Raises where MLflow is away, or the run is no longer one that takes anything."""
+        if self.client.get_run(self.run_id).info.lifecycle_stage == "deleted":
+            raise RuntimeError(f"run {self.run_id} was deleted in MLflow; mlflow runs restore brings it back")
+
+    # ----------------------------------------------------------------------------------------- files
 
     def add_model(self, folder: Path, name: str) -> None:
         """A saved model's folder as artifact ``name``, without what only resuming needs."""
-        for path in sorted(folder.iterdir()):
-            if path.is_file() and path.name not in NOT_THE_MODEL:
-                self.add_file(path, name)
+        for path in model_files(folder):
+            self.add_file(path, name)
 
     def add_file(self, path: Path, folder: str | None = None) -> None:
         """One file as an artifact: a hard link where the store is on the same disk."""
@@ -91,27 +183,61 @@ class MlflowRun:
         target.unlink(missing_ok=True)
         try:
             # Only weights are linked: they are written once, under a new name; small files may be rewritten.
-            if path.suffix != ".safetensors":
+            if path.suffix != WEIGHTS:
                 raise OSError("copied")
             os.link(path, target)
         except OSError:
             shutil.copy2(path, target)
 
-    def add_files(self, paths: Sequence[Path]) -> None:
-        """Files of the run folder; plots keep their sub-folder."""
-        for path in paths:
-            self.add_file(path, "plots" if path.suffix == ".png" else None)
+    def lacking(self, paths: Sequence[Path], folder: str | None = None) -> list[Path]:
+        """Of these files, those that the artifacts in ``folder`` do not have as they are.
 
-    def finish(self, status: str) -> None:
-        """Close the run with its final status."""
-        self.client.set_terminated(self.run_id, status)
+        On a server sizes are compared: it keeps no checksums.
+        """
+        listed = self.client.list_artifacts(self.run_id, folder)
+        sizes = {PurePosixPath(artifact.path).name: artifact.file_size for artifact in listed}
+        return [path for path in paths if not self._is_there(path, folder, sizes.get(path.name))]
+
+    def _is_there(self, path: Path, folder: str | None, size: int | None) -> bool:
+        if size != path.stat().st_size or self.local_artifacts is None or path.suffix == WEIGHTS:
+            return size == path.stat().st_size
+        return filecmp.cmp(path, self.local_artifacts / (folder or "") / path.name, shallow=False)
+
+    # ---------------------------------------------------------------------------------------- ending
+
+    def finish(self, status: str, resumable: bool, ended: int) -> bool:
+        """Close the run with its final status; returns whether that was not there.
+
+        Args:
+            resumable: whether a run that ended early can go on; said by a tag.
+            ended: milliseconds since 1970.
+        """
+        run = self.client.get_run(self.run_id)
+        tag = str(resumable).lower() if status in ENDED_EARLY else None
+        there = (run.info.status, run.info.end_time, run.data.tags.get(RESUMABLE))
+        if there != (status, ended, tag):
+            if tag is not None:
+                self.client.set_tag(self.run_id, RESUMABLE, tag)
+            elif there[2] is not None:
+                self.client.delete_tag(self.run_id, RESUMABLE)
+            self.client.set_terminated(self.run_id, status, ended)
+        if self.again:
+            for twin in self._same():
+                if twin.info.run_id != self.run_id:  # made by a call whose answer was lost; nothing was sent to it
+                    self.client.delete_run(twin.info.run_id)
+        return there != (status, ended, tag)
 
 
-def reopen(store: Store, run_id: str, step: int, metrics: Mapping[str, float]) -> None:
-    """Add points to a run that has ended."""
-    client, _ = connect(store)
-    now = int(time.time() * 1000)
-    client.log_batch(run_id, metrics=[entities.Metric(name, value, now, step) for name, value in metrics.items()])
+def model_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint that its model is loaded from."""
+    return [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in NOT_THE_MODEL]
+
+
+def add_points(store: Store, told: Mapping[str, Any], row: Mapping[str, Any]) -> None:
+    """Add a row of metrics.jsonl to a run that has ended; its step had its epoch before."""
+    client, experiment = connect(store)
+    mlflow = MlflowRun(client, experiment, told, again=True, make=False)
+    mlflow.log([{name: value for name, value in row.items() if name != "epoch"}])
 
 
 def connect(store: Store) -> tuple[MlflowClient, str]:

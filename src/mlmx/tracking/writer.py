@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
+import shlex
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from mlmx.runs import rows_of
 
 if TYPE_CHECKING:
     from mlmx.tracking import Store
@@ -19,11 +22,11 @@ log = logging.getLogger("mlmx")
 
 SEND_EVERY_SECONDS = 1.0
 RETRY_AFTER_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-READ_BYTES = 65_536  # of metrics.jsonl at a time: some 1,000 points, the most that MLflow takes in one call
+READ_BYTES = 65_536  # of metrics.jsonl at a time: some 1,000 points
 PATIENCE_SECONDS = 5.0  # at the end of a run, for an MLflow that is away
 STALL_SECONDS = 300.0  # at the end of a run, for one deed of an MLflow that answers (weights on their way to a server)
 
-Deed = Callable[["MlflowRun"], None]
+Deed = Callable[["MlflowRun"], object]
 
 
 class Writer:
@@ -32,7 +35,8 @@ class Writer:
     The file is the queue: the thread reads on from where it has sent, so that memory stays bounded and nothing is lost
     while MLflow is away. Numbers go about once a second. Deeds (files, checkpoints) are done at once, after the
     numbers logged before them. Whatever fails is tried again, later and later. A point whose first sending had arrived
-    after all is not doubled: the store knows it by key, step, time and value.
+    after all is not doubled: the store knows it by key, step, time and value. What MLflow has of a resumed run is not
+    sent again.
 
     Args:
         opened: called in the thread with the id of the MLflow run, once there is one.
@@ -42,13 +46,15 @@ class Writer:
         self.store = store
         self.metrics = metrics
         self.opened = opened
-        self.asked: tuple[str, dict[str, str], int] | None = None
+        self.told: Mapping[str, Any] | None = None
+        self.resumed = False
         self.mlflow: MlflowRun | None = None
         self.deeds: deque[tuple[str, Deed]] = deque()
+        self.refused: list[tuple[str, Deed]] = []  # to be tried once more at the end
         self.sent_bytes = 0
         self.failures = 0  # in a row
         self.reason = ""
-        self.status: str | None = None
+        self.ending: tuple[str, bool, int] | None = None
         self.heard = time.monotonic()
         self.given_up = self.done = False
         self.something, self.at_once = threading.Event(), threading.Event()
@@ -56,9 +62,13 @@ class Writer:
         self.thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self.thread.start()
 
-    def start(self, name: str, tags: Mapping[str, str]) -> None:
-        """Ask for the MLflow run; until then the thread loads MLflow and opens its store."""
-        self.asked = (name, dict(tags), int(time.time() * 1000))
+    def start(self, told: Mapping[str, Any], resumed: bool) -> None:
+        """Ask for the MLflow run of mlflow.json; until then the thread loads MLflow and opens its store.
+
+        Args:
+            resumed: it was asked for by an earlier process, and is opened again.
+        """
+        self.resumed, self.told = resumed, told
         self._wake()
 
     def log(self) -> None:
@@ -70,9 +80,9 @@ class Writer:
         self.deeds.append((what, deed))
         self._wake()
 
-    def finish(self, status: str) -> None:
+    def finish(self, status: str, resumable: bool, ended: int) -> None:
         """Send what is left and close the run; an MLflow that is away is waited for a few seconds only."""
-        self.status, self.heard = status, time.monotonic()
+        self.ending, self.heard = (status, resumable, ended), time.monotonic()
         self._wake()
         while self.thread.is_alive():
             patience = PATIENCE_SECONDS if self.failures else STALL_SECONDS
@@ -104,41 +114,42 @@ class Writer:
                 pause = RETRY_AFTER_SECONDS[min(self.failures, len(RETRY_AFTER_SECONDS)) - 1]
                 self.something.set()
             if not self.done:
-                self.at_once.wait(pause if self.status is None else min(pause, 1.0))
+                self.at_once.wait(pause if self.ending is None else min(pause, 1.0))
 
     def _catch_up(self) -> None:
         """Everything up to now: the numbers, the deeds that were asked for before them, and the end."""
         from mlmx.tracking.mlflow_run import MlflowRun, connect
 
-        status, due = self.status, len(self.deeds)  # looked at before the file: they come after its numbers
+        ending = self.ending  # looked at before the file, as the deeds are: they come after its numbers
+        if ending is not None:
+            self.deeds.extend(self.refused)
+            self.refused = []
+        due = len(self.deeds)
         if self.mlflow is None:
             client, experiment = connect(self.store)
-            if self.asked is None:
-                self.done = status is not None
+            if self.told is None:
+                self.done = ending is not None
                 return
-            self.mlflow = MlflowRun(client, experiment, *self.asked, again=self.failures > 0)
-            self.opened(self.mlflow.run_id)
-        while lines := self._unsent():
-            self.mlflow.log([json.loads(line) for line in lines])
+            mlflow = MlflowRun(client, experiment, self.told, again=self.resumed or self.failures > 0)
+            if self.resumed:
+                mlflow.reopen()
+            self.opened(mlflow.run_id)
+            self.mlflow = mlflow
+        for lines in batches(self.metrics, self.sent_bytes):
+            self.mlflow.log(rows_of(lines))
             self.sent_bytes += sum(map(len, lines))
             self.heard = time.monotonic()
+        self.mlflow.has = set()  # whatever comes from now on is new
         for _ in range(due):
             self._do(self.mlflow, *self.deeds[0])
             self.deeds.popleft()
             self.heard = time.monotonic()
-        if status is not None:
-            self.mlflow.finish(status)
+        if ending is not None:
+            self.mlflow.finish(*ending)
             self.done = True
 
-    def _unsent(self) -> list[bytes]:
-        """The next lines that have not been sent; one that is still being written is left for later."""
-        with self.metrics.open("rb") as file:
-            file.seek(self.sent_bytes)
-            lines = file.readlines(READ_BYTES)
-        return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
-
     def _do(self, mlflow: MlflowRun, what: str, deed: Deed) -> None:
-        """A deed that fails twice while MLflow answers is refused: it is said and left out, and the rest goes on."""
+        """A deed that fails twice while MLflow answers is refused: said, and tried again at the end of the run."""
         for last in (False, True):
             try:
                 deed(mlflow)
@@ -146,13 +157,15 @@ class Writer:
             except Exception as error:
                 mlflow.ping()
                 if last:
-                    log.warning("MLflow did not take %s (%s)", what, _brief(error))
+                    self._say_refused(what, error)
+                    if not isinstance(error, FileNotFoundError):  # what was deleted meanwhile will not come back
+                        self.refused.append((what, deed))
 
     # ------------------------------------------------------------------------------------- speech
 
     def _say_away(self, error: Exception) -> None:
         self.failures += 1
-        self.reason = _brief(error)
+        self.reason = brief(error)
         if self.failures == 2:  # the first one may be a connection that had gone stale
             away = "MLflow cannot be reached (%s); the run goes on, every number is in %s and is sent when it is back"
             log.warning(away, self.reason, self.metrics)
@@ -162,18 +175,41 @@ class Writer:
             log.info("MLflow is back and has every number up to here")
         self.failures = 0
 
+    def _say_refused(self, what: str, error: Exception) -> None:
+        then = "it is tried again at the end of the run" if self.ending is None else self._by_hand()
+        log.warning("MLflow did not take %s (%s); %s", what, brief(error), then)
+
     def _say_unsent(self) -> None:
-        with self.metrics.open("rb") as file:
-            file.seek(self.sent_bytes)
-            points = sum(len(json.loads(line)) - len(("step", "time")) for line in file)
+        rows = (row for lines in batches(self.metrics, self.sent_bytes) for row in rows_of(lines))
+        points = sum(len(row) - len(("step", "time")) for row in rows)
         missing = [f"{points:,} points", *(what for what, _ in list(self.deeds)), "how it ended"]
         log.warning(
-            "MLflow did not get all of this run (%s); missing there: %s; all of it is in %s",
+            "MLflow did not get all of this run (%s); missing there: %s; all of it is in %s; %s",
             self.reason or "no answer",
             ", ".join(missing),
             self.metrics.parent,
+            self._by_hand(),
         )
 
+    def _by_hand(self) -> str:
+        return f"later: python -m mlmx sync run={shlex.quote(str(self.metrics.parent))}"
 
-def _brief(error: Exception) -> str:
+
+def batches(metrics: Path, start: int) -> Iterator[list[bytes]]:
+    """Lines of metrics.jsonl from a byte on; one that is still being written is left for later.
+
+    They are on the disk when they are given: MLflow must not know a number that a power cut could take from the file.
+    """
+    with metrics.open("rb") as file:
+        file.seek(start)
+        while lines := file.readlines(READ_BYTES):
+            if whole := [line for line in lines if line.endswith(b"\n")]:
+                os.fsync(file.fileno())
+                yield whole
+            if len(whole) < len(lines):
+                return
+
+
+def brief(error: Exception) -> str:
+    """An error in one line, and not a long one."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

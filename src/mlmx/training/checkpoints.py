@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mlmx.runs import is_interim
+
 log = logging.getLogger("mlmx")
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
@@ -132,14 +134,6 @@ def rotate(checkpoints: Path, limit: int | None, best: Path | None) -> None:
     for folder in all_of(checkpoints)[limit:] if limit else []:
         if folder != newest and (best is None or folder.resolve() != best.resolve()):
             remove(folder)
-
-
-def is_interim(folder: Path) -> bool:
-    """Whether a checkpoint was saved by a signal or the clock: it is of no use once there is a newer one."""
-    try:
-        return bool(json.loads((folder / "state.json").read_text(encoding="utf-8"))["interim"])
-    except (OSError, ValueError, KeyError):
-        return False
 
 
 def sha256(path: Path) -> str:

@@ -1,0 +1,105 @@
+"""Bring MLflow to what a run's folder says: what a server that was away, or a process that was killed, left undone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlmx.config import RequestError
+from mlmx.runs import HELDOUT_FILE, Run, rows_of
+from mlmx.tracking.writer import batches
+
+if TYPE_CHECKING:
+    from mlmx.tracking import Store
+    from mlmx.tracking.mlflow_run import MlflowRun
+
+RUN_FILE = "mlflow.json"  # {"name", "tags", "params", "started", "ended", "run_id"}: all that makes the MLflow run
+FILES = ("config.yaml", "overrides.yaml", "data.json", "metrics.jsonl", "result.json", "train.log", HELDOUT_FILE)
+
+
+def send(run: Run, store: Store, own: bool = True) -> dict[str, int]:
+    """Make MLflow hold what the folder of a run holds that no process is making; what is there already stays.
+
+    Args:
+        own: the store is that of the run, whose id its files name.
+
+    Returns:
+        How many were missing there: runs, params, tags, datasets, points, models, files, endings.
+
+    Raises:
+        RequestError: the run was never announced to any store.
+        Exception: what MLflow raises.
+    """
+    from mlmx.tracking.mlflow_run import MlflowRun, connect
+
+    told = run.read_json(RUN_FILE)
+    if not told:
+        raise RequestError(f"{run.folder}: has no {RUN_FILE}; the run ended before it had anything to send")
+    client, experiment = connect(store)
+    mlflow = MlflowRun(client, experiment, told, again=True)
+    mlflow.ping()
+    result = run.read_json("result.json")
+    if own and mlflow.run_id != told["run_id"]:
+        run.write_json(RUN_FILE, told | {"run_id": mlflow.run_id})
+        run.write_json("result.json", result | {"run_id": mlflow.run_id})
+    missing = {"runs": int(mlflow.made), **mlflow.describe(run.read_json("data.json"))}
+    missing["points"] = send_points(mlflow, run.folder / "metrics.jsonl")
+    missing["models"] = send_models(mlflow, run)
+    missing["files"] = send_files(mlflow, run)
+    missing["endings"] = 0
+    if result["status"] != "RUNNING":
+        ending = result["status"], bool(result.get("resumable")), told.get("ended") or ended_at(run, told["started"])
+        missing["endings"] = int(mlflow.finish(*ending))
+    return missing
+
+
+def send_points(mlflow: MlflowRun, metrics: Path) -> int:
+    """Every row of metrics.jsonl; returns how many points were missing."""
+    if not metrics.is_file():
+        return 0
+    return sum(mlflow.log(rows_of(lines)) for lines in batches(metrics, 0))
+
+
+def send_files(mlflow: MlflowRun, run: Run) -> int:
+    """The run's small files and plots, as they are now; returns how many were missing or different."""
+    files, plots = files_of(run)
+    missing = len(mlflow.lacking(files)) + len(lacking_plots := mlflow.lacking(plots, "plots"))
+    for path in files:  # a server tells sizes only, and another status may have the same
+        mlflow.add_file(path)
+    for path in lacking_plots:
+        mlflow.add_file(path, "plots")
+    return missing
+
+
+def files_of(run: Run) -> tuple[list[Path], list[Path]]:
+    """The small files of a run that MLflow gets, and its plots."""
+    files = [path for name in FILES if (path := run.folder / name).is_file()]
+    return files, sorted(run.plots.glob("*.png"))
+
+
+def send_models(mlflow: MlflowRun, run: Run) -> int:
+    """The models of all checkpoints that are on the disk; returns how many of them were not there as a whole."""
+    from mlmx.tracking.mlflow_run import model_files
+
+    missing = 0
+    for folder in run.saved():
+        name = model_name(json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["epoch"])
+        lacking = mlflow.lacking(model_files(folder), name)
+        for path in lacking:
+            mlflow.add_file(path, name)
+        missing += bool(lacking)
+    return missing
+
+
+def model_name(epoch: float) -> str:
+    """Where MLflow shows the model of a checkpoint."""
+    return f"checkpoints/epoch-{epoch:g}"
+
+
+def ended_at(run: Run, started: int) -> int:
+    """When a run that could not say so ended, in milliseconds since 1970: at its last number."""
+    from datetime import datetime
+
+    rows = run.metrics()
+    return int(datetime.fromisoformat(rows[-1]["time"]).timestamp() * 1000) if rows else started
