@@ -214,7 +214,7 @@ def killed_at_checkpoint(step: int, whole: Path, folder: Path) -> None:
     Run(folder).write_json("result.json", Run(folder).read_json("result.json") | {"status": "KILLED"})
 
 
-def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_taken(whole, outputs, said):
+def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_taken(whole, outputs, capsys):
     wanted = whole()
     folder = killed_at(9, wanted, outputs / "train" / "killed")
     path = folder / "checkpoints/checkpoint-9/optimizer.safetensors"
@@ -223,7 +223,7 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_taken(whole, out
     path.unlink()  # a link to the file of the whole run
     path.write_bytes(bits)
     check_resumed(folder, wanted)
-    assert "checkpoint-9 is damaged (optimizer.safetensors is not what was written); moved to" in said.text
+    assert "checkpoint-9 is damaged (optimizer.safetensors is not what was written); moved to" in capsys.readouterr().out
     assert (folder / "checkpoints/damaged-checkpoint-9").is_dir()
 
 

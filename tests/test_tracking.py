@@ -113,9 +113,10 @@ def test_weights_are_linked_into_the_store_and_resuming_files_are_not(store: Pat
         "model.safetensors",
         "config.json",
         "tokenizer.json",
-        "optimizer.pt",
-        "rng_state.pth",
+        "optimizer.safetensors",
+        "state.json",
         "trainer_state.json",
+        "manifest.json",
     ):
         (saved / name).write_text(name)
     made.checkpoint(saved, 7, 1.0)

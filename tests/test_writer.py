@@ -89,7 +89,7 @@ def test_files_come_after_the_numbers_before_them(store: Path, outputs: Path, mo
         "add_model",
         lambda self, at, to: (happened.append(("saved", int(at.name))), add_model(self, at, to))[1],
     )
-    monkeypatch.setattr(MlflowRun, "finish", lambda self, how: (happened.append(("end", 0)), finish(self, how))[1])
+    monkeypatch.setattr(MlflowRun, "finish", lambda self, *how: (happened.append(("end", 0)), finish(self, *how))[1])
     made = tracker(outputs / "run", tracking.local())
     for step in range(1, 31):
         log_steps(made, range(step, step + 1))
@@ -158,11 +158,10 @@ def test_a_killed_process_has_lost_no_line(tmp_path: Path):
 
 def test_a_line_that_is_still_being_written_is_left_for_later(tmp_path: Path, store: Path, outputs: Path):
     made = tracker(outputs / "run", tracking.local())
-    made.lines.file.write('{"step": 1, "epoch": 0.5, "time": "2026-01-01T00:00:00+00:00", "train/')
-    made.lines.file.flush()
+    made.lines.file.write(b'{"step": 1, "epoch": 0.5, "time": "2026-01-01T00:00:00+00:00", "train/')
     made.checkpoint(outputs, 0, 0.0)  # makes the writer look
     until(lambda: made.writer is not None and not made.writer.deeds)
-    made.lines.file.write('loss": 2.0}\n')
+    made.lines.file.write(b'loss": 2.0}\n')
     made.finish("FINISHED", {})
     assert history(tracking.local(), made) == logged(made)
     assert len(logged(made)) == 2
