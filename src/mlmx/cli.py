@@ -29,6 +29,7 @@ COMMANDS = {
     "evaluate": "score a finished run, or any masked-LM folder, on held-out text",
     "predict": 'fill the mask in a text: predict text="This is a great [MASK]."',
     "ui": "open the MLflow UI on the runs made here, on this machine only",
+    "doctor": "look after runs that ended without saying so: mark them, clear up, say how to go on",
 }
 HELP_FLAGS = ("-h", "--help")
 

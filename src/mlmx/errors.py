@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from mlmx.config import CONFIGS, RequestError, WorkError, did_you_mean, group_names
+from mlmx.space import disk_full, is_full
 
 KINDS = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false", "String": "a text"}
 
@@ -23,6 +24,8 @@ def explain(error: BaseException, command: str) -> tuple[int, str]:
         return 2, where + _composition(error, command)
     if isinstance(error, ValueError) and "Config group override" in str(error):
         return 2, where + one_line(error)
+    if is_full(error):
+        return 1, where + one_line(disk_full(error))
     return 1, f"{where}{type(error).__name__}: {one_line(error)} (MLMX_DEBUG=1 shows where)"
 
 

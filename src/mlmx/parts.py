@@ -13,6 +13,7 @@ from mlmx import data, identity, masking, model, tracking, training
 from mlmx.config import TrainConfig, bind, require
 from mlmx.measure import HeldoutSource, Material, heldout_source
 from mlmx.places import outputs_dir
+from mlmx.runs import Run
 
 
 def token_cache() -> data.TokenCache:
@@ -56,6 +57,16 @@ def parts_of(cfg: TrainConfig) -> Parts:
     )
     heldout = heldout_source(cfg)
     return Parts(encoder(), source, split, chunking, heldout, strategy, shares(), schedule(), store())
+
+
+def store_of(run: Run) -> tracking.Store | None:
+    """Where a run of this or an earlier day is recorded besides its folder; None where nowhere, or nobody can tell."""
+    try:
+        (store,) = bind("tracking", run.config().tracking, tracking.TRACKINGS)
+    except Exception:  # of another version, torn, or gone meanwhile
+        return None
+    found: tracking.Store | None = store()
+    return found
 
 
 def resume_of(cfg: TrainConfig) -> tuple[str | None, list[str]]:

@@ -1,4 +1,4 @@
-"""Where a run comes from: commit, command, machine."""
+"""Where a run comes from: commit, command, machine, process."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import platform
 import socket
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "hydra-core", "mlflow")
+
+
+PROCESS_TAGS = ("mlmx.host", "mlmx.boot_id", "mlmx.pid_namespace", "mlmx.pid", "mlmx.pid_started")
 
 
 def tags() -> dict[str, str]:
@@ -19,7 +24,7 @@ def tags() -> dict[str, str]:
 
     found = {
         "mlmx.version": mlmx.__version__,
-        "mlmx.host": socket.gethostname(),
+        **{tag: str(value) for tag, value in zip(PROCESS_TAGS, process().values(), strict=True) if value is not None},
         "mlmx.hardware": hardware(),
         "mlmx.python": platform.python_version(),
         "mlmx.packages": " ".join(f"{name}=={version(name)}" for name in PACKAGES),
@@ -34,6 +39,41 @@ def tags() -> dict[str, str]:
         found["mlflow.source.git.commit"] = commit
         found["mlmx.git_dirty"] = str(bool(_git(checkout, "status", "--porcelain"))).lower()
     return found
+
+
+def process() -> dict[str, Any]:
+    """Which process this is, so that nobody takes another one for it; None where the system does not tell.
+
+    A pid alone is used again and means something within its namespace (a container's) only; the boot's id tells
+    machines of one name, and a machine from itself after a restart.
+    """
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    namespace = Path("/proc/self/ns/pid")
+    return {
+        "host": socket.gethostname(),
+        "boot_id": boot_id.read_text(encoding="ascii").strip() if boot_id.is_file() else None,
+        "pid_namespace": namespace.readlink().name if namespace.is_symlink() else None,
+        "pid": os.getpid(),
+        "pid_started": pid_started(os.getpid()),
+    }
+
+
+def pid_started(pid: int) -> int | None:
+    """When a process began, in clock ticks since the machine did; None where it is no more, or /proc is not there."""
+    try:
+        said = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    state, *fields = said.rpartition(")")[2].split()  # the name before may hold spaces and brackets
+    return None if state in "ZX" else int(fields[18])  # a zombie has ended; proc(5) counts the field as number 22
+
+
+def boot_time() -> float | None:
+    """When this machine began, in seconds since 1970."""
+    try:
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    except (AttributeError, OSError):
+        return None
 
 
 def hardware() -> str:

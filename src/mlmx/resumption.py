@@ -12,7 +12,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from mlmx import identity, runs
+from mlmx import alive, identity, runs
 from mlmx.arguments import quoted
 from mlmx.config import RequestError, TrainConfig, require
 from mlmx.places import outputs_dir
@@ -108,6 +108,7 @@ def unfinished(wanted: str, extend: bool) -> runs.Run:
         found = [run for run in runs.all_runs() if is_unfinished(run)]
         require(bool(found), f"resume=last: no unfinished run below {outputs_dir() / 'train'}")
         return found[-1]
+    require(not alive.is_alive(run), f"resume={wanted}: {alive.holder(run)}")
     require(
         extend or run.status != "FINISHED",
         f"resume={wanted}: this run has finished; to train it longer say so, "
@@ -118,4 +119,4 @@ def unfinished(wanted: str, extend: bool) -> runs.Run:
 
 def is_unfinished(run: runs.Run) -> bool:
     """Whether a run has ended before its time and nobody is at it."""
-    return run.status not in (None, "FINISHED")
+    return run.status not in (None, "FINISHED") and not alive.is_alive(run)

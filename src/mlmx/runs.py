@@ -23,10 +23,12 @@ from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
+from mlmx import space
 from mlmx.config import RequestError, TrainConfig, from_plain
 from mlmx.places import outputs_dir
 
 log = logging.getLogger("mlmx")
+FIRST_FILES = ("overrides.yaml", "inputs.json", "result.json", "config.yaml")
 HELDOUT_FILE = "heldout.npz"  # per-document sums of the last scoring, by which pairs of runs are compared
 
 
@@ -79,7 +81,10 @@ class Run:
     @property
     def status(self) -> str | None:
         """RUNNING, FINISHED, FAILED or KILLED, as far as the folder knows."""
-        return self.read_json("result.json").get("status")
+        try:
+            return self.read_json("result.json").get("status")
+        except ValueError:  # torn by a power cut: no ending was written
+            return "RUNNING"
 
     def saved(self) -> list[Path]:
         """The whole checkpoints that were asked for (not those saved on the way), by name; their files are not read."""
@@ -87,11 +92,20 @@ class Run:
         return [folder for folder in found if (folder / "manifest.json").is_file() and not is_interim(folder)]
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write aside, then rename: a reader never sees half a file. Numbers stay what they are."""
+        """As `write_text`. Numbers stay what they are."""
+        self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write aside, then rename: a reader never sees half a file."""
         target = self.folder / name
         aside = target.with_name(f".{name}.tmp")
-        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        aside.replace(target)
+        try:
+            with space.writing(target):
+                aside.write_text(text, encoding="utf-8")
+                aside.replace(target)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
 
     def append_metrics(self, step: int, epoch: float, metrics: Mapping[str, float]) -> dict[str, Any]:
         """One line of ``metrics.jsonl``, of a run that has ended; returns its row."""
@@ -157,8 +171,9 @@ class MetricsFile:
         line = memoryview((json.dumps(row) + "\n").encode())
         written = 0
         try:
-            while written < len(line):
-                written += self.file.write(line[written:])
+            with space.writing(self.path):
+                while written < len(line):
+                    written += self.file.write(line[written:])
         except OSError:
             self.file.truncate(self.size)  # half a line would spoil the next one
             raise
@@ -204,7 +219,12 @@ def begin(folder: Path, cfg: TrainConfig, overrides: tuple[str, ...], inputs: Ma
             f"{folder}: already holds a run; choose another hydra.run.dir, or go on with it by resume={folder}"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    return _written(Run(folder), cfg, overrides, inputs)
+    try:
+        return _written(Run(folder), cfg, overrides, inputs)
+    except OSError:  # a full disk
+        for name in FIRST_FILES:
+            (folder / name).unlink(missing_ok=True)
+        raise
 
 
 def reopen(
@@ -224,10 +244,10 @@ def reopen(
 
 def _written(run: Run, cfg: TrainConfig, overrides: tuple[str, ...], inputs: Mapping[str, Any]) -> Run:
     plain = {f.name: getattr(cfg, f.name) for f in fields(cfg)} | {"resume": {"run": None, "allow": []}}
-    OmegaConf.save(OmegaConf.create(list(overrides)), run.folder / "overrides.yaml")
+    run.write_text("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
     run.write_json("inputs.json", inputs)
     run.write_json("result.json", run.read_json("result.json") | {"status": "RUNNING"})
-    OmegaConf.save(OmegaConf.create(plain), run.folder / "config.yaml")
+    run.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
     return run
 
 
@@ -270,8 +290,17 @@ def named(wanted: str, key: str = "run") -> Run | None:
 
 def all_runs() -> list[Run]:
     """Every run below outputs/train, oldest first."""
-    found = (outputs_dir() / "train").glob("**/result.json")
-    return sorted((Run(path.parent) for path in found), key=lambda run: _started(run.folder))
+    found = _folders_with("result.json", outputs_dir() / "train")
+    return sorted((Run(folder) for folder in found), key=lambda run: _started(run.folder))
+
+
+def _folders_with(name: str, top: Path) -> Iterator[Path]:
+    """Folders that hold a file of that name; not looked for inside them: a run has many files, and there may be
+    thousands of runs."""
+    for folder, subfolders, names in os.walk(top):
+        if name in names:
+            subfolders.clear()
+            yield Path(folder)
 
 
 def _started(folder: Path) -> float:
@@ -293,6 +322,18 @@ class _Stdout(logging.StreamHandler[TextIO]):
         return sys.stdout
 
 
+class _LogFile(logging.FileHandler):
+    """A full disk takes lines of the log, not the run: what a run cannot do without says so itself."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 @contextlib.contextmanager
 def log_to() -> Iterator[None]:
     """Lines of the ``mlmx`` logger on stdout inside the block."""
@@ -304,7 +345,7 @@ def log_to() -> Iterator[None]:
 @contextlib.contextmanager
 def log_to_file(run: Run) -> Iterator[None]:
     """Lines of the ``mlmx`` logger in the run's ``train.log``, with the time."""
-    handler = logging.FileHandler(run.folder / "train.log", encoding="utf-8")
+    handler = _LogFile(run.folder / "train.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     with contextlib.closing(handler), _handled(handler):
         yield

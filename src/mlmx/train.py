@@ -16,10 +16,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlmx import data, describe, identity, interrupts, memory, model, provenance, runs, tracking, training
+from mlmx import (
+    alive,
+    data,
+    describe,
+    identity,
+    interrupts,
+    memory,
+    model,
+    provenance,
+    runs,
+    space,
+    tracking,
+    training,
+)
 from mlmx.config import Job, TrainConfig
 from mlmx.measure import Material, Measure
-from mlmx.parts import Parts, check_training, gather, parts_of, resume_of, token_cache
+from mlmx.parts import Parts, check_training, gather, parts_of, resume_of, store_of, token_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -47,7 +60,8 @@ def train(cfg: TrainConfig, job: Job) -> float:
     """One run, from the baseline to the saved model; returns its last ``heldout/loss``."""
     if os.environ.get("RANK", "0") != "0":
         return follow(cfg, job)
-    return lead(cfg, job)
+    dead = [run for run in alive.mark_dead() if run.folder != job.folder]
+    return lead(cfg, job, dead)
 
 
 def follow(cfg: TrainConfig, job: Job) -> float:
@@ -57,17 +71,24 @@ def follow(cfg: TrainConfig, job: Job) -> float:
         return lead(replace(cfg, tracking={"name": "none"}, resume={}), replace(job, folder=Path(folder)))
 
 
-def lead(cfg: TrainConfig, job: Job) -> float:
-    """A run with its record."""
+def lead(cfg: TrainConfig, job: Job, dead: Sequence[runs.Run] = ()) -> float:
+    """A run with its record.
+
+    Args:
+        dead: runs whose processes were found gone; MLflow gets to know it as well.
+    """
     memory.keep_freed()
     parts, clock, job = parts_of(cfg), Clock(), replace(job, overrides=identity.without_resume(job.overrides))
-    with runs.log_to():
+    with runs.log_to(), contextlib.ExitStack() as until_its_end:
         with token_cache() as cache:
             ready = make_ready(cfg, job, parts, clock, cache)
+            require_space(job, ready, parts.store)
+            until_its_end.enter_context(alive.held(job.folder))
             run = opened(cfg, job, ready)
             cache.keep()
         with runs.log_to_file(run), recorded(run, parts.store, clock) as tracker:
             announce(cfg, job, ready, tracker)
+            tracker.settle([run for run in dead if store_of(run) == parts.store])
             fills = partial(describe.fills, ready.model, ready.material.tokenizer, cfg.example, model.fill_masks)
             before = fills()
             fit(cfg, ready, run, tracker)
@@ -96,6 +117,18 @@ def opened(cfg: TrainConfig, job: Job, ready: Ready) -> runs.Run:
     for key, (was, now) in drift.items():
         log.info("resume: %s was %s, is %s from here on", key, was, now)
     return runs.reopen(run, cfg, job.overrides, inputs, drift)
+
+
+def require_space(job: Job, ready: Ready, store: tracking.Store | None) -> None:
+    """Refuse a run that the disk has no place for."""
+    if not ready.arguments.should_save:
+        return
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in ready.model.parameters())
+    saves, kept = training.saves(ready.arguments, len(ready.material.train_chunks))
+    linked = store is not None and store.artifacts is not None
+    needed = space.needed_bytes(weights, training.optimizer_bytes(ready.arguments, weights), saves, kept, linked)
+    there = space.bytes_below(runs.Run(job.folder).checkpoints)  # of a run that is gone on with
+    space.require_free(job.folder, needed - there, kept)
 
 
 def inputs_of(ready: Ready) -> dict[str, Any]:
@@ -195,20 +228,23 @@ def conclude(ready: Ready, run: runs.Run, tracker: tracking.Tracker) -> None:
         tracker.log(step, epoch, found)
         log.info("%s", describe.by_word(found))
     if ready.measure.documents is not None:
-        ready.measure.documents.save(run.folder / runs.HELDOUT_FILE)
+        with space.writing(run.folder / runs.HELDOUT_FILE):
+            ready.measure.documents.save(run.folder / runs.HELDOUT_FILE)
 
 
 def draw_plots(run: runs.Run, title: str) -> list[Any]:
     """The run's curves as PNG files."""
     from mlmx.tracking.plots import draw
 
-    return draw(run.metrics(), run.plots, title)
+    with space.writing(run.plots):
+        return draw(run.metrics(), run.plots, title)
 
 
 @contextlib.contextmanager
 def recorded(run: runs.Run, store: tracking.Store | None, clock: Clock) -> Iterator[tracking.Tracker]:
     """A tracker whose run ends, however it ends, with its true status in the folder and in MLflow."""
     tracker, status = tracking.Tracker(run, store), "FAILED"
+    space.reserve(run.folder)
     try:
         yield tracker
         status = "FINISHED"
@@ -216,8 +252,25 @@ def recorded(run: runs.Run, store: tracking.Store | None, clock: Clock) -> Itera
         status = "KILLED"
         error.add_note(f"to go on: python -m mlmx train resume={shlex.quote(str(run.folder))}")
         raise
+    except Exception as error:
+        if space.is_full(error):
+            raise space.disk_full(error, run.folder) from error
+        raise
     finally:
-        tracker.finish(status, clock.seconds)
+        space.release(run.folder)
+        end(tracker, status, clock)
+
+
+def end(tracker: tracking.Tracker, status: str, clock: Clock) -> None:
+    """Write down how a run ended; what goes wrong with that does not hide what ended it."""
+    try:
+        tracker.finish(status, clock.seconds, resumable=status != "FINISHED")
+    except Exception as error:
+        if status == "FINISHED" and space.is_full(error):
+            raise space.disk_full(error, tracker.run.folder) from error
+        if status == "FINISHED":
+            raise
+        log.warning("%s: that it is %s could not be written (%s)", tracker.run.folder, status, error)
 
 
 @dataclass

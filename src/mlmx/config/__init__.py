@@ -9,6 +9,7 @@ the other, so a function's signature is its schema. Nothing here imports torch, 
 from mlmx.config.commands import (
     CONFIGS,
     Config,
+    DoctorConfig,
     EvaluateConfig,
     Job,
     Options,
@@ -29,6 +30,7 @@ from mlmx.config.signatures import bind, convert, table
 __all__ = [
     "CONFIGS",
     "Config",
+    "DoctorConfig",
     "EvaluateConfig",
     "Job",
     "Options",

@@ -139,13 +139,21 @@ class UiConfig:
         require(1 <= self.port <= 65535, f"port={self.port}: must lie between 1 and 65535")
 
 
-Config = TrainConfig | PrepareConfig | EvaluateConfig | PredictConfig | UiConfig
+@dataclass
+class DoctorConfig:
+    """Dials of ``doctor``."""
+
+    tracking: Options = field(default_factory=dict)
+
+
+Config = TrainConfig | PrepareConfig | EvaluateConfig | PredictConfig | UiConfig | DoctorConfig
 CONFIGS: dict[str, type[Config]] = {
     "train": TrainConfig,
     "prepare": PrepareConfig,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
     "ui": UiConfig,
+    "doctor": DoctorConfig,
 }
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mlmx import provenance
 from mlmx.config import require, table
 from mlmx.places import outputs_dir
 from mlmx.runs import MetricsFile, Run
-from mlmx.tracking.sync import RUN_FILE, model_name, send_files, send_models
+from mlmx.tracking.sync import RUN_FILE, model_name, send, send_files, send_models
 from mlmx.tracking.writer import Writer, brief
 
 log = logging.getLogger("mlmx")
@@ -98,6 +100,7 @@ class Tracker:
         if resumed:  # MLflow lets no param change
             other = {key: value for key, value in texts.items() if self.told["params"].get(key) != value}
             self.told["tags"] |= {f"mlmx.resumed.{key}": value for key, value in other.items()}
+            self.told["tags"] |= {key: value for key, value in tags.items() if key in provenance.PROCESS_TAGS}
         else:
             started = int(time.time() * 1000)
             self.told = {"name": name, "tags": dict(tags), "params": texts, "started": started, "run_id": None}
@@ -129,6 +132,12 @@ class Tracker:
         if self.writer is not None:
             self.writer.do(folder.name, lambda mlflow: mlflow.add_model(folder, model_name(epoch)))
 
+    def settle(self, ended: Sequence[Run]) -> None:
+        """Bring MLflow up to date on other runs of its store that have ended without telling it."""
+        for run in ended:
+            if self.writer is not None and self.store is not None:
+                self.writer.do(f"the end of {run.folder}", partial(_send, run, self.store))
+
     def finish(self, status: str, seconds: Mapping[str, float], resumable: bool = False) -> None:
         """Write the result and close the MLflow run, both with the true status (FINISHED, FAILED, KILLED).
 
@@ -159,6 +168,11 @@ class Tracker:
     def _send_files(self) -> None:
         assert self.writer is not None
         self.writer.do("its files", lambda mlflow: send_files(mlflow, self.run))
+
+
+def _send(run: Run, store: Store, _: Any) -> None:
+    if run.read_json(RUN_FILE):  # else it ended before MLflow was to know of it
+        send(run, store)
 
 
 def add_metrics(store: Store | None, run: Run, row: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ This file is light: names and options are checked before torch is imported. `eng
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,10 @@ SET_BY = {
 
 # The least of counts that the library takes as they are and fails on only once training has begun.
 AT_LEAST = {"gradient_accumulation_steps": 1, "per_device_eval_batch_size": 1, "dataloader_num_workers": 0}
+
+
+# Numbers an optimizer keeps for each weight, where it is not two; adafactor's are sums over rows and columns.
+MOMENTS = {"sgd": 0, "adafactor": 0, "adagrad": 1, "rmsprop": 1}
 
 
 def require_names(options: Mapping[str, Any]) -> None:
@@ -118,6 +123,33 @@ def arguments(
     # One process seeing several GPUs would silently become DataParallel, which splits batches and losses.
     made._n_gpu = min(1, made.n_gpu)
     return made
+
+
+def saves(arguments: TrainingArguments, num_chunks: int) -> tuple[int, int]:
+    """Checkpoints that a training writes in all, and how many of them are there at its end."""
+    batches = num_chunks / (arguments.train_batch_size * arguments.world_size)
+    batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
+    per_epoch = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
+    strategy = _value(arguments.save_strategy)
+    if strategy == "best":  # at most after each evaluation
+        strategy = _value(arguments.eval_strategy)
+        every = arguments.eval_steps or arguments.logging_steps
+    else:
+        every = arguments.save_steps
+    every = math.ceil(every * steps) if every < 1 else every
+    counts = {"no": 0, "epoch": math.ceil(steps / per_epoch), "steps": math.ceil(steps / max(every, 1))}
+    limit = arguments.save_total_limit or counts[strategy]
+    return counts[strategy], min(counts[strategy], limit + arguments.load_best_model_at_end)
+
+
+def optimizer_bytes(arguments: TrainingArguments, weight_bytes: int) -> int:
+    """Size of the optimizer's state in a checkpoint; two moments as large as the weights, unless it is known better."""
+    return MOMENTS.get(_value(arguments.optim), 2) * weight_bytes
+
+
+def _value(option: Any) -> str:
+    return str(getattr(option, "value", option))
 
 
 def _checked_fields(options: Mapping[str, Any], signature: Mapping[str, inspect.Parameter]) -> dict[str, Any]:

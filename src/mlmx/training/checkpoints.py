@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mlmx import space
 from mlmx.runs import is_interim
 
 log = logging.getLogger("mlmx")
@@ -37,6 +38,11 @@ def write(folder: Path, fill: Callable[[Path], None], manifest: bool = True) -> 
     Raises:
         OSError: it could not be written (a full disk, say); what was there before is as it was.
     """
+    with space.writing(folder):
+        _write(folder, fill, manifest)
+
+
+def _write(folder: Path, fill: Callable[[Path], None], manifest: bool) -> None:
     aside = folder.with_name(f".{folder.name}.tmp")
     old = folder.with_name(f".{folder.name}.old.tmp")
     for leftover in (aside, old):
