@@ -24,7 +24,7 @@ LAYERS = [
     ["describe"],
     ["measure"],
     ["parts"],
-    ["train", "prepare", "evaluate", "predict", "ui", "doctor"],
+    ["train", "prepare", "evaluate", "predict", "ui", "doctor", "sync"],
     ["errors", "arguments"],
     ["resumption"],
     ["cli"],

@@ -223,7 +223,9 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_taken(whole, out
     path.unlink()  # a link to the file of the whole run
     path.write_bytes(bits)
     check_resumed(folder, wanted)
-    assert "checkpoint-9 is damaged (optimizer.safetensors is not what was written); moved to" in capsys.readouterr().out
+    assert (
+        "checkpoint-9 is damaged (optimizer.safetensors is not what was written); moved to" in capsys.readouterr().out
+    )
     assert (folder / "checkpoints/damaged-checkpoint-9").is_dir()
 
 
@@ -299,7 +301,9 @@ def test_an_interim_checkpoint_is_saved_by_the_clock_and_replaced(dropping, corp
 
 @pytest.fixture
 def killed(whole, outputs) -> Path:
-    return killed_at(4, whole(), outputs / "train" / "killed")
+    folder = killed_at(4, whole(), outputs / "train" / "killed")
+    Run(folder).write_json("result.json", Run(folder).read_json("result.json") | {"status": "KILLED"})
+    return folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -30,6 +30,7 @@ COMMANDS = {
     "predict": 'fill the mask in a text: predict text="This is a great [MASK]."',
     "ui": "open the MLflow UI on the runs made here, on this machine only",
     "doctor": "look after runs that ended without saying so: mark them, clear up, say how to go on",
+    "sync": "send to MLflow what it did not get of a run, because it was away or the run was killed",
 }
 HELP_FLAGS = ("-h", "--help")
 

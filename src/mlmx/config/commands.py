@@ -146,7 +146,15 @@ class DoctorConfig:
     tracking: Options = field(default_factory=dict)
 
 
-Config = TrainConfig | PrepareConfig | EvaluateConfig | PredictConfig | UiConfig | DoctorConfig
+@dataclass
+class SyncConfig:
+    """Dials of ``sync``."""
+
+    run: str = "last"
+    tracking: Options = field(default_factory=dict)
+
+
+Config = TrainConfig | PrepareConfig | EvaluateConfig | PredictConfig | UiConfig | DoctorConfig | SyncConfig
 CONFIGS: dict[str, type[Config]] = {
     "train": TrainConfig,
     "prepare": PrepareConfig,
@@ -154,6 +162,7 @@ CONFIGS: dict[str, type[Config]] = {
     "predict": PredictConfig,
     "ui": UiConfig,
     "doctor": DoctorConfig,
+    "sync": SyncConfig,
 }
 
 

@@ -7,6 +7,8 @@ the next logged loss, and what a step still owed (its scores, the end of its epo
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import random
 import signal
 import time
@@ -49,6 +51,7 @@ class ResumableTrainer(Trainer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.mishaps = Mishaps()
+        self.left = multiprocessing.RawValue("b", 0)  # shared with the loader's workers
         self.kept: dict[str, Any] = {}
         self.tensors: dict[str, torch.Tensor] = {}
         self.steps_per_epoch = 1
@@ -62,11 +65,18 @@ class ResumableTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------ steps
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.left.value = 0
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.left.value = 1
+
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """As the library's, with workers that leave signals to this process: it needs them to end its step."""
+        """As the library's, with workers that outlive a signal to every process: they are needed to end a step."""
         loader: DataLoader[Any] = super().get_train_dataloader()
         inner = getattr(loader, "base_dataloader", loader)
-        inner.worker_init_fn = partial(_without_signals, inner.worker_init_fn)
+        inner.worker_init_fn = partial(_outlive_signals, inner.worker_init_fn, self.left)
         return loader
 
     def _init_training_state(self, max_steps: int, num_update_steps_per_epoch: int, *others: Any) -> tuple[int, int]:
@@ -263,9 +273,15 @@ class TakeUp(TrainerCallback):
         self.trainer.take_up()
 
 
-def _without_signals(begin: Callable[[int], None] | None, worker: int) -> None:
+def _outlive_signals(begin: Callable[[int], None] | None, left: Any, worker: int) -> None:
+    """Set up a loader's worker: what ends it is its loader, or a signal once training was left."""
+
+    def arrived(number: int, frame: object) -> None:
+        if left.value:
+            os._exit(0)
+
     for number in interrupts.SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, arrived)
     if begin is not None:
         begin(worker)
 

@@ -1,0 +1,78 @@
+"""``sync``: send to MLflow what it did not get of runs that have ended."""
+
+from __future__ import annotations
+
+import logging
+
+from mlmx import alive, runs, tracking
+from mlmx.config import Job, RequestError, SyncConfig, WorkError, bind, require
+from mlmx.parts import store_of
+from mlmx.places import outputs_dir
+
+log = logging.getLogger("mlmx")
+
+
+def check(cfg: SyncConfig) -> None:
+    """There is something to send, and somewhere to send it."""
+    for run in meant(cfg):
+        require(
+            cfg.run == "all" or target(cfg, run) is not None,
+            f"run={cfg.run}: was made with tracking=none; say where to send it: tracking=local, or tracking=server "
+            "tracking.uri=…",
+        )
+
+
+def meant(cfg: SyncConfig) -> list[runs.Run]:
+    """The runs to send; with ``all`` those that have ended, of whatever else there is.
+
+    Raises:
+        RequestError: no such run, or one that is being trained and sends its numbers itself.
+    """
+    if cfg.run == "all":
+        return [run for run in runs.all_runs() if not alive.is_alive(run)]
+    run = runs.named(cfg.run)
+    if run is None:
+        everything = runs.all_runs()
+        require(bool(everything), f"run=last: no run below {outputs_dir() / 'train'}; train one first")
+        run = everything[-1]
+    require(
+        not alive.is_alive(run), f"run={cfg.run}: is being trained and sends its numbers itself; sync it when it ends"
+    )
+    return [run]
+
+
+def target(cfg: SyncConfig, run: runs.Run) -> tracking.Store | None:
+    """The store that was asked for, or the run's own; None where it has none."""
+    if not cfg.tracking:
+        return store_of(run)
+    store: tracking.Store | None = bind("tracking", cfg.tracking, tracking.TRACKINGS)[0]()
+    return store
+
+
+def sync(cfg: SyncConfig, job: Job) -> None:
+    """A line per run: what was missing in MLflow and is there now.
+
+    Raises:
+        WorkError: MLflow did not take a run; those before it are there.
+    """
+    with runs.log_to():
+        alive.mark_dead()
+        for run in meant(cfg):
+            store = target(cfg, run)
+            if store is not None:
+                log.info("%s: %s", run.folder, sent(run, store))
+
+
+def sent(run: runs.Run, store: tracking.Store) -> str:
+    """``3 points, 1 model sent to http://…``."""
+    from mlmx.tracking.sync import send
+
+    try:
+        missing = send(run, store, own=store == store_of(run))
+    except RequestError as error:
+        return str(error)
+    except Exception as error:
+        why = " ".join(str(error).split())[:300]
+        raise WorkError(f"{run.folder}: {store.uri} did not take it ({type(error).__name__}: {why})") from error
+    counts = ", ".join(f"{count:,} {what if count > 1 else what[:-1]}" for what, count in missing.items() if count)
+    return f"{counts} sent to {store.uri}" if counts else f"{store.uri} has all of it"
