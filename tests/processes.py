@@ -25,6 +25,7 @@ def started(argv: list[str], outputs: Path, said: Path) -> ForkServerProcess:
 
 def _run(argv: list[str], outputs: str, said: str) -> None:
     os.environ["MLMX_OUTPUTS"] = outputs
+    multiprocessing.set_start_method("fork", force=True)  # of what the command itself starts, as on a command line
     sys.stdout = sys.stderr = Path(said).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115
     from mlmx.cli import main
 
