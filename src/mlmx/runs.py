@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 
 from mlmx.config import RequestError, TrainConfig, from_plain
 from mlmx.places import outputs_dir
+from mlmx.redaction import redact, redacted
 
 log = logging.getLogger("mlmx")
 HELDOUT_FILE = "heldout.npz"  # per-document sums of the last scoring, by which pairs of runs are compared
@@ -87,10 +88,10 @@ class Run:
         return [folder for folder in found if (folder / "manifest.json").is_file() and not is_interim(folder)]
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write aside, then rename: a reader never sees half a file. Numbers stay what they are."""
+        """Write aside, then rename: a reader never sees half a file. Numbers stay what they are, secrets do not."""
         target = self.folder / name
         aside = target.with_name(f".{name}.tmp")
-        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        aside.write_text(json.dumps(redacted(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         aside.replace(target)
 
     def append_metrics(self, step: int, epoch: float, metrics: Mapping[str, float]) -> dict[str, Any]:
@@ -101,7 +102,7 @@ class Run:
     def append_line(self, name: str, row: Mapping[str, Any]) -> None:
         """One JSON object as a line of a file of the run."""
         with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(redacted(row)) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of ``metrics.jsonl``, oldest first."""
@@ -224,10 +225,10 @@ def reopen(
 
 def _written(run: Run, cfg: TrainConfig, overrides: tuple[str, ...], inputs: Mapping[str, Any]) -> Run:
     plain = {f.name: getattr(cfg, f.name) for f in fields(cfg)} | {"resume": {"run": None, "allow": []}}
-    OmegaConf.save(OmegaConf.create(list(overrides)), run.folder / "overrides.yaml")
+    OmegaConf.save(OmegaConf.create(redacted(overrides)), run.folder / "overrides.yaml")
     run.write_json("inputs.json", inputs)
     run.write_json("result.json", run.read_json("result.json") | {"status": "RUNNING"})
-    OmegaConf.save(OmegaConf.create(plain), run.folder / "config.yaml")
+    OmegaConf.save(OmegaConf.create(redacted(plain)), run.folder / "config.yaml")
     return run
 
 
@@ -282,6 +283,13 @@ def _started(folder: Path) -> float:
 # ----------------------------------------------------------------------------------------- speech
 
 
+class _Redacted(logging.Formatter):
+    """Lines without secrets, also where an exception of a library is quoted."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
 class _Stdout(logging.StreamHandler[TextIO]):
     """Looks stdout up at each line: a progress bar, or a test, may have put its own in place."""
 
@@ -297,7 +305,9 @@ class _Stdout(logging.StreamHandler[TextIO]):
 def log_to() -> Iterator[None]:
     """Lines of the ``mlmx`` logger on stdout inside the block."""
     first = os.environ.get("RANK", "0") == "0"  # of several processes, one speaks
-    with _handled(_Stdout() if first else logging.NullHandler()):
+    handler = _Stdout() if first else logging.NullHandler()
+    handler.setFormatter(_Redacted())
+    with _handled(handler):
         yield
 
 
@@ -305,7 +315,7 @@ def log_to() -> Iterator[None]:
 def log_to_file(run: Run) -> Iterator[None]:
     """Lines of the ``mlmx`` logger in the run's ``train.log``, with the time."""
     handler = logging.FileHandler(run.folder / "train.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(_Redacted("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     with contextlib.closing(handler), _handled(handler):
         yield
 

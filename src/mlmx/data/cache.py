@@ -173,7 +173,7 @@ def _write(entry: Entry, target: Path) -> None:
         made = work / "new"
         made.mkdir()
         for name, array in entry.arrays.items():
-            np.save(made / f"{name}.npy", array)
+            np.save(made / f"{name}.npy", array, allow_pickle=False)
         said = json.dumps([entry.facts, {name: _checksum(made / f"{name}.npy") for name in entry.arrays}])
         contents = {"said": said, "crc32": zlib.crc32(said.encode())}
         (made / "entry.json").write_text(json.dumps(contents), encoding="utf-8")
