@@ -29,8 +29,8 @@ FOLDERS = ("run.dir", "sweep.dir", "sweep.subdir")
 # Lists and mappings that are empty in Hydra's defaults, and why they stay so.
 EMPTY = {
     "callbacks": "a config names no code",
-    "job.env_set": "a config sets no environment variable; export it before the command",
     "job.env_copy": "the environment may hold secrets, and Hydra writes what it copies to multirun.yaml",
+    "job.env_set": "a config sets no environment variable; export it before the command",
 }
 
 

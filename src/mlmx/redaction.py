@@ -71,11 +71,11 @@ def exposed(text: str) -> str | None:
     """
     if redact(text) == text:
         return None
+    if USERINFO.search(text) or PARAMETER.search(text):
+        return "credentials in an address"
     for name, value in _secrets():
         if any(form in text for form in _forms(value)):
             return f"the value of {name}"
-    if USERINFO.search(text) or PARAMETER.search(text):
-        return "credentials in an address"
     return "an access token"
 
 

@@ -90,7 +90,7 @@ def _is_cached(kind: str, repo: str, revision: str | None) -> bool:
     folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
     named = folder / "refs" / (revision or "main")
     commit = named.read_text(encoding="utf-8").strip() if named.is_file() else revision
-    snapshot = folder / "snapshots" / (commit or "")
+    snapshot = folder / "snapshots" / (commit or "main")
     return snapshot.is_dir() and any(snapshot.iterdir())
 
 

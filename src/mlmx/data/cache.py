@@ -197,7 +197,10 @@ def _read(folder: Path) -> Entry:
         if _checksum(folder / f"{name}.npy") != checksum:
             raise ValueError(f"{name}.npy has changed")
     # Plain views of the mapped files: rows of a np.memmap are made several times more slowly.
-    return Entry({name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in checksums}, facts)
+    return Entry(
+        {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)) for name in checksums},
+        facts,
+    )
 
 
 def _checksum(path: Path) -> list[int]:

@@ -55,16 +55,29 @@ def saved_model(path: str, revision: str | None, code: TrustedCode | None) -> Pr
     """The masked LM of a folder or hub repository, in fp32."""
     from transformers import AutoModelForMaskedLM
 
-    where: dict[str, Any] = {"revision": revision, "code_revision": code.revision if code else None}
-    if code is not None:
-        where["config"], _ = config_and_tokenizer(path, revision, code)
+    kind: Any = AutoModelForMaskedLM
+    config = None
     try:
-        loaded: PreTrainedModel = AutoModelForMaskedLM.from_pretrained(
-            path, dtype="float32", use_safetensors=True, trust_remote_code=code is not None, **where
+        if code is not None:
+            config, _ = config_and_tokenizer(path, revision, code)
+            kind = _class_of(config, code)
+        loaded: PreTrainedModel = kind.from_pretrained(
+            path, config=config, revision=revision, dtype="float32", use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise _refusal(path, revision, "its weights cannot be loaded", error) from error
     return loaded
+
+
+def _class_of(config: Any, code: TrustedCode) -> Any:
+    """The model's class: of the trusted commit where it names one, wherever the weights lie."""
+    from transformers import AutoModelForMaskedLM
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    named = (getattr(config, "auto_map", None) or {}).get("AutoModelForMaskedLM")
+    if named is None:
+        return AutoModelForMaskedLM
+    return get_class_from_dynamic_module(named, code.repo, revision=code.revision, code_revision=code.revision)
 
 
 def fresh_model(settings: dict[str, Any]) -> PreTrainedModel:
