@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "mlmx"
 # A module imports only from layers above its own line, never from its own line.
 LAYERS = [
     ["__init__"],
-    ["places"],
+    ["places", "redaction"],
     ["config"],
     ["space"],
     ["runs", "sources", "provenance", "draws", "memory", "interrupts", "identity"],
@@ -25,7 +25,7 @@ LAYERS = [
     ["measure"],
     ["parts"],
     ["train", "prepare", "evaluate", "predict", "ui", "doctor", "sync"],
-    ["errors", "arguments"],
+    ["errors", "arguments", "hydra_node"],
     ["resumption"],
     ["cli"],
     ["__main__"],
@@ -188,6 +188,47 @@ def library_imports(nodes: Iterable[ast.AST]) -> set[str]:
 
 def test_no_module_loads_pickles():
     assert library_imports(node for tree in TREES.values() for node in ast.walk(tree)) & UNSAFE_MODULES == set()
+
+
+def dotted(node: ast.expr) -> str:
+    """``torch.load`` of ``torch.load(path)``."""
+    return f"{dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
+def keywords(node: ast.Call) -> dict[str, object]:
+    """The literal keyword arguments of a call; others are None."""
+    return {word.arg or "**": getattr(word.value, "value", None) for word in node.keywords}
+
+
+def calls_of(*names: str) -> Iterator[tuple[str, ast.Call]]:
+    """``module.line`` and call of every call whose dotted name ends so."""
+    for module, path in MODULES.items():
+        for node in ast.walk(TREES[path]):
+            if isinstance(node, ast.Call) and f".{dotted(node.func)}".endswith(tuple(f".{name}" for name in names)):
+                yield f"{module}:{node.lineno}", node
+
+
+def test_no_pickle_is_written_or_read():
+    """numpy pickles arrays of objects, torch everything, yaml's other loaders make objects of any class."""
+    assert [where for where, _ in calls_of("torch.load", "torch.save", "torch.package", "torch.jit.load")] == []
+    assert [where for where, _ in calls_of("yaml.load", "yaml.unsafe_load", "yaml.full_load", "read_pickle")] == []
+    arrays = [(where, keywords(call)) for where, call in calls_of("np.load", "np.save", "np.savez", "savez_compressed")]
+    assert [where for where, given in arrays if given.get("allow_pickle") is not False] == []
+    assert len(arrays) >= 4
+
+
+def test_weights_are_safetensors_and_remote_code_is_decided_in_one_place():
+    loads = [(where, keywords(call), dotted(call.func)) for where, call in calls_of("from_pretrained")]
+    assert len(loads) >= 3
+    assert [where for where, given, _ in loads if "trust_remote_code" not in given] == []
+    models = [(where, given) for where, given, name in loads if name not in NO_WEIGHTS]
+    assert [where for where, given in models if given.get("use_safetensors") is not True] == []
+    assert {where.partition(":")[0] for where, *_ in loads} == {"model.loading"}
+    fresh = [(where, keywords(call)) for where, call in calls_of("auto.from_config")]
+    assert [where for where, given in fresh if given["trust_remote_code"] is not False] == []
+
+
+NO_WEIGHTS = ("AutoConfig.from_pretrained", "AutoTokenizer.from_pretrained")
 
 
 def test_only_what_runs_after_the_checks_imports_a_heavy_library_on_loading():

@@ -438,8 +438,8 @@ def test_standard_input_without_a_mask_is_refused(refusal: Any, monkeypatch: pyt
     assert list(outputs.rglob("*")) == []
 
 
-def test_a_run_folder_in_use_is_refused_and_kept(refusal: Any, tmp_path: Path):
-    used = runs.begin(tmp_path / "used", TrainConfig(), (), {})
+def test_a_run_folder_in_use_is_refused_and_kept(refusal: Any, outputs: Path):
+    used = runs.begin(outputs / "used", TrainConfig(), (), {})
     before = {path.name: path.read_bytes() for path in used.folder.iterdir()}
     code, stderr = refusal(train("tracking=none", f"hydra.run.dir={used.folder}"))
     assert_one_line_with([str(used.folder), "already holds a run", "hydra.run.dir"], stderr)

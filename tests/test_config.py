@@ -27,7 +27,7 @@ from mlmx.config import (
     convert,
     did_you_mean,
     from_plain,
-    refuse_targets,
+    refuse_code,
     table,
     to_config,
 )
@@ -279,7 +279,7 @@ def test_without_its_distribution_a_plugin_is_unknown():
         bind("masking", {"name": "every_other"}, MASKINGS)
 
 
-# ---------------------------------------------------------------------------------- refuse_targets
+# ---------------------------------------------------------------------------------- refuse_code
 
 
 @pytest.mark.parametrize(
@@ -296,14 +296,14 @@ def test_without_its_distribution_a_plugin_is_unknown():
 )
 def test_a_target_is_refused_wherever_it_stands(config: dict[str, Any], place: str):
     with pytest.raises(RequestError) as refused:
-        refuse_targets(OmegaConf.create(config))
+        refuse_code(OmegaConf.to_container(OmegaConf.create(config), resolve=True))
     assert str(refused.value).startswith(f"{place}: ")
     assert "mlmx.plugins" in str(refused.value)
 
 
 def test_values_without_a_target_pass():
     harmless = {"a": {"b": [1, None, {"c": "_target_"}]}, "d": None, "e": "${a}", "f": "${a.b}", "g": "???"}
-    refuse_targets(OmegaConf.create(harmless))
+    refuse_code(OmegaConf.to_container(OmegaConf.create(harmless), resolve=True))
 
 
 # -------------------------------------------------------------------------- roots and their limits
@@ -382,4 +382,4 @@ def test_the_examples_in_docstrings_are_true():
         result = doctest.testmod(importlib.import_module(found.name))
         assert result.failed == 0, found.name
         tried[found.name] = result.attempted
-    assert min(tried[f"mlmx.{name}"] for name in ("config", "errors", "scoring")) > 0
+    assert min(tried[f"mlmx.{name}"] for name in ("config.signatures", "errors", "scoring")) > 0

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from mlmx.config import CONFIGS, RequestError, group_names
+from mlmx.config import CONFIGS, TRUST_FLAG, RequestError, TrustedCode, group_names, refuse_secrets, trusted_code_of
+from mlmx.redaction import redact
 
 
 def parse(command: str, arguments: Sequence[str]) -> argparse.Namespace:
@@ -25,10 +27,51 @@ def parse(command: str, arguments: Sequence[str]) -> argparse.Namespace:
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
     parsed = parser.parse_intermixed_args(literal_texts(command, list(arguments)))
+    parsed.overrides = [_without_secret(override) for override in parsed.overrides]
+    _refuse_secrets(command, parsed)
     if command == "train":
         parsed.overrides = [_resume_key(override) for override in parsed.overrides]
     _require_well_formed(command, parsed)
     return parsed
+
+
+def take_trusted_code(command: str, arguments: Sequence[str]) -> tuple[TrustedCode | None, list[str]]:
+    """What ``--trust-remote-code=owner/name@commit`` names, and the other arguments: Hydra never sees the flag.
+
+    Raises:
+        RequestError: no full commit, named twice, or a command that loads no model.
+    """
+    values, others = [], []
+    left = iter(arguments)
+    for argument in left:
+        flag, equals, value = argument.partition("=")
+        if flag == TRUST_FLAG:
+            values.append(value if equals else next(left, ""))
+        else:
+            others.append(argument)
+    if len(values) > 1:
+        _refuse(f"{TRUST_FLAG} is given {len(values)} times; one repository can be trusted")
+    return (trusted_code_of(command, values[0]) if values else None), others
+
+
+def _without_secret(override: str) -> str:
+    """A ``note`` is prose: a secret in it is replaced, and the run goes on. Anywhere else it is refused."""
+    key, equals, value = override.partition("=")
+    if key.lstrip("+") != "note" or redact(value) == value:
+        return override
+    print("mlmx: note: holds a secret, which is replaced by ***", file=sys.stderr)
+    return key + equals + redact(value)
+
+
+def _refuse_secrets(command: str, parsed: argparse.Namespace) -> None:
+    """In what Hydra or a launcher may write to a file: the overrides and the flags' values."""
+    for name, value in vars(parsed).items():
+        if isinstance(value, str):
+            refuse_secrets({f"--{name.replace('_', '-')}": value})
+    for override in parsed.overrides:
+        key, _, value = override.partition("=")
+        if (command, key) != ("predict", "text"):  # shown again, written nowhere
+            refuse_secrets({key: value})
 
 
 def _require_well_formed(command: str, parsed: argparse.Namespace) -> None:
@@ -43,6 +86,8 @@ def _require_well_formed(command: str, parsed: argparse.Namespace) -> None:
     for flag, value in (("--config-name", parsed.config_name), ("--config-path", parsed.config_path)):
         if value:
             _refuse(f"{flag} {value}: not taken here, {command} names its own config; --config-dir adds a folder to it")
+    if parsed.config_dir and any(o.startswith("hydra.searchpath=") for o in parsed.overrides):
+        _refuse(f"--config-dir {parsed.config_dir}: goes not with hydra.searchpath; give the folders by one of the two")
     if parsed.config_dir and not Path(parsed.config_dir).is_dir():
         _refuse(f"--config-dir {parsed.config_dir}: no such folder (looked in {Path.cwd()})")
 
@@ -93,12 +138,19 @@ def flags_first(parsed: argparse.Namespace) -> list[str]:
     return [*flags, *parsed.overrides]
 
 
-def jobs(parsed: argparse.Namespace) -> list[list[str]]:
-    """The overrides of each job: one list without ``-m``, the basic sweeper's grid with it."""
-    overrides: list[str] = [o for o in parsed.overrides if not o.startswith(("hydra.", "hydra/"))]
+def jobs(parsed: argparse.Namespace, params: Mapping[str, Any] | None = None) -> list[list[str]]:
+    """The overrides of each job, those of Hydra's own node first: one list without ``-m``, the basic sweeper's grid
+    with it.
+
+    Args:
+        params: ``hydra.sweeper.params``, by which a config adds to the grid.
+    """
+    of_hydra = [o for o in parsed.overrides if o.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    overrides: list[str] = [o for o in parsed.overrides if o not in of_hydra]
     if not parsed.multirun:
-        return [overrides]
-    parsed_overrides = OverridesParser.create().parse_overrides(overrides)
+        return [[*of_hydra, *overrides]]
+    added = [f"{key}={value}" for key, value in (params or {}).items()]
+    parsed_overrides = OverridesParser.create().parse_overrides([*added, *overrides])
     if any(o.is_sweep_override() and not o.is_discrete_sweep() for o in parsed_overrides):
         return []  # a continuous interval: its values are known to its sweeper only
-    return [list(job) for batch in BasicSweeper.split_arguments(parsed_overrides, None) for job in batch]
+    return [[*of_hydra, *job] for batch in BasicSweeper.split_arguments(parsed_overrides, None) for job in batch]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mlmx.places import conf_dir
+from mlmx.redaction import RedactedStream, show_traceback
 
 if TYPE_CHECKING:
     import argparse
@@ -39,8 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     # Read when torch loads its threads. Spinning ones gain nothing here and starve whatever shares the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    streams = (contextlib.redirect_stdout, sys.stdout), (contextlib.redirect_stderr, sys.stderr)
     try:
-        return _main(list(sys.argv[1:] if argv is None else argv))
+        with contextlib.ExitStack() as shown:
+            for redirect, stream in streams:
+                shown.enter_context(redirect(RedactedStream(stream)))
+            return _main(list(sys.argv[1:] if argv is None else argv))
     except BrokenPipeError:  # whoever read our output has seen enough: mlmx train --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -133,6 +138,7 @@ def _guarded(command: str, arguments: list[str]) -> int:
         return 130
     except Exception as error:
         if os.environ.get("MLMX_DEBUG"):
+            sys.excepthook = show_traceback
             raise
         from mlmx.errors import explain
 
@@ -142,22 +148,32 @@ def _guarded(command: str, arguments: list[str]) -> int:
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    import hydra
-
-    from mlmx.arguments import flags_first, parse
-    from mlmx.config import register_schemas
+    from mlmx.arguments import flags_first, parse, take_trusted_code
+    from mlmx.config import register_schemas, trusting
     from mlmx.runs import register_resolvers
 
     register_schemas()
     register_resolvers()
+    code, arguments = take_trusted_code(command, arguments)
     parsed = parse(command, arguments)
-    if command == "train":
-        _take_up(parsed)
-    if not (parsed.cfg or parsed.info or parsed.hydra_help or parsed.shell_completion):
-        _check_jobs(command, parsed)
-    argv_before, sys.argv = sys.argv, ["mlmx", *flags_first(parsed)]
+    with trusting(code):
+        if command == "train":
+            _take_up(parsed)
+        if not (parsed.cfg or parsed.info or parsed.hydra_help or parsed.shell_completion):
+            _check_jobs(command, parsed)
+            if code is not None:
+                print(f"mlmx: the code of {code} is run, with all your rights", file=sys.stderr)
+        _hand_over(command, flags_first(parsed))
+    return 0
+
+
+def _hand_over(command: str, arguments: list[str]) -> None:
+    """Hydra runs the job or jobs; errors come to us whole, and we turn them into one line."""
+    import hydra
+
+    argv_before, sys.argv = sys.argv, ["mlmx", *arguments]
     before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us whole; we turn them into one line
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         with contextlib.redirect_stderr(_WithoutJobLine(sys.stderr)):
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)(_task)()
@@ -167,7 +183,6 @@ def _run(command: str, arguments: list[str]) -> int:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = before
-    return 0
 
 
 class _WithoutJobLine:
@@ -205,15 +220,22 @@ def _composed(
 ) -> Iterator[Any]:
     """The config of each job of the request, checked."""
     from hydra import compose, initialize_config_dir
+    from omegaconf import open_dict
 
     from mlmx.arguments import jobs
     from mlmx.config import to_config
+    from mlmx.hydra_node import require_confined, swept_params
 
     path = [f"hydra.searchpath=[file://{Path(parsed.config_dir).resolve()}]"] if parsed.config_dir else []
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        for number, overrides in enumerate(jobs(parsed)):
+        params = swept_params(command, [*parsed.overrides, *path]) if parsed.multirun else {}
+        for number, overrides in enumerate(jobs(parsed, params)):
             try:
-                config = to_config(command, compose(command, [*overrides, *path]))
+                composed = compose(command, [*overrides, *path], return_hydra_config=True)
+                require_confined(command, composed, number, multirun=parsed.multirun)
+                with open_dict(composed):
+                    del composed["hydra"]
+                config = to_config(command, composed)
                 check(config)
             except Exception as error:
                 if parsed.multirun:
@@ -229,6 +251,7 @@ def _task(composed: DictConfig) -> Any:
     from hydra.types import RunMode
 
     from mlmx.config import Job, RequestError, register_schemas, to_config
+    from mlmx.hydra_node import require_folder
     from mlmx.runs import discard_empty, register_resolvers
 
     register_schemas()  # a launcher may run this in a fresh process
@@ -236,9 +259,13 @@ def _task(composed: DictConfig) -> Any:
     hydra_config = HydraConfig.get()
     command = str(hydra_config.job.config_name)
     folder = Path(hydra_config.runtime.output_dir)
+    require_folder(command, "hydra.runtime.output_dir", str(folder))
     job = Job(folder, tuple(hydra_config.overrides.task), dict(hydra_config.runtime.choices))
     try:
-        return getattr(importlib.import_module(f"mlmx.{command}"), command)(to_config(command, composed), job)
+        result = getattr(importlib.import_module(f"mlmx.{command}"), command)(to_config(command, composed), job)
+        if command != "train" and hydra_config.mode == RunMode.MULTIRUN:
+            discard_empty(folder)  # Hydra makes one for each job of a sweep
+        return result
     except Exception as error:
         if isinstance(error, RequestError):
             discard_empty(folder)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlmx.config import Job, TrainConfig
+from mlmx.config import TRUST_FLAG, Job, TrainConfig, trusted_code
 from mlmx.data import Chunks
 from mlmx.masking import IGNORED, Masker
 from mlmx.runs import Run
@@ -120,7 +120,9 @@ def params(
 
 def command_line(job: Job) -> str:
     """The command that makes this run again."""
-    return shlex.join(["python", "-m", "mlmx", "train", *job.overrides])
+    code = trusted_code()
+    flags = [] if code is None else [f"{TRUST_FLAG}={code}"]
+    return shlex.join(["python", "-m", "mlmx", "train", *flags, *job.overrides])
 
 
 def tags(cfg: TrainConfig, job: Job, report: Mapping[str, Mapping[str, Any]], protocol: str) -> dict[str, str]:

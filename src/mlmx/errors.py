@@ -5,13 +5,19 @@ from __future__ import annotations
 import re
 
 from mlmx.config import CONFIGS, RequestError, WorkError, did_you_mean, group_names
+from mlmx.redaction import redact
 from mlmx.space import disk_full, is_full
 
 KINDS = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false", "String": "a text"}
 
 
 def explain(error: BaseException, command: str) -> tuple[int, str]:
-    """``(exit code, line)``: 2 where the request was wrong, 1 where the work failed."""
+    """``(exit code, line)``: 2 where the request was wrong, 1 where the work failed; no secret is in the line."""
+    code, line = _explain(error, command)
+    return code, redact(line)
+
+
+def _explain(error: BaseException, command: str) -> tuple[int, str]:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 

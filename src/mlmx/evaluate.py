@@ -17,9 +17,10 @@ log = logging.getLogger("mlmx")
 
 def check(cfg: EvaluateConfig) -> None:
     """The run or folder is there, and so is what it is to be scored on."""
-    folder, settings, _ = resolve(cfg)
-    model.require_fit(model.pretrained(path=str(folder)), settings.chunk_size)
-    data.quick_check(parts_of(settings).source)
+    _, settings, run = resolve(cfg)
+    parts = scored_parts(settings, run)
+    model.require_fit(parts.encoder, settings.chunk_size)
+    data.quick_check(parts.source)
     bind("tracking", cfg.tracking, tracking.TRACKINGS)
 
 
@@ -45,11 +46,18 @@ def resolve(cfg: EvaluateConfig) -> tuple[Path, TrainConfig, runs.Run | None]:
     return folder, settings, run
 
 
+def scored_parts(settings: TrainConfig, run: runs.Run | None) -> Parts:
+    """The parts to score with; the run's model may need the code of the model it was trained from."""
+    parts = parts_of(settings)
+    origin = run.config().model if run else settings.model
+    return replace(parts, encoder=model.trained_from(parts.encoder, origin))
+
+
 def evaluate(cfg: EvaluateConfig, job: Job) -> dict[str, float]:
     """Print the scores, and keep them with the run."""
     memory.keep_freed()
     folder, settings, run = resolve(cfg)
-    parts = parts_of(settings)
+    parts = scored_parts(settings, run)
     source_name = describe.source_name(settings, job)
     with runs.log_to():
         with token_cache() as cache:

@@ -5,15 +5,21 @@ from __future__ import annotations
 import sys
 
 from mlmx import model, runs
-from mlmx.config import Job, PredictConfig, require
+from mlmx.config import Job, PredictConfig, require, trusted_code
 
 
 def check(cfg: PredictConfig) -> None:
     """The run is there and finished, and every text holds a mask."""
-    runs.find(cfg.run)
+    encoder_of(runs.find(cfg.run))
     require(bool(cfg.text) or not sys.stdin.isatty(), 'text: missing; give text="This is a great [MASK]."')
     for text in cfg.text:
         require("[MASK]" in text or "<mask>" in text, f"text={text!r}: holds no [MASK] to fill")
+
+
+def encoder_of(run: runs.Run) -> model.Encoder:
+    """The run's model."""
+    encoder = model.pretrained(path=str(run.model))
+    return encoder if trusted_code() is None else model.trained_from(encoder, run.config().model)
 
 
 def predict(cfg: PredictConfig, job: Job) -> None:
@@ -22,7 +28,7 @@ def predict(cfg: PredictConfig, job: Job) -> None:
     require(bool(texts), "text: standard input holds no line; give text=… or lines with a [MASK]")
     for text in texts:
         require("[MASK]" in text or "<mask>" in text, f"text={text!r}: holds no [MASK] to fill")
-    encoder = model.pretrained(path=str(runs.find(cfg.run).model))
+    encoder = encoder_of(runs.find(cfg.run))
     tokenizer = model.load_tokenizer(encoder, chunk_size=3)
     loaded = model.load_model(encoder, tokenizer, seed=0)
     for text in texts:

@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 from mlmx import space
 from mlmx.config import RequestError, TrainConfig, from_plain
 from mlmx.places import outputs_dir
+from mlmx.redaction import redact, redacted
 
 log = logging.getLogger("mlmx")
 FIRST_FILES = ("overrides.yaml", "inputs.json", "result.json", "config.yaml")
@@ -92,8 +93,8 @@ class Run:
         return [folder for folder in found if (folder / "manifest.json").is_file() and not is_interim(folder)]
 
     def write_json(self, name: str, value: Any) -> None:
-        """As `write_text`. Numbers stay what they are."""
-        self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        """As `write_text`. Numbers stay what they are, secrets do not."""
+        self.write_text(name, json.dumps(redacted(value), indent=2, ensure_ascii=False) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         """Write aside, then rename: a reader never sees half a file."""
@@ -115,7 +116,7 @@ class Run:
     def append_line(self, name: str, row: Mapping[str, Any]) -> None:
         """One JSON object as a line of a file of the run."""
         with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(redacted(row)) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of ``metrics.jsonl``, oldest first."""
@@ -244,10 +245,10 @@ def reopen(
 
 def _written(run: Run, cfg: TrainConfig, overrides: tuple[str, ...], inputs: Mapping[str, Any]) -> Run:
     plain = {f.name: getattr(cfg, f.name) for f in fields(cfg)} | {"resume": {"run": None, "allow": []}}
-    run.write_text("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
+    run.write_text("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted(list(overrides)))))
     run.write_json("inputs.json", inputs)
     run.write_json("result.json", run.read_json("result.json") | {"status": "RUNNING"})
-    run.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
+    run.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted(plain))))
     return run
 
 
@@ -311,6 +312,13 @@ def _started(folder: Path) -> float:
 # ----------------------------------------------------------------------------------------- speech
 
 
+class _Redacted(logging.Formatter):
+    """Lines without secrets, also where an exception of a library is quoted."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
 class _Stdout(logging.StreamHandler[TextIO]):
     """Looks stdout up at each line: a progress bar, or a test, may have put its own in place."""
 
@@ -338,7 +346,9 @@ class _LogFile(logging.FileHandler):
 def log_to() -> Iterator[None]:
     """Lines of the ``mlmx`` logger on stdout inside the block."""
     first = os.environ.get("RANK", "0") == "0"  # of several processes, one speaks
-    with _handled(_Stdout() if first else logging.NullHandler()):
+    handler = _Stdout() if first else logging.NullHandler()
+    handler.setFormatter(_Redacted())
+    with _handled(handler):
         yield
 
 
@@ -346,7 +356,7 @@ def log_to() -> Iterator[None]:
 def log_to_file(run: Run) -> Iterator[None]:
     """Lines of the ``mlmx`` logger in the run's ``train.log``, with the time."""
     handler = _LogFile(run.folder / "train.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(_Redacted("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     with contextlib.closing(handler), _handled(handler):
         yield
 

@@ -130,7 +130,7 @@ class DocumentSums:
     def save(self, path: Path) -> None:
         """One small .npz; no pickle."""
         arrays: dict[str, Any] = {"keys": self.keys, "tokens": self.tokens, **self.totals}
-        np.savez_compressed(path, **arrays)
+        np.savez_compressed(path, allow_pickle=False, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> DocumentSums:

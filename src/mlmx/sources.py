@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import urllib.error
 import urllib.request
 from functools import cache
@@ -18,6 +19,7 @@ from pathlib import Path
 from mlmx.config import RequestError, require
 
 HUB_TIMEOUT_SECONDS = 4
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def find_package_file(package: str, name: str, sha256: str | None = None) -> Path:
@@ -26,6 +28,8 @@ def find_package_file(package: str, name: str, sha256: str | None = None) -> Pat
     Raises:
         RequestError: the package is not installed, or the file is not the one that was pinned.
     """
+    # Of a dotted name, find_spec would import the package above it.
+    require(package.isidentifier(), f"{package!r}: is no name of an installed package")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise RequestError(
@@ -40,18 +44,20 @@ def find_package_file(package: str, name: str, sha256: str | None = None) -> Pat
     return path
 
 
-def require_reachable(kind: str, repo: str) -> None:
-    """Fail now if a hub repository can neither be fetched nor read from the local cache.
+def require_reachable(kind: str, repo: str, revision: str | None = None) -> None:
+    """Fail now if a hub repository can neither be fetched nor read from the local cache, at the revision asked for.
 
     Where the hub is away and a cached copy exists, the libraries are told to work offline.
 
     Args:
         kind: ``model`` or ``dataset``.
+        revision: commit, branch or tag; None for the newest.
     """
     if not _hub_answers():
+        at = "" if revision is None else f" at revision {revision}"
         require(
-            _is_cached(kind, repo),
-            f"{kind}.path={repo}: the hub cannot be reached and no copy of it is cached here; connect, or give a "
+            _is_cached(kind, repo, revision),
+            f"{kind}.path={repo}: the hub cannot be reached and no copy of it{at} is cached here; connect, or give a "
             f"local {'folder' if kind == 'model' else 'file'} "
             f"({'model.path=…' if kind == 'model' else 'dataset=files dataset.path=…'}), "
             "or try experiment=demo, which needs no network",
@@ -74,14 +80,25 @@ def _hub_answers() -> bool:
     return True
 
 
-def _is_cached(kind: str, repo: str) -> bool:
+def _is_cached(kind: str, repo: str, revision: str | None) -> bool:
     from huggingface_hub import constants
 
-    folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo.replace('/', '--')}" / "snapshots"
-    if folder.is_dir() and any(folder.iterdir()):
-        return True
-    prepared = Path(os.environ.get("HF_DATASETS_CACHE", Path(constants.HF_HOME) / "datasets"))
-    return kind == "dataset" and (prepared / repo.replace("/", "___")).is_dir()
+    if kind == "dataset":  # offline, that library reads what it has prepared, in a folder per commit
+        prepared = Path(os.environ.get("HF_DATASETS_CACHE", Path(constants.HF_HOME) / "datasets"))
+        at = revision if revision and COMMIT.fullmatch(revision) else "*"
+        return any((prepared / _folder_of(repo)).glob(f"*/*/{at}/"))
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    named = folder / "refs" / (revision or "main")
+    commit = named.read_text(encoding="utf-8").strip() if named.is_file() else revision
+    snapshot = folder / "snapshots" / (commit or "main")
+    return snapshot.is_dir() and any(snapshot.iterdir())
+
+
+def _folder_of(repo: str) -> str:
+    """``Owner/MyTexts`` → ``Owner___my_texts``, as the datasets library names it."""
+    *owner, name = repo.split("/")
+    name = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", name)
+    return "___".join([*owner, re.sub(r"([a-z\d])([A-Z])", r"\1_\2", name).lower()])
 
 
 def _go_offline() -> None:

@@ -21,15 +21,17 @@ from mlmx.config.commands import (
     from_plain,
     group_names,
     load_option,
-    refuse_targets,
     register_schemas,
     to_config,
 )
+from mlmx.config.contents import refuse_code, refuse_secrets
 from mlmx.config.requests import RequestError, WorkError, did_you_mean, require
 from mlmx.config.signatures import bind, convert, table
+from mlmx.config.trust import TRUST_FLAG, TrustedCode, require_trusted_model, trusted_code, trusted_code_of, trusting
 
 __all__ = [
     "CONFIGS",
+    "TRUST_FLAG",
     "Config",
     "DoctorConfig",
     "EvaluateConfig",
@@ -40,6 +42,7 @@ __all__ = [
     "RequestError",
     "SyncConfig",
     "TrainConfig",
+    "TrustedCode",
     "UiConfig",
     "WorkError",
     "bind",
@@ -48,9 +51,14 @@ __all__ = [
     "from_plain",
     "group_names",
     "load_option",
-    "refuse_targets",
+    "refuse_code",
+    "refuse_secrets",
     "register_schemas",
     "require",
+    "require_trusted_model",
     "table",
     "to_config",
+    "trusted_code",
+    "trusted_code_of",
+    "trusting",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -12,8 +13,10 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from mlmx.config.contents import refuse_code, refuse_secrets
 from mlmx.config.requests import did_you_mean, require
 from mlmx.config.signatures import convert
+from mlmx.config.trust import with_trusted_revision
 from mlmx.places import conf_dir
 
 Options = dict[str, Any]
@@ -132,10 +135,16 @@ class PredictConfig:
 class UiConfig:
     """Dials of ``ui``."""
 
+    host: str = "127.0.0.1"
     port: int = 5000
+    expose: bool = False
     tracking: Options = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        require(
+            bool(re.fullmatch(r"[A-Za-z0-9._:-]+", self.host)),
+            f"host={self.host!r}: is no name or address; the default is 127.0.0.1",
+        )
         require(1 <= self.port <= 65535, f"port={self.port}: must lie between 1 and 65535")
 
 
@@ -210,8 +219,11 @@ def to_config(command: str, composed: DictConfig) -> Config:
             key in known,
             f"{key}: unknown key{did_you_mean(key, known)} (python -m mlmx {command} --help lists them)",
         )
-    refuse_targets(composed)
-    return from_plain(command, typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True)))
+    plain = typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+    refuse_code(plain)
+    # What predict is given is shown again and written nowhere.
+    refuse_secrets({key: value for key, value in plain.items() if (command, key) != ("predict", "text")})
+    return from_plain(command, with_trusted_revision(plain))
 
 
 def from_plain(command: str, values: Mapping[str, Any]) -> Config:
@@ -223,21 +235,6 @@ def from_plain(command: str, values: Mapping[str, Any]) -> Config:
         require(name in hints, f"{name}: unknown key{did_you_mean(name, hints)}")
         checked[name] = convert(name, value, hints[name])
     return schema(**checked)
-
-
-def refuse_targets(node: Any, path: str = "") -> None:
-    """A config must not be able to run code: names are looked up in tables, ``_target_`` is refused."""
-    if OmegaConf.is_dict(node):
-        for key in node:
-            require(
-                key != "_target_",
-                f"{path}{key}: a config names functions by 'name:', _target_ is not accepted; "
-                "your own functions come in through the entry point group mlmx.plugins",
-            )
-            refuse_targets(node._get_node(key), f"{path}{key!s}.")
-    elif OmegaConf.is_list(node) and not node._is_none() and not node._is_interpolation():
-        for index in range(len(node)):
-            refuse_targets(node._get_node(index), f"{path}{index}.")
 
 
 def load_option(group: str, option: str) -> Options:

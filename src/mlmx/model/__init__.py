@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlmx.config import RequestError, require, table
+from mlmx.config import RequestError, TrustedCode, require, require_trusted_model, table, trusted_code
 from mlmx.sources import find_package_file, require_reachable
 
 if TYPE_CHECKING:
@@ -39,12 +38,14 @@ class Encoder:
         path: hub repository or local folder of the weights, or of the tokenizer alone where ``fresh`` is given.
         fresh: configuration of a model with random weights, instead of loading any.
         max_length: the longest chunk it can hold, in tokens, where that is known before loading.
+        code: the repository whose own code makes the model; None, unless the command line names it.
     """
 
     path: str
     revision: str | None = None
     fresh: dict[str, Any] | None = None
     max_length: int | None = None
+    code: TrustedCode | None = None
 
     @property
     def is_local(self) -> bool:
@@ -55,6 +56,7 @@ def pretrained(*, path: str, revision: str | None = None, max_length: int | None
     """A masked LM of the Hugging Face hub, or a local folder as written by ``save_pretrained``.
 
     Args:
+        revision: commit of the hub repository, 40 hexadecimal digits, so that it stays the same; a folder has none.
         max_length: longest chunk in tokens; given in the shipped YAML so that a chunk_size above it is
             refused before anything is fetched. A local folder's own configuration is read instead.
     """
@@ -62,9 +64,33 @@ def pretrained(*, path: str, revision: str | None = None, max_length: int | None
     if folder.is_dir():
         config = folder / "config.json"
         require(config.is_file(), f"model.path={path}: no config.json in this folder; give a saved model's folder")
+        _refuse_pickled_weights(path, folder)
         return Encoder(str(folder), None, None, _longest_input(json.loads(config.read_text(encoding="utf-8"))))
     _require_folder_or_repo("model.path", path)
-    return Encoder(path, revision, None, max_length)
+    asked = trusted_code()
+    code = asked if asked == TrustedCode(path, str(revision)) else None
+    return Encoder(path, revision, None, max_length, code)
+
+
+def _refuse_pickled_weights(path: str, folder: Path) -> None:
+    """A folder that has its weights as pickles only: loading those could run code."""
+    names = [file.name for file in folder.iterdir()]
+    pickled = sorted(name for name in names if name.startswith("pytorch_model") and name.endswith(".bin"))
+    require(
+        not pickled or any(name.endswith(".safetensors") for name in names),
+        f"model.path={path}: holds its weights as a pickle ({', '.join(pickled[:1])}), and only safetensors are read; "
+        "save it anew with save_pretrained of a current transformers, or name a repository that has model.safetensors",
+    )
+
+
+def trained_from(encoder: Encoder, origin: Mapping[str, Any]) -> Encoder:
+    """A trained model, with the code of the model it was trained from where the command line trusts that.
+
+    Args:
+        origin: the ``model`` group of the run.
+    """
+    require_trusted_model(origin)
+    return replace(encoder, code=trusted_code())
 
 
 def _require_folder_or_repo(key: str, path: str) -> None:
@@ -141,7 +167,7 @@ def require_fit(encoder: Encoder, chunk_size: int) -> None:
 def require_there(encoder: Encoder) -> None:
     """Refuse a hub model of which neither the hub nor a cached copy can be reached."""
     if not encoder.is_local:
-        require_reachable("model", encoder.path)
+        require_reachable("model", encoder.path, encoder.revision)
 
 
 def load_tokenizer(encoder: Encoder, chunk_size: int) -> PreTrainedTokenizerBase:
@@ -153,9 +179,13 @@ def load_tokenizer(encoder: Encoder, chunk_size: int) -> PreTrainedTokenizerBase
     """
     from transformers import AutoModelForMaskedLM
 
+    from mlmx.model import loading
+
     tokenizer: PreTrainedTokenizerBase
-    config, tokenizer = _config_and_tokenizer(encoder.path, encoder.revision, _version(encoder.path))
+    config, tokenizer = loading.config_and_tokenizer(encoder.path, encoder.revision, encoder.code)
     is_masked_lm = encoder.fresh is not None or type(config) in AutoModelForMaskedLM._model_mapping
+    if encoder.code is not None:
+        is_masked_lm = is_masked_lm or "AutoModelForMaskedLM" in (getattr(config, "auto_map", None) or {})
     require(
         is_masked_lm and tokenizer.mask_token_id is not None,
         f"model.path={encoder.path}: a {config.model_type} is no masked language model"
@@ -165,23 +195,6 @@ def load_tokenizer(encoder: Encoder, chunk_size: int) -> PreTrainedTokenizerBase
     longest = encoder.max_length if encoder.fresh else _longest_input(config.to_dict())
     require_fit(Encoder(encoder.path, max_length=longest), chunk_size)
     return tokenizer
-
-
-def _version(path: str) -> tuple[int, ...]:
-    """When the files of a local folder were last written; nothing for a hub repository."""
-    folder = Path(path).expanduser()
-    return tuple(sorted(file.stat().st_mtime_ns for file in folder.iterdir())) if folder.is_dir() else ()
-
-
-@lru_cache(maxsize=2)  # the jobs of a sweep mostly share a tokenizer
-def _config_and_tokenizer(path: str, revision: str | None, version: tuple[int, ...]) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoTokenizer
-
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
-        return config, AutoTokenizer.from_pretrained(path, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise RequestError(f"model.path={path}: cannot be loaded ({error})") from error
 
 
 def weights_sha256(loaded: PreTrainedModel) -> str:
@@ -198,26 +211,19 @@ def weights_sha256(loaded: PreTrainedModel) -> str:
 
 def load_model(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """The masked LM in fp32; parts without weights (a packaged encoder's head) start fresh from ``seed``."""
-    from transformers import AutoConfig, AutoModelForMaskedLM, set_seed
+    from transformers import set_seed
     from transformers.utils import logging as library_log
+
+    from mlmx.model import loading
 
     quiet: Any = library_log
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
     set_seed(seed)
     if encoder.fresh is not None:
-        fresh = dict(encoder.fresh)
         special = {"pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)}
-        auto: Any = AutoModelForMaskedLM
-        made: PreTrainedModel = auto.from_config(AutoConfig.for_model(fresh.pop("model_type"), **fresh, **special))
-        return made
-    try:
-        loaded: PreTrainedModel = AutoModelForMaskedLM.from_pretrained(
-            encoder.path, revision=encoder.revision, dtype="float32"
-        )
-    except (OSError, ValueError) as error:
-        raise RequestError(f"model.path={encoder.path}: its weights cannot be loaded ({error})") from error
-    return loaded
+        return loading.fresh_model(encoder.fresh | special)
+    return loading.saved_model(encoder.path, encoder.revision, encoder.code)
 
 
 def masked_logits(

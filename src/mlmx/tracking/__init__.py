@@ -18,6 +18,7 @@ from typing import Any
 from mlmx import provenance
 from mlmx.config import require, table
 from mlmx.places import outputs_dir
+from mlmx.redaction import redacted
 from mlmx.runs import MetricsFile, Run
 from mlmx.tracking.sync import RUN_FILE, model_name, send, send_files, send_models
 from mlmx.tracking.writer import Writer, brief
@@ -93,6 +94,7 @@ class Tracker:
             protocol: id of what the scores are measured on.
             report: the data report; its splits become the MLflow run's datasets.
         """
+        name, params, tags, report = (redacted(given) for given in (name, params, tags, report))
         self.about = {"run_name": name, "command": tags.get("mlmx.command"), "protocol": protocol}
         self.run.write_json("data.json", report)
         resumed = bool(self.told)

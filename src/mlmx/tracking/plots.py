@@ -35,7 +35,7 @@ def draw(rows: Sequence[Mapping[str, Any]], folder: Path, title: str) -> list[Pa
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", color=COLOURS[name.split("/")[0]], label=name)
                 axes.annotate(f"{points[-1][1]:,.4g}", points[-1], xytext=(6, 4), textcoords="offset points")
-        axes.set_title(title, fontsize=10, y=1.0)
+        axes.set_title(title, fontsize=10, y=1.0, parse_math=False)  # a name may hold a $
         axes.relim()
         axes.autoscale_view()
         if kind == "perplexity":

@@ -47,6 +47,7 @@ SET_BY = {
     "enable_jit_checkpoint": "mlmx itself (SIGTERM, SIGINT and SIGUSR1 save a checkpoint)",
     "auto_find_batch_size": "nothing: it would change the effective batch",
     "data_seed": "the dial seed",
+    "hub_token": "HF_TOKEN in the environment, and nothing uses it: mlmx uploads no model",
 }
 
 # The least of counts that the library takes as they are and fails on only once training has begun.

@@ -1,0 +1,138 @@
+"""Secrets out of text: what would let somebody in is replaced by ``***`` wherever mlmx shows or writes text.
+
+Secrets are the values of environment variables whose names say so (``HF_TOKEN``, ``MLFLOW_TRACKING_PASSWORD``,
+``AWS_SECRET_ACCESS_KEY`` and the like), the credentials in an address, and tokens known by their form. Imports nothing
+heavy: every line that is shown passes through here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from types import TracebackType
+from typing import Any, TextIO
+from urllib.parse import quote, quote_plus
+
+STARS = "***"
+LEAST_CHARACTERS = 8  # a shorter value would be found by chance in ordinary text
+SECRET_NAME = re.compile(
+    r"(token|passw(or)?d|secret|secret_?key|api_?key|access_?key(_?id)?|private_?key|credentials)$", re.IGNORECASE
+)
+# Every pattern begins with a literal and is bounded, so that a line of megabytes takes no longer than its length asks.
+# Credentials in an address, up to its host: a password may hold a slash or an @ of its own, a token may stand alone.
+USERINFO = re.compile(
+    r"(://)(?!\*\*\*@)"
+    r"(?:[^\s/?#@:'\"\[]{1,256}:(?!\d{1,5}\b(?!@))[^\s'\"]{0,1024}@|[^\s/?#'\"]{1,1024}@)"
+)
+PARAMETER = re.compile(
+    r"([?&](?:[\w.%-]{0,64}?(?:token|secret|passw(?:or)?d|signature|credential|api[-_]?key|access[-_]?key(?:id)?)"
+    r"|sig|key)=)(?!\*\*\*)[^&;#\s'\"]+",
+    re.IGNORECASE,
+)
+HEADER = re.compile(r"(authorization['\"]?\s*[:=]\s*['\"]?(?:basic|bearer)\s+)(?!\*\*\*)[^\s'\"]+", re.IGNORECASE)
+KNOWN_FORM = re.compile(r"()(?:\bhf_[A-Za-z0-9]{16,}|\bapi_org_[A-Za-z0-9]{16,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b)")
+
+
+def redact(text: str) -> str:
+    """The text with ``***`` in place of every secret.
+
+    >>> redact("cannot reach http://ann:s3cret@host:5000/api")
+    'cannot reach http://***@host:5000/api'
+    """
+    values = tuple(dict.fromkeys(form for _, value in _secrets() for form in _forms(value)))
+    if values:
+        text = _any_of(values).sub(STARS, text)
+    if "://" in text:
+        text = USERINFO.sub(rf"\1{STARS}@", text)
+    for pattern in (PARAMETER, HEADER, KNOWN_FORM):
+        text = pattern.sub(rf"\1{STARS}", text)
+    return text
+
+
+def redacted(value: Any) -> Any:
+    """The same value with every text in it redacted, keys included; lists and mappings are copied."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {redacted(key): redacted(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redacted(inner) for inner in value]
+    return value
+
+
+def exposed(text: str) -> str | None:
+    """What secret a text holds, in words, or None.
+
+    >>> exposed("http://ann:s3cret@host"), exposed("http://host:5000")
+    ('credentials in an address', None)
+    """
+    if redact(text) == text:
+        return None
+    if USERINFO.search(text) or PARAMETER.search(text):
+        return "credentials in an address"
+    for name, value in _secrets():
+        if any(form in text for form in _forms(value)):
+            return f"the value of {name}"
+    return "an access token"
+
+
+def _secrets() -> Iterator[tuple[str, str]]:
+    """Names and values of the environment variables that hold secrets."""
+    for name in filter(_is_secret, os.environ):
+        value = os.environ.get(name, "").strip()
+        if len(value) >= LEAST_CHARACTERS:
+            yield name, value
+
+
+@lru_cache(maxsize=1024)
+def _is_secret(name: str) -> bool:
+    return SECRET_NAME.search(name) is not None
+
+
+@lru_cache(maxsize=256)
+def _forms(value: str) -> tuple[str, ...]:
+    """A secret as it may stand in text: itself, in an address, in JSON, in an exception, on one line."""
+    return (
+        value,
+        quote(value, safe=""),
+        quote_plus(value),
+        json.dumps(value)[1:-1],
+        json.dumps(value, ensure_ascii=False)[1:-1],
+        repr(value)[1:-1],
+        " ".join(value.split()),
+    )
+
+
+@lru_cache(maxsize=8)
+def _any_of(values: tuple[str, ...]) -> re.Pattern[str]:
+    """The longest first: one secret may begin another."""
+    return re.compile("|".join(re.escape(value) for value in sorted(values, key=len, reverse=True)))
+
+
+class RedactedStream:
+    """A text stream that shows no secret; else it is the stream it stands for."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        self.stream.write(redact(text))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A ``sys.excepthook`` whose traceback holds no secret."""
+    import sys
+    import traceback
+
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
