@@ -20,6 +20,7 @@ from mlmx import data, describe, identity, interrupts, memory, model, provenance
 from mlmx.config import Job, TrainConfig
 from mlmx.measure import Material, Measure
 from mlmx.parts import Parts, check_training, gather, parts_of, resume_of, token_cache
+from mlmx.training import checkpoints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -157,7 +158,6 @@ def announce(cfg: TrainConfig, job: Job, ready: Ready, tracker: tracking.Tracker
 
 def fit(cfg: TrainConfig, ready: Ready, run: runs.Run, tracker: tracking.Tracker) -> None:
     """Train from the baseline to the last epoch and save the model."""
-    from mlmx.training.checkpoints import newest_whole
     from mlmx.training.engine import make_trainer, run_and_save
 
     trainer = make_trainer(
@@ -176,7 +176,7 @@ def fit(cfg: TrainConfig, ready: Ready, run: runs.Run, tracker: tracking.Tracker
         on_nan=cfg.on_nan,
     )
     trainer.save_seconds = math.inf if cfg.save_minutes is None else cfg.save_minutes * 60
-    checkpoint = newest_whole(run.checkpoints)
+    checkpoint = checkpoints.newest_whole(run.checkpoints)
     if checkpoint is not None:
         log.info("resume   from %s", checkpoint)
     run_and_save(trainer, run.model, checkpoint)
@@ -217,7 +217,8 @@ def recorded(run: runs.Run, store: tracking.Store | None, clock: Clock) -> Itera
         error.add_note(f"to go on: python -m mlmx train resume={shlex.quote(str(run.folder))}")
         raise
     finally:
-        tracker.finish(status, clock.seconds)
+        unfinished = status != "FINISHED" and bool(checkpoints.all_of(run.checkpoints))
+        tracker.finish(status, clock.seconds, resumable=unfinished)
 
 
 @dataclass
