@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from typing import Any
 
 # Of malloc.h. Blocks up to the first are taken from the heap, and the heap is given back above the second.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -17,13 +18,31 @@ def keep_freed() -> bool:
     Tensors of a training step are of tens of megabytes. By default each is mapped anew and returned at once, and
     the system clears every page again before its first use: on the CPU a third of a step and more.
     """
+    libc = _libc()
+    if libc is None:
+        return False
+    return bool(libc.mallopt(M_MMAP_THRESHOLD, LARGEST_FROM_HEAP_BYTES)) and bool(
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    )
+
+
+def give_back() -> None:
+    """Give what the C library has kept back to the system, where memory has run out."""
+    gc.collect()
+    libc = _libc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _libc() -> Any:
+    """glibc, or None where there is another C library."""
     if not sys.platform.startswith("linux"):
-        return False
+        return None
     try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):  # another C library
-        return False
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_FROM_HEAP_BYTES)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+        libc = ctypes.CDLL("libc.so.6")
+        return libc if libc.mallopt and libc.malloc_trim else None
+    except (OSError, AttributeError):
+        return None
 
 
 def settle() -> None:

@@ -33,6 +33,7 @@ from mlmx import (
 from mlmx.config import Job, TrainConfig
 from mlmx.measure import Material, Measure
 from mlmx.parts import Parts, check_training, gather, parts_of, resume_of, store_of, token_cache
+from mlmx.training import checkpoints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -190,7 +191,6 @@ def announce(cfg: TrainConfig, job: Job, ready: Ready, tracker: tracking.Tracker
 
 def fit(cfg: TrainConfig, ready: Ready, run: runs.Run, tracker: tracking.Tracker) -> None:
     """Train from the baseline to the last epoch and save the model."""
-    from mlmx.training.checkpoints import newest_whole
     from mlmx.training.engine import make_trainer, run_and_save
 
     trainer = make_trainer(
@@ -209,7 +209,7 @@ def fit(cfg: TrainConfig, ready: Ready, run: runs.Run, tracker: tracking.Tracker
         on_nan=cfg.on_nan,
     )
     trainer.save_seconds = math.inf if cfg.save_minutes is None else cfg.save_minutes * 60
-    checkpoint = newest_whole(run.checkpoints)
+    checkpoint = checkpoints.newest_whole(run.checkpoints)
     if checkpoint is not None:
         log.info("resume   from %s", checkpoint)
     run_and_save(trainer, run.model, checkpoint)
@@ -263,8 +263,10 @@ def recorded(run: runs.Run, store: tracking.Store | None, clock: Clock) -> Itera
 
 def end(tracker: tracking.Tracker, status: str, clock: Clock) -> None:
     """Write down how a run ended; what goes wrong with that does not hide what ended it."""
+    # A run that was killed before its first checkpoint begins again; one that failed would fail again.
+    resumable = status == "KILLED" or (status == "FAILED" and bool(checkpoints.all_of(tracker.run.checkpoints)))
     try:
-        tracker.finish(status, clock.seconds, resumable=status != "FINISHED")
+        tracker.finish(status, clock.seconds, resumable)
     except Exception as error:
         if status == "FINISHED" and space.is_full(error):
             raise space.disk_full(error, tracker.run.folder) from error

@@ -7,6 +7,7 @@ from there to MLflow. Light to import: MLflow is loaded by `mlflow_run`, in the 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -69,7 +70,7 @@ class Tracker:
         self.store = store
         self.lines = MetricsFile(run.folder)
         rows = run.metrics()
-        self.had = {(row["step"], name) for row in rows for name in row}
+        self.had = {(row["step"], name): row[name] for row in rows for name in row if "/" in name}
         self.last: dict[str, float] = {name: row[name] for row in rows for name in row if "/" in name}
         self.latest: tuple[int, float] = (rows[-1]["step"], rows[-1]["epoch"]) if rows else (0, 0.0)
         self.told: dict[str, Any] = run.read_json(RUN_FILE)
@@ -118,7 +119,7 @@ class Tracker:
     def log(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
         """Numbers of an optimizer step: a line of metrics.jsonl, from there points in MLflow; said aloud as well."""
         self.latest = (step, epoch)
-        new = {name: value for name, value in metrics.items() if (step, name) not in self.had}
+        new = {name: value for name, value in metrics.items() if self._is_new((step, name), value)}
         if new:
             self.last = self.last | new
             self.lines.append(step, epoch, new)
@@ -127,6 +128,11 @@ class Tracker:
         shown = "  ".join(f"{name} {value:,.5g}" for name, value in metrics.items() if not name.startswith("final/"))
         if shown:
             log.info("epoch %g  step %d  %s", round(epoch, 2), step, shown)
+
+    def _is_new(self, point: tuple[int, str], value: float) -> bool:
+        """Whether a point was not there before, or only as a step that failed and was mended since."""
+        before = self.had.get(point)
+        return before is None or (not math.isfinite(before) and math.isfinite(value))
 
     def checkpoint(self, folder: Path, step: int, epoch: float) -> None:
         """The weights, configuration and tokenizer of a saved checkpoint; its optimizer stays local."""

@@ -193,7 +193,7 @@ class GuardedTrainer(ResumableTrainer):
         """Numbers of the step at hand, which the library has not counted yet; a repeated step's are there."""
         if self.is_world_process_zero() and step >= self.repeats_until:
             batches: Any = self.callback_handler.train_dataloader
-            share = len(self.window) / len(batches)
+            share = self.current_gradient_accumulation_steps / len(batches)
             self.recorder.log(step, (self.state.epoch or 0.0) + share, metrics)
 
     # ------------------------------------------------------------------------------ checkpoints

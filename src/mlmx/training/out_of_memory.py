@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import gc
+import re
 from collections.abc import Iterator
 
 import torch
 
+from mlmx import memory
 from mlmx.config import WorkError
 
 Batch = dict[str, torch.Tensor]
-SIGNS = ("DefaultCPUAllocator", "can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
+SIGNS = (
+    "DefaultCPUAllocator",
+    "can't allocate memory",
+    "out of memory",
+    "STATUS_ALLOC_FAILED",
+    "could not create a primitive",  # oneDNN says no more when its scratch memory is refused
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -22,17 +29,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def brief(error: BaseException) -> str:
-    """The first sentence of an error's message, or its name.
+    """The first sentence of an error's message that says something, or its name.
 
+    >>> brief(RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: …"))
+    "DefaultCPUAllocator: can't allocate memory: …"
     >>> brief(MemoryError())
     'MemoryError'
     """
-    return str(error).strip().split("\n")[0].split(". ")[0][:200] or type(error).__name__
+    said = re.sub(r"^\[enforce fail[^]]*\][^.]*\. ", "", str(error).strip())
+    return said.split("\n")[0].split(". ")[0][:200] or type(error).__name__
 
 
 def release() -> None:
-    """Free what nothing refers to any more, and give the device's unused blocks back, which may be too small."""
-    gc.collect()
+    """Free what nothing refers to any more, and give kept blocks back, none of which was large enough."""
+    memory.give_back()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():
