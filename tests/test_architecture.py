@@ -23,7 +23,7 @@ LAYERS = [
     ["measure"],
     ["parts"],
     ["train", "prepare", "evaluate", "predict", "ui"],
-    ["errors", "arguments"],
+    ["errors", "arguments", "composition"],
     ["resumption"],
     ["cli"],
     ["__main__"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +11,16 @@ from typing import NoReturn
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, RangeSweep
 
-from mlmx.config import CONFIGS, RequestError, group_names
+from mlmx.config import CONFIGS, RequestError, group_names, require
+
+LONGEST_OVERRIDE = 10_000  # characters
+MOST_LEVELS = 30  # of brackets
+MOST_JOBS = 1_000  # of a sweep
 
 
 def parse(command: str, arguments: Sequence[str]) -> argparse.Namespace:
@@ -33,8 +41,10 @@ def parse(command: str, arguments: Sequence[str]) -> argparse.Namespace:
 
 def _require_well_formed(command: str, parsed: argparse.Namespace) -> None:
     """What Hydra would pass over or answer without naming what was given."""
+    _require_one_purpose(parsed)
     groups = [*group_names(CONFIGS[command]), "experiment"]
     for override in parsed.overrides:
+        _require_short_and_flat(override, literal=command == "predict" and override.startswith("text="))
         key, equals, value = override.partition("=")
         if not override.startswith("~") and not (key and equals):
             _refuse(f"{override!r}: is no key=value (python -m mlmx {command} --help lists the keys)")
@@ -45,6 +55,32 @@ def _require_well_formed(command: str, parsed: argparse.Namespace) -> None:
             _refuse(f"{flag} {value}: not taken here, {command} names its own config; --config-dir adds a folder to it")
     if parsed.config_dir and not Path(parsed.config_dir).is_dir():
         _refuse(f"--config-dir {parsed.config_dir}: no such folder (looked in {Path.cwd()})")
+
+
+def _require_one_purpose(parsed: argparse.Namespace) -> None:
+    """Of the flags that say what to do, one; and none that unpickles a file."""
+    purposes = [flag for flag in ("run", "multirun", "cfg", "info", "shell_completion") if vars(parsed)[flag]]
+    flags = ", ".join("--" + purpose.replace("_", "-") for purpose in purposes)
+    if len(purposes) > 1:
+        _refuse(f"{flags}: each asks for something else; give one of them")
+    if parsed.resolve and not parsed.cfg:
+        _refuse("--resolve: goes with --cfg job")
+    if parsed.experimental_rerun is not None:
+        _refuse(f"--experimental-rerun {parsed.experimental_rerun}: not taken here; a run's overrides.yaml repeats it")
+
+
+def _require_short_and_flat(override: str, literal: bool) -> None:
+    """What Hydra's parser, whose time grows with the square of a list, reads within a second or two."""
+    require(
+        literal or len(override) <= LONGEST_OVERRIDE,
+        f"{override[:60]}…: is {len(override):,} characters long and may have {LONGEST_OVERRIDE:,}; "
+        "write it into a YAML file below --config-dir, or files as a glob",
+    )
+    level = deepest = 0
+    for sign in re.sub(r"\'[^']*'|\"[^\"]*\"", "", override):
+        level += (sign in "[{(") - (sign in "]})")
+        deepest = max(deepest, level)
+    require(deepest <= MOST_LEVELS, f"{override[:60]}…: is nested {deepest} levels deep and may be {MOST_LEVELS}")
 
 
 def _refuse(message: str) -> NoReturn:
@@ -94,11 +130,37 @@ def flags_first(parsed: argparse.Namespace) -> list[str]:
 
 
 def jobs(parsed: argparse.Namespace) -> list[list[str]]:
-    """The overrides of each job: one list without ``-m``, the basic sweeper's grid with it."""
+    """The overrides of each job: one list without ``-m``, the basic sweeper's grid with it.
+
+    Raises:
+        RequestError: more jobs than anyone means.
+    """
     overrides: list[str] = [o for o in parsed.overrides if not o.startswith(("hydra.", "hydra/"))]
     if not parsed.multirun:
         return [overrides]
-    parsed_overrides = OverridesParser.create().parse_overrides(overrides)
+    parsed_overrides = OverridesParser.create(_config_loader()).parse_overrides(overrides)
     if any(o.is_sweep_override() and not o.is_discrete_sweep() for o in parsed_overrides):
         return []  # a continuous interval: its values are known to its sweeper only
+    _require_few(parsed_overrides)
     return [list(job) for batch in BasicSweeper.split_arguments(parsed_overrides, None) for job in batch]
+
+
+def _config_loader() -> ConfigLoader | None:
+    """What ``model=glob(*)`` is looked up in."""
+    hydra = GlobalHydra.instance()
+    return hydra.config_loader() if hydra.is_initialized() else None
+
+
+def _require_few(overrides: Sequence[Override]) -> None:
+    """Refuse a sweep of no run, or of more runs than anyone means, without listing them."""
+    number = 1
+    for override in filter(Override.is_sweep_override, overrides):
+        value = override.value()
+        # In order even where they are to be shuffled, which would list them all.
+        swept = value.range() if isinstance(value, RangeSweep) else override.sweep_iterator()
+        number *= sum(1 for _ in itertools.islice(swept, MOST_JOBS + 1))
+        require(number > 0, f"{override.input_line}: holds no value, so the sweep would make no run")
+        require(
+            number <= MOST_JOBS,
+            f"{override.input_line}: makes this a sweep of more than {MOST_JOBS:,} runs; sweep fewer values",
+        )

@@ -57,7 +57,8 @@ def _main(arguments: list[str]) -> int:
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        print(f"mlmx: {command}: unknown command{hint} (commands: {', '.join(COMMANDS)})", file=sys.stderr)
+        shown = command if command.isprintable() and len(command) < 100 else ascii(command[:100])
+        print(f"mlmx: {shown}: unknown command{hint} (commands: {', '.join(COMMANDS)})", file=sys.stderr)
         return 2
     if any(flag in HELP_FLAGS for flag in rest):
         print(_command_help(command, _config_dirs(rest)))
@@ -202,16 +203,17 @@ def _composed(
     command: str, parsed: argparse.Namespace, check: Callable[[Any], None] = lambda config: None
 ) -> Iterator[Any]:
     """The config of each job of the request, checked."""
-    from hydra import compose, initialize_config_dir
+    from hydra import initialize_config_dir
 
     from mlmx.arguments import jobs
+    from mlmx.composition import composed
     from mlmx.config import to_config
 
     path = [f"hydra.searchpath=[file://{Path(parsed.config_dir).resolve()}]"] if parsed.config_dir else []
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         for number, overrides in enumerate(jobs(parsed)):
             try:
-                config = to_config(command, compose(command, [*overrides, *path]))
+                config = to_config(command, composed(command, overrides, path))
                 check(config)
             except Exception as error:
                 if parsed.multirun:
