@@ -25,7 +25,7 @@ LAYERS = [
     ["measure"],
     ["parts"],
     ["train", "prepare", "evaluate", "predict", "ui", "doctor", "sync"],
-    ["errors", "arguments", "hydra_node"],
+    ["errors", "arguments", "hydra_node", "composition"],
     ["resumption"],
     ["cli"],
     ["__main__"],

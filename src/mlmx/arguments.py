@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,26 @@ from typing import Any, NoReturn
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, RangeSweep
 
-from mlmx.config import CONFIGS, TRUST_FLAG, RequestError, TrustedCode, group_names, refuse_secrets, trusted_code_of
+from mlmx.config import (
+    CONFIGS,
+    TRUST_FLAG,
+    RequestError,
+    TrustedCode,
+    group_names,
+    refuse_secrets,
+    require,
+    trusted_code_of,
+)
 from mlmx.redaction import redact
+
+LONGEST_OVERRIDE = 10_000  # characters
+MOST_LEVELS = 30  # of brackets
+MOST_JOBS = 1_000  # of a sweep
 
 
 def parse(command: str, arguments: Sequence[str]) -> argparse.Namespace:
@@ -76,8 +93,10 @@ def _refuse_secrets(command: str, parsed: argparse.Namespace) -> None:
 
 def _require_well_formed(command: str, parsed: argparse.Namespace) -> None:
     """What Hydra would pass over or answer without naming what was given."""
+    _require_one_purpose(parsed)
     groups = [*group_names(CONFIGS[command]), "experiment"]
     for override in parsed.overrides:
+        _require_short_and_flat(override, literal=command == "predict" and override.startswith("text="))
         key, equals, value = override.partition("=")
         if not override.startswith("~") and not (key and equals):
             _refuse(f"{override!r}: is no key=value (python -m mlmx {command} --help lists the keys)")
@@ -90,6 +109,32 @@ def _require_well_formed(command: str, parsed: argparse.Namespace) -> None:
         _refuse(f"--config-dir {parsed.config_dir}: goes not with hydra.searchpath; give the folders by one of the two")
     if parsed.config_dir and not Path(parsed.config_dir).is_dir():
         _refuse(f"--config-dir {parsed.config_dir}: no such folder (looked in {Path.cwd()})")
+
+
+def _require_one_purpose(parsed: argparse.Namespace) -> None:
+    """Of the flags that say what to do, one; and none that unpickles a file."""
+    purposes = [flag for flag in ("run", "multirun", "cfg", "info", "shell_completion") if vars(parsed)[flag]]
+    flags = ", ".join("--" + purpose.replace("_", "-") for purpose in purposes)
+    if len(purposes) > 1:
+        _refuse(f"{flags}: each asks for something else; give one of them")
+    if parsed.resolve and not parsed.cfg:
+        _refuse("--resolve: goes with --cfg job")
+    if parsed.experimental_rerun is not None:
+        _refuse(f"--experimental-rerun {parsed.experimental_rerun}: not taken here; a run's overrides.yaml repeats it")
+
+
+def _require_short_and_flat(override: str, literal: bool) -> None:
+    """What Hydra's parser, whose time grows with the square of a list, reads within a second or two."""
+    require(
+        literal or len(override) <= LONGEST_OVERRIDE,
+        f"{override[:60]}…: is {len(override):,} characters long and may have {LONGEST_OVERRIDE:,}; "
+        "write it into a YAML file below --config-dir, or files as a glob",
+    )
+    level = deepest = 0
+    for sign in re.sub(r"\'[^']*'|\"[^\"]*\"", "", override):
+        level += (sign in "[{(") - (sign in "]})")
+        deepest = max(deepest, level)
+    require(deepest <= MOST_LEVELS, f"{override[:60]}…: is nested {deepest} levels deep and may be {MOST_LEVELS}")
 
 
 def _refuse(message: str) -> NoReturn:
@@ -144,13 +189,38 @@ def jobs(parsed: argparse.Namespace, params: Mapping[str, Any] | None = None) ->
 
     Args:
         params: ``hydra.sweeper.params``, by which a config adds to the grid.
+
+    Raises:
+        RequestError: more jobs than anyone means.
     """
     of_hydra = [o for o in parsed.overrides if o.lstrip("+~").startswith(("hydra.", "hydra/"))]
     overrides: list[str] = [o for o in parsed.overrides if o not in of_hydra]
     if not parsed.multirun:
         return [[*of_hydra, *overrides]]
     added = [f"{key}={value}" for key, value in (params or {}).items()]
-    parsed_overrides = OverridesParser.create().parse_overrides([*added, *overrides])
+    parsed_overrides = OverridesParser.create(_config_loader()).parse_overrides([*added, *overrides])
     if any(o.is_sweep_override() and not o.is_discrete_sweep() for o in parsed_overrides):
         return []  # a continuous interval: its values are known to its sweeper only
+    _require_few(parsed_overrides)
     return [[*of_hydra, *job] for batch in BasicSweeper.split_arguments(parsed_overrides, None) for job in batch]
+
+
+def _config_loader() -> ConfigLoader | None:
+    """What ``model=glob(*)`` is looked up in."""
+    hydra = GlobalHydra.instance()
+    return hydra.config_loader() if hydra.is_initialized() else None
+
+
+def _require_few(overrides: Sequence[Override]) -> None:
+    """Refuse a sweep of no run, or of more runs than anyone means, without listing them."""
+    number = 1
+    for override in filter(Override.is_sweep_override, overrides):
+        value = override.value()
+        # In order even where they are to be shuffled, which would list them all.
+        swept = value.range() if isinstance(value, RangeSweep) else override.sweep_iterator()
+        number *= sum(1 for _ in itertools.islice(swept, MOST_JOBS + 1))
+        require(number > 0, f"{override.input_line}: holds no value, so the sweep would make no run")
+        require(
+            number <= MOST_JOBS,
+            f"{override.input_line}: makes this a sweep of more than {MOST_JOBS:,} runs; sweep fewer values",
+        )

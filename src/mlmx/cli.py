@@ -64,7 +64,8 @@ def _main(arguments: list[str]) -> int:
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        print(f"mlmx: {command}: unknown command{hint} (commands: {', '.join(COMMANDS)})", file=sys.stderr)
+        shown = command if command.isprintable() and len(command) < 100 else ascii(command[:100])
+        print(f"mlmx: {shown}: unknown command{hint} (commands: {', '.join(COMMANDS)})", file=sys.stderr)
         return 2
     if any(flag in HELP_FLAGS for flag in rest):
         print(_command_help(command, _config_dirs(rest)))
@@ -219,10 +220,11 @@ def _composed(
     command: str, parsed: argparse.Namespace, check: Callable[[Any], None] = lambda config: None
 ) -> Iterator[Any]:
     """The config of each job of the request, checked."""
-    from hydra import compose, initialize_config_dir
+    from hydra import initialize_config_dir
     from omegaconf import open_dict
 
     from mlmx.arguments import jobs
+    from mlmx.composition import composed
     from mlmx.config import to_config
     from mlmx.hydra_node import require_confined, swept_params
 
@@ -231,11 +233,11 @@ def _composed(
         params = swept_params(command, [*parsed.overrides, *path]) if parsed.multirun else {}
         for number, overrides in enumerate(jobs(parsed, params)):
             try:
-                composed = compose(command, [*overrides, *path], return_hydra_config=True)
-                require_confined(command, composed, number, multirun=parsed.multirun)
-                with open_dict(composed):
-                    del composed["hydra"]
-                config = to_config(command, composed)
+                found = composed(command, overrides, path)
+                require_confined(command, found, number, multirun=parsed.multirun)
+                with open_dict(found):
+                    del found["hydra"]
+                config = to_config(command, found)
                 check(config)
             except Exception as error:
                 if parsed.multirun:

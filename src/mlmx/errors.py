@@ -8,6 +8,7 @@ from mlmx.config import CONFIGS, RequestError, WorkError, did_you_mean, group_na
 from mlmx.redaction import redact
 from mlmx.space import disk_full, is_full
 
+LONGEST_LINE = 1500  # characters; of a longer one the middle is left out
 KINDS = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false", "String": "a text"}
 
 
@@ -23,25 +24,28 @@ def _explain(error: BaseException, command: str) -> tuple[int, str]:
 
     where = "".join(f"{note}: " for note in getattr(error, "__notes__", []))
     if isinstance(error, RequestError):
-        return 2, where + one_line(error)
+        return 2, one_line(f"{where}{error}")
     if isinstance(error, WorkError):
-        return 1, where + one_line(error)
+        return 1, one_line(f"{where}{error}")
     if isinstance(error, (HydraException, OmegaConfBaseException)):
-        return 2, where + _composition(error, command)
-    if isinstance(error, ValueError) and "Config group override" in str(error):
-        return 2, where + one_line(error)
+        return 2, one_line(where + _composition(error, command))
     if is_full(error):
-        return 1, where + one_line(disk_full(error))
-    return 1, f"{where}{type(error).__name__}: {one_line(error)} (MLMX_DEBUG=1 shows where)"
+        return 1, one_line(f"{where}{disk_full(error)}")
+    return 1, one_line(f"{where}{type(error).__name__}: {error} (MLMX_DEBUG=1 shows where)")
 
 
 def one_line(error: BaseException | str) -> str:
-    """A message without its line breaks.
+    """A message without line breaks and without what a terminal would act on: these stand as `repr` writes them.
 
     >>> one_line("no such file:\\n  a.txt")
     'no such file: a.txt'
+    >>> one_line("note=\\x1b[31m")
+    'note=\\\\x1b[31m'
     """
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    if len(text) > LONGEST_LINE:
+        text = f"{text[: LONGEST_LINE // 2]} … {text[-LONGEST_LINE // 2 :]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _composition(error: BaseException, command: str) -> str:

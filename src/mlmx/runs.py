@@ -278,8 +278,9 @@ def named(wanted: str, key: str = "run") -> Run | None:
     if wanted == "last":
         return None
     folder = Path(wanted).expanduser()
-    if folder.is_dir() and (folder / "result.json").is_file():
-        return Run(folder.resolve())
+    with contextlib.suppress(OSError):  # no name of a file: too long
+        if (folder / "result.json").is_file():
+            return Run(folder.resolve())
     by_id = [run for run in all_runs() if wanted and run.read_json("result.json").get("run_id") == wanted]
     if not by_id:
         raise RequestError(

@@ -1,0 +1,124 @@
+# ruff: noqa: E501 (tables of values)
+"""Whatever stands on a command line or in a config file: a right request, or one line and nothing left behind."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from mlmx.cli import COMMANDS
+from tests.fuzz.harness import Bench, complaint
+from tests.fuzz.strategies import arguments_of, values
+
+FEW, MANY = 15, 2000
+COMMON = {"deadline": None, "derandomize": True, "database": None, "print_blob": False}
+SUPPRESSED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """Commands that are composed and checked as ever, and then do nothing."""
+    for name in COMMANDS:
+        monkeypatch.setattr(importlib.import_module(f"mlmx.{name}"), name, lambda config, job: None)
+    folder = tmp_path / "work"
+    (folder / "conf").mkdir(parents=True)
+    (folder / "good.txt").write_text("A film.\n" * 30, encoding="utf-8")
+    return Bench(folder, tmp_path / "outputs")
+
+
+def check(bench: Bench, arguments: list[str]) -> None:
+    ending = bench.run(arguments)
+    assert complaint(ending) is None, (arguments, ending)
+
+
+def examples(number: int):
+    return settings(max_examples=number, suppress_health_check=SUPPRESSED, **COMMON)
+
+
+FOUND = [
+    ["model=[[1]]"],
+    ["seed=" + "9" * 5000],
+    ["note=\x1b[31mred"],
+    ["model=glob(*)", "-m"],
+    ["lr=range(0,1,1e-9)", "-m"],
+    ["lr=choice()", "-m"],
+    ["note=" + "[" * 2000 + "]" * 2000],
+    ["--cfg", "job", "-m"],
+    ["note=\ud800"],
+    ["chunk_size=nan"],
+    ["lr=1e400"],
+    ["mlm_probability=${mlm_probability}"],
+    ["resume=[[]]"],
+    ["resume.allow=lr"],
+    ["resume=\x00"],
+    ["resume=" + "a" * 5000],
+    ["save_minutes=nan"],
+]
+
+
+@pytest.mark.parametrize("arguments", FOUND, ids=lambda arguments: ascii(arguments[0][:30]))
+def test_what_was_found_once(arguments: list[str], bench: Bench):
+    check(bench, ["train", *arguments])
+
+
+@given(arguments_of("train"))
+@examples(2 * FEW)
+def test_train_is_right_or_refused(bench: Bench, arguments: list[str]):
+    check(bench, ["train", *arguments])
+
+
+@given(st.sampled_from(sorted(COMMANDS)).flatmap(lambda name: arguments_of(name).map(lambda rest: [name, *rest])))
+@examples(FEW)
+def test_every_command_is_right_or_refused(bench: Bench, arguments: list[str]):
+    check(bench, arguments)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(7200)
+@given(st.sampled_from(sorted(COMMANDS)).flatmap(lambda name: arguments_of(name).map(lambda rest: [name, *rest])))
+@examples(MANY)
+def test_every_command_is_right_or_refused_many_times(bench: Bench, arguments: list[str]):
+    check(bench, arguments)
+
+
+YAML = [
+    "", "[1, 2]", "text", "a: [", "\tname: scratch", "name: scratch\nlayers: 1", "name: scratch\nlayers: two", "name: 5", "name: null",
+    "!!python/object/apply:os.system ['true']", "a: !!python/name:os.system", "a: &a [*a]", "name: scratch\nname: packaged",
+    "a: &a [x, x]\nb: &b [*a, *a, *a, *a]\nc: &c [*b, *b, *b, *b]\nd: &d [*c, *c, *c, *c]\ne: &e [*d, *d, *d, *d]\nf: [*e, *e, *e, *e]",
+    "_target_: os.system", "name: scratch\nlayers:\n  _target_: os.system", "name: ${oc.env:HOME}", "name: ${name}", "\x00", "\ufeffname: scratch",
+    "name: scratch\n---\nname: scratch", "defaults: [nope]", "defaults: [/model: nope]", "[" * 500, "{a: " * 40 + "1" + "}" * 40,
+    "name: scratch\nlayers: .nan", "name: scratch\nlayers: 1e400", "? [a]\n: b", "1: 2", "name: scratch\n\"\\0\": 1", "- name: scratch",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", YAML, ids=lambda text: ascii(text[:24]))
+def test_a_config_file_is_right_or_refused(text: str, bench: Bench):
+    option = bench.folder / "conf" / "model" / "mine.yaml"
+    option.parent.mkdir()
+    option.write_text(text, encoding="utf-8")
+    check(bench, ["train", "--config-dir", "conf", "model=mine", "dataset=files", "dataset.path=good.txt"])
+
+
+def test_bytes_that_are_no_text_are_refused_as_a_config_file(bench: Bench):
+    option = bench.folder / "conf" / "model" / "mine.yaml"
+    option.parent.mkdir()
+    option.write_bytes(b"name: \xff\xfe\x00")
+    check(bench, ["train", "--config-dir", "conf", "model=mine"])
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(7200)
+@given(st.dictionaries(st.text(max_size=8), values | st.integers() | st.floats() | st.none(), max_size=4))
+@example({"name": "scratch", "layers": 2**70})
+@examples(MANY // 4)
+def test_a_written_config_file_is_right_or_refused(bench: Bench, contents: dict[str, object]):
+    import yaml
+
+    option = bench.folder / "conf" / "model" / "mine.yaml"
+    option.parent.mkdir(exist_ok=True)
+    option.write_text(yaml.safe_dump(contents, allow_unicode=True), encoding="utf-8", errors="replace")
+    check(bench, ["train", "--config-dir", "conf", "model=mine"])
