@@ -95,5 +95,5 @@ def _store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def store(_store: Path, outputs: Path) -> Path:
     """A migrated MLflow database below this test's outputs (migrating one takes seconds)."""
-    outputs.mkdir()
+    outputs.mkdir(exist_ok=True)
     return Path(shutil.copy(_store, outputs / "mlflow.db"))

@@ -144,9 +144,8 @@ def test_a_refused_request_for_a_run_that_is_there_leaves_it_as_it_was(outputs: 
 
 def test_a_run_that_has_begun_keeps_its_mark_whatever_ends_it(outputs: Path):
     folder = outputs / "train" / "run"
-    with pytest.raises(RequestError, match="no"), alive.held(folder):  # noqa: PT012 (the block is what is tested)
-        begin(folder, TrainConfig(), (), {})
-        raise RequestError("no")
+    with pytest.raises(RequestError, match="already holds a run"), alive.held(folder):
+        begin(folder / begin(folder, TrainConfig(), (), {}).folder, TrainConfig(), (), {})
     assert Run(folder).read_json("process.json")["pid"] == os.getpid()
 
 

@@ -56,17 +56,12 @@ def test_each_run_that_has_not_finished_gets_its_line(outputs: Path, capsys: pyt
         said = [re.sub(r"heard \d+ s", "heard N s", line) for line in lines(capsys)]
     began = living.read_json("process.json")["started"]
     resume = "python -m mlmx train resume="
+    gone = f"process {GONE['pid']} on {HERE['host']} is gone, marked KILLED"
     assert said == [
         f"runs     1 failed, 1 finished, 2 killed, 1 running below {outputs / 'train'}",
-        (
-            f"killed   {dead.folder}: process {GONE['pid']} on {HERE['host']} is gone, marked KILLED; "
-            f"go on from checkpoint-10: {resume}{dead.folder}"
-        ),
+        f"killed   {dead.folder}: {gone}; go on from checkpoint-10: {resume}{dead.folder}",
         f"failed   {failed.folder}: go on from its start, for it has no checkpoint: {resume}'{failed.folder}'",
-        (
-            f"killed   {unborn.folder}: process {GONE['pid']} on {HERE['host']} is gone, marked KILLED; "
-            "it had not begun; nothing is lost with its folder"
-        ),
+        f"killed   {unborn.folder}: {gone}; it had not begun; nothing is lost with its folder",
         f"running  {living.folder}: process {os.getpid()} on {HERE['host']} is at it since {began}, last heard N s ago",
     ]
     assert (dead.status, failed.status, living.status) == ("KILLED", "FAILED", "RUNNING")

@@ -15,6 +15,7 @@ from mlmx import alive, provenance, runs, tracking
 from mlmx.config import DoctorConfig, Job, RequestError, bind
 from mlmx.places import outputs_dir
 from mlmx.space import RESERVE_FILE
+from mlmx.tracking.sync import RUN_FILE
 
 if TYPE_CHECKING:
     from mlmx.tracking.left_open import OpenRun
@@ -137,17 +138,23 @@ def _settle(one: OpenRun, store: tracking.Store) -> None:
     from mlmx.tracking.sync import send
 
     run = runs.Run(Path(one.tags.get("mlmx.folder", "")))
-    if run.status is not None and one.run_id == run.read_json("result.json").get("run_id"):
+    if is_of(one, run):
         if run.status == "RUNNING":
             return
         try:
             send(run, store)
         except RequestError:  # of a version that kept nothing to send
-            close(store, one.run_id, run.status)
+            close(store, one.run_id, str(run.status))
         log.info("mlflow   run %s of %s said RUNNING, is %s now", one.run_id, run.folder, run.status)
     elif is_over(one):
         close(store, one.run_id, "KILLED")
         log.info("mlflow   run %s said RUNNING, is KILLED now; its process and its folder are gone", one.run_id)
+
+
+def is_of(one: OpenRun, run: runs.Run) -> bool:
+    """Whether an MLflow run is that of the run in its folder, which may have been killed before it knew the id."""
+    told = run.read_json(RUN_FILE) or {"run_id": run.read_json("result.json").get("run_id")}
+    return told["run_id"] == one.run_id or (told["run_id"] is None and told.get("started") == one.started)
 
 
 def is_over(one: OpenRun) -> bool:
@@ -158,7 +165,7 @@ def is_over(one: OpenRun) -> bool:
         return False
     if tags["boot_id"] is None:  # of a version that did not say more; or of a system that does not
         started = provenance.boot_time()
-        return started is not None and one.started < started
+        return started is not None and one.started / 1000 < started
     return tags["boot_id"] != here["boot_id"] or alive.is_gone(_numbers(tags), here)
 
 

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlmx.config import require
+from mlmx.config import WorkError, require
 
 OTHER_BYTES = 16 * 2**20  # logs, numbers, plots, rows of the MLflow store
 RESERVE_FILE, RESERVE_BYTES = ".reserve", 2**20
@@ -19,7 +19,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL_IN_WORDS = ("No space left on device", "Disk quota exceeded", "database or disk is full")
 
 
-class DiskFullError(OSError):
+class DiskFullError(WorkError):
     """The one line a full disk ends a command with."""
 
 
@@ -86,7 +86,8 @@ def is_full(error: BaseException | None) -> bool:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if getattr(error, "errno", None) in FULL or any(words in str(error) for words in FULL_IN_WORDS):
+        said = isinstance(error, DiskFullError) or any(words in str(error) for words in FULL_IN_WORDS)
+        if said or getattr(error, "errno", None) in FULL:
             return True
         error = error.__cause__ or error.__context__
     return False

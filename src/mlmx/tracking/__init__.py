@@ -157,10 +157,12 @@ class Tracker:
         self.lines.close()
         if self.told:
             self.told["ended"] = ended
-        self._write()
-        if self.writer is not None:
-            self._send_files()
-            self.writer.finish(status, resumable, ended)
+        try:
+            self._write()
+        finally:
+            if self.writer is not None:
+                self._send_files()
+                self.writer.finish(status, resumable, ended)
 
     def _opened(self, run_id: str) -> None:
         self.run_id = self.told["run_id"] = run_id

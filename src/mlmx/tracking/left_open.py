@@ -17,10 +17,10 @@ PAGE = 1000
 
 @dataclass(frozen=True)
 class OpenRun:
-    """An MLflow run that says RUNNING; ``started`` in seconds since 1970."""
+    """An MLflow run that says RUNNING; ``started`` in milliseconds since 1970."""
 
     run_id: str
-    started: float
+    started: int
     tags: dict[str, str]
 
 
@@ -32,7 +32,7 @@ def open_runs(store: Store) -> list[OpenRun]:
     token = None
     while True:
         page = client.search_runs(experiments, "attributes.status = 'RUNNING'", max_results=PAGE, page_token=token)
-        found += [OpenRun(run.info.run_id, run.info.start_time / 1000, dict(run.data.tags)) for run in page]
+        found += [OpenRun(run.info.run_id, run.info.start_time, dict(run.data.tags)) for run in page]
         token = page.token
         if not token:
             return found
