@@ -40,8 +40,8 @@ def _libc() -> Any:
         return None
     try:
         libc = ctypes.CDLL("libc.so.6")
-        return libc if libc.mallopt and libc.malloc_trim else None
-    except (OSError, AttributeError):
+        return libc if all(hasattr(libc, name) for name in ("mallopt", "malloc_trim")) else None
+    except OSError:
         return None
 
 

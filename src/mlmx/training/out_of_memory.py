@@ -31,8 +31,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def brief(error: BaseException) -> str:
     """The first sentence of an error's message that says something, or its name.
 
-    >>> brief(RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: …"))
-    "DefaultCPUAllocator: can't allocate memory: …"
+    >>> brief(RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate"))
+    "DefaultCPUAllocator: can't allocate"
     >>> brief(MemoryError())
     'MemoryError'
     """
