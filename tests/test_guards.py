@@ -636,6 +636,17 @@ def test_a_run_that_stops_has_failed_and_can_be_resumed(
     assert (run.plots / "loss.png").is_file()
 
 
+def test_a_run_goes_back_in_one_history(tiny: Path, corpus: Path, faults: dict[int, float]):
+    faults[7] = NAN  # once: steps 6 and 7 are repeated from the checkpoint of step 5
+    assert cli.main(command(tiny, corpus, "tracking=none", "on_nan=rollback", "trainer.logging_steps=1")) == 0
+    (run,) = all_runs()
+    points = [(row["step"], name) for row in run.metrics() for name in row if "/" in name]
+    assert len(points) == len(set(points))
+    assert {(10, "train/loss"), (10, "heldout/loss"), (7, "train/rollbacks")} <= set(points)
+    assert (7, "train/skipped_steps") not in points
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["checkpoint-10", "checkpoint-5"]
+
+
 def test_a_point_that_failed_gives_way_to_the_one_of_a_resumed_run(tmp_path: Path):
     """The run stopped at step 7 and was resumed with a lower rate: its loss there is a number, and the only one."""
     for values in ({6: 2.0, 7: NAN}, {6: 2.5, 7: NAN}, {6: 2.5, 7: 3.0}, {6: 2.5, 7: 3.5}):
