@@ -6,11 +6,13 @@ Everything that depends on how mlmx is built inside stands in this file.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -100,9 +102,10 @@ def train_to_end(
 
         trainer.training_step = step
 
-    with changed(record):
+    saved = Path(setup["saved"])
+    with changed(record), mock.patch.dict(os.environ, MLMX_OUTPUTS=str(saved.parent)):
         dials = [f"trainer.max_steps={steps}", "trainer.save_strategy=no", "trainer.eval_strategy=no"]
-        run_train(setup, *on_reviews(setup), f"lr={learning_rate}", *dials, f"hydra.run.dir={setup['saved']}")
+        run_train(setup, *on_reviews(setup), f"lr={learning_rate}", *dials, f"hydra.run.dir={saved}")
     np.savez(batches, **{name: np.concatenate(rows) for name, rows in kept.items()})
     return losses
 
