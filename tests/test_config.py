@@ -115,6 +115,7 @@ def test_functions_without_options_say_so():
         ("zzzzzz", ["chunk_size", "lr"], ""),
         ("", ["chunk_size"], ""),
         ("lr", [], ""),
+        ("lr", ["lrs", "lr"], ""),
     ],
 )
 def test_did_you_mean_names_the_nearest_choice_or_none(word: str, choices: list[str], hint: str):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AlbertConfig, AutoModelForMaskedLM, BertConfig, DistilBertConfig
 
-from mlmx import runs
-from mlmx.training.flops import flops_per_token
+from mlmx import memory, runs
+from mlmx.training.flops import flops_per_token, matmul_peak
 from tests.test_training import train, train_scratch
 
 FAULTS = """
@@ -55,6 +57,28 @@ def test_shared_layers_count_as_often_as_they_are_run():
     )
     # Without the heads, ALBERT does what BERT does and projects its embeddings once.
     assert flops_per_token(albert, 16, 0.0) == pytest.approx(flops_per_token(bert, 16, 0.0) + 6 * 32 * 32 * 4, rel=0.01)
+
+
+def test_measuring_the_machine_leaves_the_random_state_alone():
+    matmul_peak.cache_clear()
+    before = torch.get_rng_state()
+    assert matmul_peak("cpu", torch.float32) > 1e6
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_is_alive_is_settled_and_what_is_left_behind_is_cleared():
+    class Left:
+        pass
+
+    memory.settle()
+    left, mark = Left(), weakref.WeakSet()
+    left.itself = left
+    mark.add(left)
+    del left
+    assert mark, "in a cycle, it waits for the collector"
+    memory.settle()
+    assert not mark
+    assert gc.get_freeze_count() > 0
 
 
 def test_a_run_reports_its_speed_and_its_share_of_the_machine(tiny: Path, corpus: Path):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+import threading
 from typing import Any
 
 # Of malloc.h. Blocks up to the first are taken from the heap, and the heap is given back above the second.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_FROM_HEAP_BYTES = 1 << 30
+_settled = threading.Event()
 
 
 def keep_freed() -> bool:
@@ -50,6 +52,7 @@ def settle() -> None:
 
     The Trainer starts with a full collection: three quarters of a second for every job of a sweep.
     """
-    if gc.get_freeze_count():
+    if _settled.is_set():  # gc.get_freeze_count() would tell as well, by counting the million
         gc.collect()  # what an earlier job left behind would stay for good
     gc.freeze()
+    _settled.set()

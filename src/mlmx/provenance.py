@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,17 +24,22 @@ def tags() -> dict[str, str]:
     """Tags of an MLflow run that say how to make it again."""
     import mlmx
 
-    found = {
+    return {
         "mlmx.version": mlmx.__version__,
         **{tag: str(value) for tag, value in zip(PROCESS_TAGS, process().values(), strict=True) if value is not None},
         "mlmx.hardware": hardware(),
         "mlmx.python": platform.python_version(),
-        "mlmx.packages": " ".join(f"{name}=={version(name)}" for name in PACKAGES),
         "mlflow.source.name": "mlmx",
         "mlflow.source.type": "LOCAL",
         "mlflow.user": os.environ.get("USER") or os.environ.get("LOGNAME") or "unknown",
+        **code(),
     }
-    # The commit of the code in use; an installed wheel has none.
+
+
+@cache  # asked once: this process runs the code that it has loaded
+def code() -> Mapping[str, str]:
+    """Versions of what computes, and the commit of this code; an installed wheel has none."""
+    found = {"mlmx.packages": " ".join(f"{name}=={version(name)}" for name in PACKAGES)}
     checkout = Path(__file__).resolve().parents[2]
     commit = _git(checkout, "rev-parse", "HEAD") if (checkout / ".git").exists() else None
     if commit:

@@ -15,12 +15,13 @@ class WorkError(RuntimeError):
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """``"; did you mean X?"`` for the nearest choice, or nothing.
+    """``"; did you mean X?"`` for the nearest choice; nothing where none is near, or the word is one of them.
 
     >>> did_you_mean("chunk_sze", ["chunk_size", "lr"])
     '; did you mean chunk_size?'
     """
-    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    known = list(choices)
+    near = [] if word in known else difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
 
 

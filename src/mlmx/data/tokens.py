@@ -9,6 +9,7 @@ import hashlib
 import json
 import unicodedata
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -78,6 +79,7 @@ def take_whole(tokenizer: Any) -> Any:
     return backend
 
 
+@lru_cache(maxsize=2)  # the jobs of a sweep mostly share a tokenizer, which nobody changes
 def tokenizer_sha256(tokenizer: Any) -> str:
     """What a tokenizer does, as a checksum: its class and everything in its file, or its vocabulary."""
     backend = take_whole(tokenizer)

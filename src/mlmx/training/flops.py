@@ -31,7 +31,8 @@ def flops_per_token(model: Any, chunk_size: int, masked_share: float = 1.0) -> f
 def matmul_peak(device: str, dtype: torch.dtype) -> float:
     """Floating-point operations per second of this machine's own matrix product, the best of a few."""
     size, rounds = (1024, 9) if device == "cpu" else (8192, 20)
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    numbers = torch.Generator(device)  # its own: a training's random state must not depend on who measured before
+    left, right = (torch.randn(size, size, device=device, generator=numbers).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
     seconds = []
     for _ in range(rounds):
