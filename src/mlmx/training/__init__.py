@@ -44,6 +44,8 @@ SET_BY = {
     "ignore_data_skip": "mlmx itself (a resumed run goes on with the very next batch)",
     "restore_callback_states_from_checkpoint": "mlmx itself",
     "save_only_model": "mlmx itself (a run could not be resumed without its optimizer)",
+    "fsdp": "nothing yet: a sharded training could not be resumed",
+    "deepspeed": "nothing yet: a sharded training could not be resumed",
     "enable_jit_checkpoint": "mlmx itself (SIGTERM, SIGINT and SIGUSR1 save a checkpoint)",
     "auto_find_batch_size": "nothing: it would change the effective batch",
     "data_seed": "the dial seed",
