@@ -14,17 +14,17 @@ IMPORTED = ["mlmx.cli", "mlmx.train", "mlmx.training.engine", "mlmx.scoring", "m
 PATIENCE_SECONDS = 240
 
 
-def started(argv: list[str], outputs: Path, said: Path) -> ForkServerProcess:
+def started(argv: list[str], outputs: Path, said: Path, environment: dict[str, str] | None = None) -> ForkServerProcess:
     """A running ``mlmx`` command; its exit code is the process's, what it prints goes to the file ``said``."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
-    process = context.Process(target=_run, args=(argv, str(outputs), str(said)))
+    process = context.Process(target=_run, args=(argv, str(outputs), str(said), environment or {}))
     process.start()
     return process
 
 
-def _run(argv: list[str], outputs: str, said: str) -> None:
-    os.environ["MLMX_OUTPUTS"] = outputs
+def _run(argv: list[str], outputs: str, said: str, environment: dict[str, str]) -> None:
+    os.environ.update(environment, MLMX_OUTPUTS=outputs)
     multiprocessing.set_start_method("fork", force=True)  # of what the command itself starts, as on a command line
     sys.stdout = sys.stderr = Path(said).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115
     from mlmx.cli import main

@@ -17,6 +17,7 @@ from mlmx.cli import main
 from mlmx.runs import Run, is_interim
 from mlmx.training import checkpoints
 from tests.processes import ended, reached, started, wait_until
+from tests.test_loss import free_port
 
 STEPS = 20
 CLOCK = ("time", "train/tokens_per_second", "perf/tokens_per_second", "perf/mfu")
@@ -294,6 +295,28 @@ def test_an_interim_checkpoint_is_saved_by_the_clock_and_replaced(dropping, corp
     often = ["trainer.save_strategy=epoch", "save_minutes=1e-9"]
     assert main(command(dropping, corpus, folder, *often)) == 0
     assert [checkpoints.step_of(path) for path in checkpoints.all_of(folder / "checkpoints")] == [20, 10]
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_resumed_by_two(dropping, corpus, outputs):
+    """As ``torchrun`` starts them: only the first knows the folder, both go on from its checkpoint."""
+
+    def run(argv: list[str], when=None) -> list[int | None]:
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        ranks = [shared | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"} for rank in ("0", "1")]
+        both = [started(argv, outputs, outputs.parent / f"said{rank['RANK']}.txt", rank) for rank in ranks]
+        if when is not None:
+            wait_until(when, both[0])
+            os.kill(both[1].pid, signal.SIGTERM)  # a signal to one ends the step of all
+        return [ended(process) for process in both]
+
+    wanted, folder = outputs / "train" / "whole", outputs / "train" / "signalled"
+    assert run(command(dropping, corpus, wanted, "batch_size=2", "trainer.save_steps=5")) == [0, 0]
+    argv = command(dropping, corpus, folder, "batch_size=2", "trainer.save_steps=5")
+    assert run(argv, lambda: reached(folder, 7)) == [143, 143]
+    assert run(["train", f"resume={folder}"]) == [0, 0]
+    assert same(folder / WEIGHTS, wanted / WEIGHTS)
+    assert history(folder) == history(wanted)
 
 
 # ------------------------------------------------------------------------------------------ what may differ

@@ -8,6 +8,7 @@ folder.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -108,7 +109,7 @@ def unfinished(wanted: str, extend: bool) -> runs.Run:
         found = [run for run in runs.all_runs() if is_unfinished(run)]
         require(bool(found), f"resume=last: no unfinished run below {outputs_dir() / 'train'}")
         return found[-1]
-    require(not alive.is_alive(run), f"resume={wanted}: {alive.holder(run)}")
+    require(not is_taken(run), f"resume={wanted}: {alive.holder(run)}")
     require(
         extend or run.status != "FINISHED",
         f"resume={wanted}: this run has finished; to train it longer say so, "
@@ -119,4 +120,9 @@ def unfinished(wanted: str, extend: bool) -> runs.Run:
 
 def is_unfinished(run: runs.Run) -> bool:
     """Whether a run has ended before its time and nobody is at it."""
-    return run.status not in (None, "FINISHED") and not alive.is_alive(run)
+    return run.status not in (None, "FINISHED") and not is_taken(run)
+
+
+def is_taken(run: runs.Run) -> bool:
+    """Whether another training is at a run; the first process of this very one may be, where there are several."""
+    return os.environ.get("RANK", "0") == "0" and alive.is_alive(run)

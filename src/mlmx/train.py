@@ -250,7 +250,8 @@ def recorded(run: runs.Run, store: tracking.Store | None, clock: Clock) -> Itera
         status = "FINISHED"
     except (interrupts.Interrupted, KeyboardInterrupt, SystemExit) as error:
         status = "KILLED"
-        error.add_note(f"to go on: python -m mlmx train resume={shlex.quote(str(run.folder))}")
+        if os.environ.get("RANK", "0") == "0":  # the other processes have no folder to go on in
+            error.add_note(f"to go on: python -m mlmx train resume={shlex.quote(str(run.folder))}")
         raise
     except Exception as error:
         if space.is_full(error):
