@@ -31,6 +31,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy i
 DIALS = ("dataset.train_chunks=32", "dataset.eval_chunks=16", "heldout.documents=12")
 # Threads that wait for each other asleep: ten times faster where the cores are shared.
 PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+RECORDS = (
+    ".lock",
+    "inputs.json",
+    "mlflow.json",
+    "process.json",
+)  # who makes the run, of what, and what MLflow was told
 FILES = ["config.yaml", "data.json", "metrics.jsonl", "overrides.yaml", "result.json", "train.log"]
 FOLDERS = ["checkpoints", "model", "plots"]
 TEXT = "This is a great [MASK]."
@@ -132,7 +138,7 @@ def test_demo_learns(demo: Done) -> None:
 
 def test_demo_folder(demo: Done) -> None:
     names = sorted(path.name for path in demo.folder.iterdir())
-    assert names == sorted([*FILES, "heldout.npz", *FOLDERS])
+    assert names == sorted([*FILES, *RECORDS, "heldout.npz", *FOLDERS])
     assert {path.name for path in (demo.folder / "plots").iterdir()} == {"loss.png", "perplexity.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (demo.folder / "plots").iterdir())
     model = {path.name for path in (demo.folder / "model").iterdir()}
@@ -167,7 +173,8 @@ def test_metrics_jsonl(demo: Done) -> None:
 
 def test_result_json(demo: Done) -> None:
     result = demo.json("result.json")
-    assert set(result) == {"status", "run_id", "run_name", "command", "protocol", "metrics", "seconds"}
+    told = {"status", "resumable", "run_id", "run_name", "command", "protocol", "metrics", "seconds"}
+    assert set(result) == told
     assert result["status"] == "FINISHED"
     assert re.fullmatch("[0-9a-f]{32}", result["run_id"])
     assert result["run_name"] == "chunk 128 · mask 0.15 · lr 0.0005 · minilm · imdb_packaged"
