@@ -66,14 +66,14 @@ def connects(host: str, port: int) -> bool:
 
 
 @contextlib.contextmanager
-def serving(outputs: Path, log: Path) -> Iterator[Server]:
+def serving(outputs: Path, log: Path, *dials: str) -> Iterator[Server]:
     """``ui`` on a free port, from when it answers; whatever it leaves behind is ended here."""
     port = free_port()
     environment = {**os.environ, "MLMX_OUTPUTS": str(outputs)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # where pytest ignores it (&), ui would too
     with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlmx", "ui", f"port={port}"],
+            [sys.executable, "-m", "mlmx", "ui", f"port={port}", *dials],
             env=environment,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -142,7 +142,36 @@ def test_serves_this_machine_only(server: Server) -> None:
     assert listening == {"127.0.0.1"}
     # a page of another site that has its name point to 127.0.0.1 gets nothing
     assert status(server, "127.0.0.1") == 200
-    assert status(server, "example.org") == 403
+    assert [status(server, host) for host in ("example.org", "10.example.org:5000", "192.168.example.org")] == [403] * 3
+
+
+def test_others_are_let_in_only_by_word_and_with_a_warning(runs: Path, tmp_path: Path) -> None:
+    """On all addresses it answers to the machine's name, also to a browser's searches, and still runs no jobs."""
+    with serving(runs, tmp_path / "log.txt", "host=0.0.0.0", "expose=true") as server:
+        assert connects("127.0.0.2", server.port)
+        name = f"{socket.gethostname()}:{server.port}"
+        assert server.address.startswith(f"http://{name}/")
+        assert [status(server, host) for host in (name, "localhost:8080", "example.org", "10.example.org")] == [
+            200,
+            200,
+            403,
+            403,
+        ]
+        assert search(server, name, f"http://{name}") == 200
+        assert search(server, name, "http://example.org") == 403
+        assert len(server.descendants) == 2
+        [warning] = [line for line in server.log.read_text().splitlines() if line.startswith("mlmx: warning: ")]
+        assert f"0.0.0.0:{server.port}" in warning
+
+
+def search(server: Server, host: str, origin: str) -> int:
+    """The answer to what a page of ``origin`` asks for to list runs."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    with contextlib.closing(connection):
+        headers = {"Host": host, "Origin": origin, "Content-Type": "application/json"}
+        body = json.dumps({"experiment_ids": ["1"]})
+        connection.request("POST", "/ajax-api/2.0/mlflow/runs/search", body, headers)
+        return connection.getresponse().status
 
 
 def status(server: Server, host: str) -> int:
