@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,15 @@ def test_after_mixed_endings_every_status_is_true(tiny: Path, corpus: Path, outp
     assert resumable == {name: name != "done" for name in true}
 
 
+MOMENTS = ("loading", "begun", 0, 1, 2, 3, 10, 40)
+
+
+def has_come_to(folder: Path, moment: str | int) -> bool:
+    if moment == "loading":
+        return True
+    return (folder / "result.json").is_file() if moment == "begun" else reached(folder, int(moment))
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 @pytest.mark.usefixtures("store")
@@ -118,7 +128,8 @@ def test_after_50_mixed_endings_at_any_moment_every_status_is_true(tiny: Path, c
         both = [start(f"{len(codes) + n:02} {ending}", ending, tiny, corpus, outputs) for n, ending in enumerate(pair)]
         for run in both:
             if run.ending.startswith("SIG"):
-                time.sleep(draw.uniform(0, 4))  # while it loads, begins, scores, trains or saves
+                wait_until(partial(has_come_to, run.folder, draw.choice(MOMENTS)), run.process)
+                time.sleep(draw.uniform(0, 0.3))
             codes[run.folder.name] = run.end()
         assert main(["doctor"]) == 0
     true = {name: STATUS[code] for name, code in codes.items() if (outputs / "train" / name / "result.json").is_file()}
