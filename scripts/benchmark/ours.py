@@ -24,7 +24,7 @@ from benchmark.turns import Stopwatch, Turns
 from mlmx import cli, data, masking, runs, tracking
 from mlmx import train as command
 from mlmx.measure import Measure
-from mlmx.training import engine, resolve_precision
+from mlmx.training import checkpoints, engine, resolve_precision
 
 if TYPE_CHECKING:
     from benchmark.workers import Channel
@@ -188,7 +188,7 @@ def sweep(channel: Channel, setup: dict[str, Any], chunk_sizes: list[int]) -> No
         return value
 
     scoring = (Measure, "__call__"), (Measure, "breakdown")
-    saving = (Trainer, "_save_checkpoint"), (Trainer, "save_model")
+    saving = (engine.CountedTrainer, "_save_checkpoint"), (checkpoints, "write")
     reviews = ["dataset=imdb_packaged"] if setup["packaged"] else ["dataset=files", f"dataset.path={setup['reviews']}"]
     dials = [f"chunk_size={','.join(map(str, chunk_sizes))}", "lr=2e-5,5e-5", "epochs=1", "heldout.documents=20"]
     command.train = train_and_wait

@@ -194,14 +194,12 @@ class MlflowRun:
 
         On a server sizes are compared: it keeps no checksums.
         """
+        if self.local_artifacts is not None:  # looked at; to be told by MLflow takes 20 ms
+            there = self.local_artifacts / (folder or "")
+            return [path for path in paths if not _is_copied(path, there / path.name)]
         listed = self.client.list_artifacts(self.run_id, folder)
         sizes = {PurePosixPath(artifact.path).name: artifact.file_size for artifact in listed}
-        return [path for path in paths if not self._is_there(path, folder, sizes.get(path.name))]
-
-    def _is_there(self, path: Path, folder: str | None, size: int | None) -> bool:
-        if size != path.stat().st_size or self.local_artifacts is None or path.suffix == WEIGHTS:
-            return size == path.stat().st_size
-        return filecmp.cmp(path, self.local_artifacts / (folder or "") / path.name, shallow=False)
+        return [path for path in paths if sizes.get(path.name) != path.stat().st_size]
 
     # ---------------------------------------------------------------------------------------- ending
 
@@ -212,9 +210,11 @@ class MlflowRun:
             resumable: whether a run that ended early can go on; said by a tag.
             ended: milliseconds since 1970.
         """
-        run = self.client.get_run(self.run_id)
         tag = str(resumable).lower() if status in ENDED_EARLY else None
-        there = (run.info.status, run.info.end_time, run.data.tags.get(RESUMABLE))
+        there: tuple[Any, ...] = ("RUNNING", None, None)
+        if self.again:
+            run = self.client.get_run(self.run_id)
+            there = (run.info.status, run.info.end_time, run.data.tags.get(RESUMABLE))
         if there != (status, ended, tag):
             if tag is not None:
                 self.client.set_tag(self.run_id, RESUMABLE, tag)
@@ -226,6 +226,13 @@ class MlflowRun:
                 if twin.info.run_id != self.run_id:  # made by a call whose answer was lost; nothing was sent to it
                     self.client.delete_run(twin.info.run_id)
         return there != (status, ended, tag)
+
+
+def _is_copied(path: Path, target: Path) -> bool:
+    """Whether a file is there as it is; weights, which are never rewritten, are not read for that."""
+    if not target.is_file() or target.stat().st_size != path.stat().st_size:
+        return False
+    return path.suffix == WEIGHTS or filecmp.cmp(path, target, shallow=False)
 
 
 def model_files(folder: Path) -> list[Path]:
