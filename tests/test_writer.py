@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -167,56 +165,133 @@ def test_a_line_that_is_still_being_written_is_left_for_later(tmp_path: Path, st
     assert len(logged(made)) == 2
 
 
-# ------------------------------------------------------------------------------------- a real server
+def test_numbers_that_keep_coming_keep_no_checkpoint_waiting(store: Path, outputs: Path, monkeypatch):
+    """Each call here takes as long as the training takes to log more."""
+    from mlmx.tracking.mlflow_run import MlflowRun
+
+    made = tracker(outputs / "run", tracking.local())
+    log, calls = MlflowRun.log, iter(range(50))
+
+    def slow(self: MlflowRun, rows: Any) -> int:
+        for step in calls:
+            made.log(step + 10, 0.0, {"train/loss": 1.0})
+            break
+        return log(self, rows)
+
+    monkeypatch.setattr(MlflowRun, "log", slow)
+    (folder := outputs / "saved").mkdir()
+    (folder / "config.json").write_text("{}")
+    log_steps(made, range(1, 2))
+    made.checkpoint(folder, 1, 1.0)
+    until(lambda: any((outputs / "mlartifacts").glob("*/artifacts/checkpoints/epoch-1/config.json")))
+    assert next(calls) < 40, "it waited until nothing more came"
+    made.finish("FINISHED", {})
 
 
-@contextlib.contextmanager
-def serving(port: int, folder: Path) -> Iterator[None]:
-    """`mlflow server` on loopback from when it answers; killed, with all its processes, at the end."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PYTHONWARNINGS": "ignore"}
-    with (folder / "server.log").open("a") as out:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, cwd=folder, start_new_session=True)
-    try:
-        until(lambda: process.poll() is not None or answers(port))
-        assert process.poll() is None, (folder / "server.log").read_text()
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def test_mlflow_never_knows_a_number_that_a_power_cut_could_take_from_the_file(store: Path, outputs: Path, monkeypatch):
+    from mlmx.tracking.mlflow_run import MlflowRun
+
+    on_disk, sent = [0], []
+    log, fsync = MlflowRun.log, os.fsync
+    made = tracker(outputs / "run", tracking.local())
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        if os.path.samestat(os.fstat(descriptor), made.lines.path.stat()):
+            on_disk[0] = len(made.run.metrics())
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(MlflowRun, "log", lambda self, rows: (sent.append((on_disk[0], len(rows))), log(self, rows))[1])
+    log_steps(made, range(1, 300))
+    made.finish("FINISHED", {})
+    assert sum(rows for _, rows in sent) == 299
+    for number, (known, _) in enumerate(sent):
+        assert known >= sum(rows for _, rows in sent[: number + 1])
 
 
-def answers(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def test_a_metric_that_mlflow_does_not_take_holds_up_nothing(store: Path, outputs: Path, said):
+    made = tracker(outputs / "run", tracking.local())
+    for step in range(1, 4):
+        made.log(step, step / 100, {"train/loss": 1.0 / step, "eval/top@5": 0.5})
+    made.finish("FINISHED", {})
+    assert said.text.count("MLflow does not take the metric eval/top@5 (MlflowException") == 1
+    assert history(tracking.local(), made) == [point for point in logged(made) if "@" not in point[0]]
 
 
-def test_a_server_killed_and_started_again_has_every_point_once(store: Path, outputs: Path, caplog, monkeypatch):
+def test_what_was_refused_is_tried_again_at_the_end(store: Path, outputs: Path, said, monkeypatch):
+    from mlmx.tracking.mlflow_run import MlflowRun
+
+    made = tracker(outputs / "run", tracking.local())
+    (folder := outputs / "saved").mkdir()
+    (folder / "config.json").write_text("{}")
+    add_file, full = MlflowRun.add_file, [True]
+
+    def added(self: MlflowRun, path: Path, to: str | None = None) -> None:
+        if full[0] and to is not None:
+            raise OSError(28, "No space left on device")
+        add_file(self, path, to)
+
+    monkeypatch.setattr(MlflowRun, "add_file", added)
+    made.checkpoint(folder, 1, 1.0)
+    until(lambda: made.writer is not None and bool(made.writer.refused))
+    assert "MLflow did not take saved (OSError: [Errno 28] No space left on device); it is tried again" in said.text
+    full[0] = False
+    made.finish("FINISHED", {})
+    assert [path.name for path in (outputs / "mlartifacts").glob("*/artifacts/checkpoints/epoch-1/*")] == [
+        "config.json"
+    ]
+    assert "did not get" not in said.text
+
+
+def test_a_full_disk_under_the_store_costs_no_number(store: Path, outputs: Path, said, monkeypatch):
+    """sqlite itself says that it is full: it may take no more pages until there is space again."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
     monkeypatch.setattr(writer, "SEND_EVERY_SECONDS", 0.01)
-    monkeypatch.setattr(writer, "RETRY_AFTER_SECONDS", (0.1,))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    at = tracking.server(uri=f"http://127.0.0.1:{port}")
-    saved = outputs / "checkpoint-2"
-    saved.mkdir()
-    (saved / "model.safetensors").write_bytes(b"weights")
-    with serving(port, outputs):
-        made = tracker(outputs / "run", at)
-        log_steps(made, range(1, 20))
-        until(lambda: made.writer is not None and made.writer.sent_bytes > 0)
-        log_steps(made, range(20, 40))
-    made.checkpoint(saved, 40, 2.0)
-    log_steps(made, range(40, 60))
-    until(lambda: "MLflow cannot be reached" in caplog.text)
-    with serving(port, outputs):
-        log_steps(made, range(60, 80))
-        until(lambda: made.writer is not None and made.writer.failures == 0)
+    monkeypatch.setattr(writer, "RETRY_AFTER_SECONDS", (0.01,))
+    most_pages = [2**31]
+
+    def limit(connection: Any, *_: Any) -> None:
+        connection.execute(f"PRAGMA max_page_count = {most_pages[0]}")
+
+    event.listen(Engine, "checkout", limit)
+    try:
+        made = tracker(outputs / "run", tracking.local())
+        until(lambda: made.writer is not None and made.writer.mlflow is not None and not made.writer.deeds)
+        most_pages[0] = 1  # as many as there are
+        step = 0
+        while made.writer is not None and made.writer.failures < 2:
+            log_steps(made, range(step, step := step + 100))
+        assert "database or disk is full" in said.text
+        most_pages[0] = 2**31
+        log_steps(made, range(step, step + 10))
         made.finish("FINISHED", {})
-        assert caplog.text.count("MLflow cannot be reached") == 1
-        assert "did not get" not in caplog.text
-        assert history(at, made) == stored(logged(made))
-        (weights,) = (outputs / "artifacts").glob("**/checkpoints/epoch-2/model.safetensors")
-        assert weights.read_bytes() == b"weights"
+    finally:
+        event.remove(Engine, "checkout", limit)
+    assert history(tracking.local(), made) == stored(logged(made))
+
+
+def test_a_run_that_was_made_after_all_does_not_stay_beside_its_own(store: Path, outputs: Path, monkeypatch):
+    """A server may answer a call long after nobody waits for the answer any more."""
+    from mlflow import MlflowClient
+
+    monkeypatch.setattr(writer, "RETRY_AFTER_SECONDS", (0.01,))
+    create_run, late = MlflowClient.create_run, []
+
+    def created(self: MlflowClient, *args: Any) -> Any:
+        if not late:
+            late.append(args)
+            raise TimeoutError("no answer")
+        return create_run(self, *args)
+
+    monkeypatch.setattr(MlflowClient, "create_run", created)
+    made = tracker(outputs / "run", tracking.local())
+    until(lambda: made.run_id is not None)
+    twin = create_run(MlflowClient(tracking.local().uri), *late[0])
+    log_steps(made, range(1, 4))
+    made.finish("FINISHED", {})
+    client = MlflowClient(tracking.local().uri)
+    [run] = client.search_runs([client.get_experiment_by_name("mlmx").experiment_id])
+    assert run.info.run_id == made.run_id != twin.info.run_id
+    assert history(tracking.local(), made) == stored(logged(made))

@@ -53,26 +53,55 @@ def sync(cfg: SyncConfig, job: Job) -> None:
     """A line per run: what was missing in MLflow and is there now.
 
     Raises:
-        WorkError: MLflow did not take a run; those before it are there.
+        WorkError: MLflow did not take one of them; the others are there.
     """
     with runs.log_to():
         alive.mark_dead()
+        failed: list[str] = []
+        away: dict[str, str] = {}  # a store that does not answer is asked once
         for run in meant(cfg):
             store = target(cfg, run)
-            if store is not None:
+            if store is None:
+                continue
+            try:
+                if store.uri in away:
+                    raise WorkError(away[store.uri])
                 log.info("%s: %s", run.folder, sent(run, store))
+            except WorkError as error:
+                failed.append(str(error))
+                if is_away(error):
+                    away[store.uri] = str(error)
+    if failed:
+        more = f"; {len(failed) - 1} more runs were not sent either" if len(failed) > 1 else ""
+        raise WorkError(f"{failed[0]}{more}; nothing is lost, run the command again")
 
 
 def sent(run: runs.Run, store: tracking.Store) -> str:
-    """``3 points, 1 model sent to http://…``."""
+    """``3 points, 1 model sent to http://…``.
+
+    Raises:
+        WorkError: MLflow did not take it.
+    """
     from mlmx.tracking.sync import send
 
-    try:
-        missing = send(run, store, own=store == store_of(run))
-    except RequestError as error:
-        return str(error)
-    except Exception as error:
-        why = " ".join(str(error).split())[:300]
-        raise WorkError(f"{run.folder}: {store.uri} did not take it ({type(error).__name__}: {why})") from error
+    with alive.unless_held(run.folder) as is_free:  # two at once would make two MLflow runs
+        if not is_free:
+            return "is in use by another process and left alone"
+        try:
+            missing = send(run, store, own=store == store_of(run))
+        except RequestError as error:
+            return str(error)
+        except Exception as error:
+            why = " ".join(str(error).split())[:300]
+            raise WorkError(f"{run.folder}: {store.uri} did not take it ({type(error).__name__}: {why})") from error
     counts = ", ".join(f"{count:,} {what if count > 1 else what[:-1]}" for what, count in missing.items() if count)
     return f"{counts} sent to {store.uri}" if counts else f"{store.uri} has all of it"
+
+
+def is_away(error: BaseException | None) -> bool:
+    """Whether it is the connection that failed, not the run."""
+    while error is not None:
+        if isinstance(error, OSError) and error.filename is None:
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -40,10 +44,14 @@ log = logging.getLogger("mlmx")
 # What makes a checkpoint loadable; the optimizer, scheduler and random states are for resuming, and stay local.
 NOT_THE_MODEL = ("optimizer.safetensors", "trainer_state.json", "state.json", "manifest.json")
 WEIGHTS = ".safetensors"
+GROWING = (".jsonl", ".log")  # while the run goes on
 MOST_POINTS, MOST_PARAMS = 1000, 100  # that MLflow takes in one call
 LONGEST_TAG = 8000  # characters; it cuts longer ones
 ENDED_EARLY = ("KILLED", "FAILED")
 RESUMABLE = "resumable"  # the tag of a run that ended early
+
+
+Point = tuple[str, int, float | str]
 
 
 class MlflowRun:
@@ -74,7 +82,7 @@ class MlflowRun:
         artifacts = urlparse(run.info.artifact_uri)
         # Files of a local store are linked, not copied: a checkpoint takes its space once.
         self.local_artifacts = Path(url2pathname(artifacts.path)) if artifacts.scheme in ("", "file") else None
-        self.has = self._points_there(found) if found else set()
+        self.has = self._points_there(found) if found else set()  # what need not be sent again
         self.epoch_at = -1  # the last step whose epoch has been sent
         self.refused: set[str] = set()  # names of metrics that MLflow does not take
 
@@ -92,9 +100,9 @@ class MlflowRun:
         same = self.client.search_runs([self.experiment], f"attributes.start_time = {self.told['started']}")
         return [run for run in same if run.data.tags.get("mlmx.folder") == self.told["tags"].get("mlmx.folder")]
 
-    def _points_there(self, run: entities.Run) -> set[tuple[str, int, int]]:
+    def _points_there(self, run: entities.Run) -> set[Point]:
         histories = (self.client.get_metric_history(self.run_id, name) for name in run.data.metrics)
-        return {(point.key, point.step, point.timestamp) for history in histories for point in history}
+        return {as_kept(point.key, point.step, point.value) for history in histories for point in history}
 
     def reopen(self) -> None:
         """The run goes on: RUNNING again, and no longer marked as one that ended early."""
@@ -129,37 +137,39 @@ class MlflowRun:
     def log(self, rows: Sequence[Mapping[str, Any]]) -> int:
         """Rows of metrics.jsonl as points, each at its own step and time, the epoch once per step; returns how many
         were not there."""
-        points, at = [], self.epoch_at
+        points, step_at = [], self.epoch_at
         for row in rows:
             step, milliseconds = row["step"], int(datetime.fromisoformat(row["time"]).timestamp() * 1000)
-            told = {"step", "time"} | ({"epoch"} if step <= at else set()) | self.refused
-            names = [name for name in row if name not in told and (name, step, milliseconds) not in self.has]
+            told = {"step", "time"} | ({"epoch"} if step <= step_at else set()) | self.refused
+            names = [name for name in row if name not in told and as_kept(name, step, row[name]) not in self.has]
             points += [entities.Metric(name, row[name], milliseconds, step) for name in names]
-            at = max(at, step)
-        for start in range(0, len(points), MOST_POINTS):
-            self._log_points(points[start : start + MOST_POINTS])
-        self.epoch_at = at
-        return len(points)
+            step_at = max(step_at, step)
+        sent = sum(self._log_points(points[at : at + MOST_POINTS]) for at in range(0, len(points), MOST_POINTS))
+        self.epoch_at = step_at
+        return sent
 
-    def _log_points(self, points: list[entities.Metric]) -> None:
+    def _log_points(self, points: list[entities.Metric]) -> int:
         """Points in one call; of those that MLflow refuses for what they are, only the rest."""
         try:
             self.client.log_batch(self.run_id, metrics=points)
+            return len(points)
         except MlflowException as error:
             self.ping()
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
-            for name in dict.fromkeys(point.key for point in points):
-                self._log_metric(name, [point for point in points if point.key == name])
+        names = dict.fromkeys(point.key for point in points)
+        return sum(self._log_metric(name, [point for point in points if point.key == name]) for name in names)
 
-    def _log_metric(self, name: str, points: list[entities.Metric]) -> None:
+    def _log_metric(self, name: str, points: list[entities.Metric]) -> int:
         try:
             self.client.log_batch(self.run_id, metrics=points)
+            return len(points)
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
             self.refused.add(name)
             log.warning("MLflow does not take the metric %s (%s); it stays in metrics.jsonl", name, brief(error))
+            return 0
 
     def ping(self) -> None:
         """Raises where MLflow is away, or the run is no longer one that takes anything."""
@@ -176,7 +186,8 @@ class MlflowRun:
     def add_file(self, path: Path, folder: str | None = None) -> None:
         """One file as an artifact: a hard link where the store is on the same disk."""
         if self.local_artifacts is None:
-            self.client.log_artifact(self.run_id, str(path), folder)
+            with _at_rest(path) as still:
+                self.client.log_artifact(self.run_id, str(still), folder)
             return
         target = self.local_artifacts / (folder or "") / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -233,6 +244,26 @@ def _is_copied(path: Path, target: Path) -> bool:
     if not target.is_file() or target.stat().st_size != path.stat().st_size:
         return False
     return path.suffix == WEIGHTS or filecmp.cmp(path, target, shallow=False)
+
+
+def as_kept(name: str, step: int, value: float) -> Point:
+    """A point as databases keep it, which have no infinity; without its time: what a resumed run repeats is the same.
+
+    >>> as_kept("train/loss", 3, float("inf")) == ("train/loss", 3, sys.float_info.max)
+    True
+    """
+    most = sys.float_info.max
+    return name, step, "NaN" if math.isnan(value) else max(-most, min(most, float(value)))
+
+
+@contextlib.contextmanager
+def _at_rest(path: Path) -> Iterator[Path]:
+    """A copy of a file that grows: what comes after its length was told would be taken for another request."""
+    if path.suffix not in GROWING:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="mlmx-") as folder:
+        yield Path(shutil.copy2(path, folder))
 
 
 def model_files(folder: Path) -> list[Path]:

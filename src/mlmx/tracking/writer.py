@@ -139,7 +139,8 @@ class Writer:
             self.mlflow.log(rows_of(lines))
             self.sent_bytes += sum(map(len, lines))
             self.heard = time.monotonic()
-        self.mlflow.has = set()  # whatever comes from now on is new
+        if self.mlflow.has:  # a file that was lost in part, or put back from a copy, has its later steps to repeat
+            self.mlflow.has = {point for point in self.mlflow.has if point[1] >= self.mlflow.epoch_at}
         for _ in range(due):
             self._do(self.mlflow, *self.deeds[0])
             self.deeds.popleft()
@@ -196,15 +197,16 @@ class Writer:
 
 
 def batches(metrics: Path, start: int) -> Iterator[list[bytes]]:
-    """Lines of metrics.jsonl from a byte on; one that is still being written is left for later.
+    """Lines of metrics.jsonl from a byte on, up to its length now; one that is being written is left for later.
 
     They are on the disk when they are given: MLflow must not know a number that a power cut could take from the file.
     """
     with metrics.open("rb") as file:
+        end = os.fstat(file.fileno()).st_size  # what is added meanwhile waits: it must not keep anything else waiting
         file.seek(start)
-        while lines := file.readlines(READ_BYTES):
+        os.fsync(file.fileno())
+        while file.tell() < end and (lines := file.readlines(min(READ_BYTES, end - file.tell()))):
             if whole := [line for line in lines if line.endswith(b"\n")]:
-                os.fsync(file.fileno())
                 yield whole
             if len(whole) < len(lines):
                 return

@@ -1,0 +1,278 @@
+"""MLflow away, with real servers: whatever becomes of them, MLflow ends up with what metrics.jsonl says, once."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlmx import tracking
+from mlmx.cli import main
+from mlmx.config import TrainConfig
+from mlmx.runs import Run, begin
+from mlmx.tracking import writer
+from mlmx.tracking.sync import send
+from tests.servers import Server, Way, serving
+from tests.test_tracking import REPORT, history, logged, until
+
+pytestmark = [
+    pytest.mark.timeout(1800),
+    # MLflow 3.17 asks SQLAlchemy 2.1 for a loader that is on its way out.
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, _store: Path) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("server"), _store) as running:
+        yield running
+
+
+@pytest.fixture
+def way(server: Server) -> Iterator[Way]:
+    between = Way(server)
+    yield between
+    between.close()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "SEND_EVERY_SECONDS", 0.02)
+    monkeypatch.setattr(writer, "RETRY_AFTER_SECONDS", (0.05, 0.2))
+    monkeypatch.setattr(writer, "PATIENCE_SECONDS", 1.0)
+
+
+def tracker(folder: Path, uri: str) -> tracking.Tracker:
+    """A run's tracker, after `start`, as ``train tracking=server tracking.uri=…`` makes it."""
+    begin(folder, TrainConfig(tracking={"name": "server", "uri": uri}), (), {})
+    made = tracking.Tracker(Run(folder), tracking.server(uri=uri))
+    tags = {"mlmx.command": "python -m mlmx train", "mlmx.folder": str(folder)}
+    made.start("a name", "heldout-1", {"lr": 1e-5, "seed": 42}, tags, REPORT)
+    return made
+
+
+def log_steps(made: tracking.Tracker, steps: range) -> None:
+    for step in steps:
+        made.log(step, step / 100, {"train/loss": 3 + 1 / (step + 1), "train/grad_norm": step * 0.5})
+
+
+def checkpoint(run: Run, step: int, epoch: float) -> Path:
+    """A whole checkpoint as far as tracking looks at it."""
+    folder = run.checkpoints / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(os.urandom(100_000))
+    (folder / "config.json").write_text("{}")
+    (folder / "trainer_state.json").write_text(json.dumps({"epoch": epoch}))
+    (folder / "state.json").write_text(json.dumps({"interim": False}))
+    (folder / "optimizer.safetensors").write_bytes(b"moments")
+    (folder / "manifest.json").write_text("{}")
+    return folder
+
+
+def assert_equal(server: Server, made: tracking.Tracker) -> None:
+    """The server's history is metrics.jsonl: no point twice, none missing."""
+    made.run_id = made.run.read_json("mlflow.json")["run_id"]
+    there = history(tracking.server(uri=server.uri), made)
+    assert there == logged(made)
+    assert set(Counter((name, step) for name, step, *_ in there).values()) == {1}
+
+
+def runs_for(server: Server, folder: Path) -> list[Any]:
+    """The MLflow runs of a run folder."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(server.uri)
+    found = client.search_runs([client.get_experiment_by_name("mlmx").experiment_id])
+    return [run for run in found if run.data.tags.get("mlmx.folder") == str(folder)]
+
+
+def in_touch(made: tracking.Tracker) -> bool:
+    return made.writer is not None and made.writer.mlflow is not None and made.writer.failures == 0
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.nightly)])
+def test_a_server_killed_again_and_again_has_every_point_once(
+    kills: int, server: Server, outputs: Path, said: pytest.LogCaptureFixture
+):
+    made = tracker(outputs / "train" / "run", server.uri)
+    at, ended = [0], threading.Event()
+
+    def training() -> None:
+        while not ended.is_set():
+            at[0] += 1
+            log_steps(made, range(at[0], at[0] + 1))
+            time.sleep(0.01)
+
+    chance = random.Random(kills)
+    thread = threading.Thread(target=training)
+    thread.start()
+    try:
+        for number in range(kills):
+            until(lambda: in_touch(made))
+            time.sleep(chance.random())
+            server.kill()
+            made.checkpoint(checkpoint(made.run, number, number), number, number)  # nobody is there to take it
+            before = at[0]
+            until(lambda before=before: at[0] > before + 20)  # training goes on all the same
+            server.start()
+        until(lambda: in_touch(made))
+    finally:
+        ended.set()
+        thread.join()
+    made.finish("FINISHED", {"total": 1.0})
+    assert at[0] > 20 * kills
+    assert "did not" not in said.text
+    assert_equal(server, made)
+    assert len(runs_for(server, made.run.folder)) == 1
+    weights = {path.parent.name: path.read_bytes() for path in server.artifacts.glob("**/epoch-*/model.safetensors")}
+    for number in range(kills):
+        own = made.run.checkpoints / f"checkpoint-{number}" / "model.safetensors"
+        assert weights[f"epoch-{number}"] == own.read_bytes()
+
+
+FAULTS: dict[str, Callable[[Way], None]] = {
+    "refuses with 500": lambda way: setattr(way, "refusal", 500),
+    "refuses with 403": lambda way: setattr(way, "refusal", 403),
+    "hangs up": lambda way: setattr(way, "hangs_up", True),
+    "loses answers": lambda way: setattr(way, "loses_answers", True),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_goes_wrong_at_the_start_in_the_middle_and_at_the_end_costs_no_number(
+    fault: str, way: Way, server: Server, outputs: Path, said: pytest.LogCaptureFixture, capsys
+):
+    folder = outputs / "train" / "run"
+    FAULTS[fault](way)
+    made = tracker(folder, way.uri)
+    log_steps(made, range(1, 51))
+    until(lambda: made.writer is not None and made.writer.failures >= 2)
+    way.clear()
+    until(lambda: made.writer is not None and made.writer.sent_bytes == made.lines.size)
+    FAULTS[fault](way)
+    made.checkpoint(checkpoint(made.run, 50, 1.0), 50, 1.0)
+    log_steps(made, range(51, 101))
+    until(lambda: made.writer is not None and made.writer.failures >= 2)
+    way.clear()
+    until(lambda: made.writer is not None and made.writer.sent_bytes == made.lines.size and not made.writer.deeds)
+    FAULTS[fault](way)
+    log_steps(made, range(101, 151))
+    made.finish("KILLED", {}, resumable=True)
+    assert said.text.count("MLflow did not get all of this run") == 1
+    assert f"later: python -m mlmx sync run={folder}" in said.text
+
+    way.clear()
+    assert main(["sync", f"run={folder}"]) == 0
+    assert f"1 ending sent to {way.uri}" in capsys.readouterr().out
+    assert_equal(server, made)
+    [run] = runs_for(server, folder)
+    assert run.data.tags["resumable"] == "true"
+    assert len(run.inputs.dataset_inputs) == 2
+    assert main(["sync", f"run={folder}"]) == 0
+    assert f"{way.uri} has all of it" in capsys.readouterr().out
+    assert_equal(server, made)
+
+
+def test_nobody_waits_for_a_server_that_is_slow(way: Way, server: Server, outputs: Path):
+    """Answers are held back until the training is over: if any part of it waited, it would never be."""
+    made = tracker(outputs / "train" / "run", way.uri)
+    until(lambda: made.writer is not None and made.writer.mlflow is not None and not made.writer.deeds)
+    way.open.clear()
+    log_steps(made, range(1, 501))
+    made.checkpoint(checkpoint(made.run, 500, 1.0), 500, 1.0)
+    log_steps(made, range(501, 1001))
+    assert made.writer is not None
+    assert made.writer.failures == 0
+    assert made.writer.sent_bytes < made.lines.size
+    way.seconds = 0.1
+    way.open.set()
+    made.finish("FINISHED", {})
+    assert_equal(server, made)
+
+
+def test_a_server_that_was_away_all_the_time_gets_everything_by_sync(way: Way, server: Server, outputs: Path, capsys):
+    way.hangs_up = True
+    folder = outputs / "train" / "run"
+    made = tracker(folder, way.uri)
+    log_steps(made, range(1, 1001))
+    made.checkpoint(checkpoint(made.run, 1000, 2.0), 1000, 2.0)
+    (made.run.plots).mkdir()
+    (made.run.plots / "loss.png").write_bytes(b"\x89PNG")
+    made.finish("FINISHED", {"total": 1.0})
+    assert runs_for(server, folder) == []
+    assert main(["sync", f"run={folder}"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+    way.clear()
+    assert main(["sync", f"run={folder}"]) == 0
+    assert "1 run, 2 params, 2 datasets, 3,000 points, 1 model, 6 files, 1 ending sent" in capsys.readouterr().out
+    assert_equal(server, made)
+    [run] = runs_for(server, folder)
+    assert run.data.params == {"lr": "1e-05", "seed": "42"}
+    assert "resumable" not in run.data.tags
+    ended = made.run.read_json("mlflow.json")
+    assert (run.info.start_time, run.info.end_time) == (ended["started"], ended["ended"])
+    there = server.artifacts.glob(f"**/{run.info.run_id}/artifacts/**/*")
+    files = {path.name: path.read_bytes() for path in there if path.is_file()}
+    own = {path.name: path.read_bytes() for path in folder.rglob("*") if path.name in files}
+    assert files == own
+    assert {"model.safetensors", "loss.png", "metrics.jsonl", "result.json"} <= set(files)
+    assert "optimizer.safetensors" not in files
+
+    assert main(["sync", f"run={folder}"]) == 0
+    assert "has all of it" in capsys.readouterr().out
+    assert_equal(server, made)
+    assert len(runs_for(server, folder)) == 1
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="a process's limits are set from outside on Linux only")
+def test_a_store_without_space_gets_everything_when_there_is_some(
+    server: Server, outputs: Path, said: pytest.LogCaptureFixture
+):
+    import psutil
+
+    made = tracker(outputs / "train" / "run", server.uri)
+    until(lambda: made.writer is not None and made.writer.mlflow is not None and not made.writer.deeds)
+    assert server.process is not None
+    processes = [server.process.pid, *(child.pid for child in psutil.Process(server.process.pid).children(True))]
+    before = resource.prlimit(processes[0], resource.RLIMIT_FSIZE)
+    full = (server.database.stat().st_size, before[1])
+    for process in processes:
+        resource.prlimit(process, resource.RLIMIT_FSIZE, full)
+    step = 0
+    while made.writer is not None and made.writer.failures < 2:
+        log_steps(made, range(step, step + 100))
+        step += 100
+        time.sleep(0.01)
+    assert "MLflow cannot be reached" in said.text
+    for process in processes:
+        resource.prlimit(process, resource.RLIMIT_FSIZE, before)
+    log_steps(made, range(step, step + 10))
+    made.finish("FINISHED", {})
+    assert_equal(server, made)
+
+
+def test_sending_again_doubles_nothing_on_a_real_server(server: Server, outputs: Path):
+    """Not even where it is not known what is there: the store keeps equal points once."""
+    from mlmx.tracking.mlflow_run import MlflowRun, connect
+
+    made = tracker(outputs / "train" / "run", server.uri)
+    log_steps(made, range(1, 200))
+    made.finish("FINISHED", {})
+    store = tracking.server(uri=server.uri)
+    client, experiment = connect(store)
+    told = made.run.read_json("mlflow.json")
+    ignorant = MlflowRun(client, experiment, told, again=True)
+    ignorant.has = set()
+    assert ignorant.log(made.run.metrics()) == 3 * 199
+    assert_equal(server, made)
+    assert sum(send(made.run, store).values()) == 0
