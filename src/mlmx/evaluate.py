@@ -11,6 +11,7 @@ from mlmx import data, describe, masking, memory, model, runs, tracking
 from mlmx.config import EvaluateConfig, Job, RequestError, TrainConfig, bind
 from mlmx.measure import Measure
 from mlmx.parts import Parts, gather, parts_of, token_cache
+from mlmx.places import is_below_outputs, outputs_dir
 
 log = logging.getLogger("mlmx")
 
@@ -74,8 +75,10 @@ def evaluate(cfg: EvaluateConfig, job: Job) -> dict[str, float]:
         loaded.to(device())  # type: ignore[arg-type]
         scored = measure(loaded)
         log.info("%s\n%s", folder, describe.scores(scored, report, measure.protocol))
-        if run is not None:
+        if run is not None and is_below_outputs(run.folder):
             record(cfg, run, settings.chunk_size, measure.protocol, scored)
+        elif run is not None:
+            log.info("not kept with the run: it lies outside %s; MLMX_OUTPUTS=<folder> moves that", outputs_dir())
     return scored
 
 

@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mlmx.config import RequestError, refuse_secrets, require
-from mlmx.places import outputs_dir
+from mlmx.places import is_below_outputs, outputs_dir
 
 CORE = "hydra._internal.core_plugins"
 # Where Hydra's node names code, and what may stand there: its own launcher and sweeper, and installed plugins.
@@ -121,13 +121,12 @@ def require_below_outputs(key: str, folder: str, given: str | None = None) -> No
     Args:
         given: what to show as given, if not ``folder``.
     """
-    outputs = outputs_dir().resolve()
     try:
-        found = Path(folder).resolve()
+        below = is_below_outputs(Path(folder))
     except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a NUL
         raise RequestError(f"{key}={given or folder!r}: is no folder ({error})") from error
     require(
-        outputs in found.parents,
-        f"{key}={given or folder}: lies outside {outputs}, where everything is written; choose a folder below it, or "
-        "move all of it with MLMX_OUTPUTS=<folder>",
+        below,
+        f"{key}={given or folder}: lies outside {outputs_dir()}, where everything is written; choose a folder below "
+        "it, or move all of it with MLMX_OUTPUTS=<folder>",
     )

@@ -21,3 +21,8 @@ def outputs_dir() -> Path:
     if chosen:
         return Path(chosen).expanduser().resolve()
     return (CHECKOUT or Path.cwd()) / "outputs"
+
+
+def is_below_outputs(folder: Path) -> bool:
+    """Whether a folder lies below `outputs_dir`, links and ``..`` followed."""
+    return outputs_dir().resolve() in folder.resolve().parents

@@ -61,6 +61,9 @@ def done(tmp_path_factory: pytest.TempPathFactory, tiny: Path, corpus: Path) -> 
         assert main(["train", *small, *at, note]) == 0
         assert main(["train", "-m", *small, "tracking=local", "seed=1", note]) == 0
         assert main(["evaluate", "run=last"]) == 0
+        patch.setenv("MLMX_OUTPUTS", str(outputs.parent / "other"))
+        assert main(["evaluate", f"run={next(outputs.glob('train/*/0'))}"]) == 0
+        patch.setenv("MLMX_OUTPUTS", str(outputs))
         for wrong in (
             ["tracking=server", f"tracking.uri={address}"],
             [f"dataset.path={CANARIES['HF_TOKEN']}/reviews.jsonl"],
@@ -91,6 +94,13 @@ def test_nothing_that_was_shown_is_a_secret(done: Done):
     refused = [line for line in done.shown.splitlines() if line.startswith("mlmx: ") and "***" in line]
     assert len(refused) >= 8
     assert any("tracking.uri=http://***@127.0.0.1" in line and "MLFLOW_TRACKING_PASSWORD" in line for line in refused)
+
+
+def test_a_run_outside_outputs_is_scored_and_not_written_to(done: Done):
+    [kept] = done.outputs.glob("train/**/evaluations.jsonl")  # of the evaluation made before outputs/ was another
+    assert len(kept.read_text().splitlines()) == 1
+    assert done.shown.count("\nprotocol heldout-") == 2
+    assert "not kept with the run: it lies outside" in done.shown
 
 
 def test_what_was_taken_out_left_its_mark_and_the_runs_are_whole(done: Done):
