@@ -243,7 +243,7 @@ def draw_plots(run: runs.Run, title: str) -> list[Any]:
 @contextlib.contextmanager
 def recorded(run: runs.Run, store: tracking.Store | None, clock: Clock) -> Iterator[tracking.Tracker]:
     """A tracker whose run ends, however it ends, with its true status in the folder and in MLflow."""
-    tracker, status = tracking.Tracker(run, store), "FAILED"
+    tracker, status, retry = tracking.Tracker(run, store), "FAILED", False
     space.reserve(run.folder)
     try:
         yield tracker
@@ -254,18 +254,21 @@ def recorded(run: runs.Run, store: tracking.Store | None, clock: Clock) -> Itera
             error.add_note(f"to go on: python -m mlmx train resume={shlex.quote(str(run.folder))}")
         raise
     except Exception as error:
-        if space.is_full(error):
+        if retry := space.is_full(error):
             raise space.disk_full(error, run.folder) from error
         raise
     finally:
         space.release(run.folder)
-        end(tracker, status, clock)
+        end(tracker, status, clock, retry or status == "KILLED")
 
 
-def end(tracker: tracking.Tracker, status: str, clock: Clock) -> None:
-    """Write down how a run ended; what goes wrong with that does not hide what ended it."""
-    # A run that was killed before its first checkpoint begins again; one that failed would fail again.
-    resumable = status == "KILLED" or (status == "FAILED" and bool(checkpoints.all_of(tracker.run.checkpoints)))
+def end(tracker: tracking.Tracker, status: str, clock: Clock, retry: bool) -> None:
+    """Write down how a run ended; what goes wrong with that does not hide what ended it.
+
+    Args:
+        retry: it can begin again if it has no checkpoint; what failed for a reason of its own would fail again.
+    """
+    resumable = status != "FINISHED" and (retry or bool(checkpoints.all_of(tracker.run.checkpoints)))
     try:
         tracker.finish(status, clock.seconds, resumable)
     except Exception as error:

@@ -157,11 +157,12 @@ def test_full_while_numbers_are_logged(
         with (run.folder / "metrics.jsonl").open("ab", buffering=0) as file:
             file.write(b"\n" * 8192)  # its last page has place for so many of these as there are
 
-    at_step(3, happens)
+    at_step(1, happens)
     assert main(request(tiny, corpus, *steps)) == 1
     (run,) = all_runs()
     said = capsys.readouterr()
     assert_ended_by_a_full_disk(run, said.err, run.folder / "metrics.jsonl")
+    assert not run.checkpoints.exists(), "and yet it can begin again"
     assert mlflow_run(disk, run).info.status == "FAILED"
     whole = [line for line in (run.folder / "metrics.jsonl").read_text().splitlines() if line]
     assert all(line.startswith("{") and line.endswith("}") for line in whole)
