@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from mlmx.cli import main
-from tests.test_writer import serving
+from tests.servers import serving
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
@@ -38,26 +37,23 @@ class Done:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory, tiny: Path, corpus: Path) -> Done:
+def done(tmp_path_factory: pytest.TempPathFactory, _store: Path, tiny: Path, corpus: Path) -> Done:
     """A run to a server, a sweep to the local store, and requests that are refused, with canaries everywhere."""
     outputs = tmp_path_factory.mktemp("canary") / "outputs"
     (outputs / "served").mkdir(parents=True)
     small = ["model=distilbert", f"model.path={tiny}", "dataset=files", f"dataset.path={corpus}", "chunk_size=32"]
     small += ["dataset.train_chunks=8", "dataset.eval_chunks=8", "heldout.documents=4", "epochs=1"]
     note = f"note='{' '.join(CANARIES.values())} {FORMED} http://user:{CANARIES['MY_SECRET']}@host/x'"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     shown = outputs.parent / "shown"
-    with pytest.MonkeyPatch.context() as patch, shown.open("w") as file, serving(port, outputs / "served"):
+    with pytest.MonkeyPatch.context() as patch, shown.open("w") as file, serving(outputs / "served", _store) as server:
         for name, value in CANARIES.items():
             patch.setenv(name, value)
         patch.setenv("MLFLOW_TRACKING_USERNAME", "somebody")
         patch.setenv("MLMX_OUTPUTS", str(outputs))
         patch.setattr("sys.stdout", file)
         patch.setattr("sys.stderr", file)
-        address = f"http://somebody:{CANARIES['MLFLOW_TRACKING_PASSWORD']}@127.0.0.1:{port}"
-        at = ["tracking=server", f"tracking.uri=http://127.0.0.1:{port}"]
+        address = f"http://somebody:{CANARIES['MLFLOW_TRACKING_PASSWORD']}@127.0.0.1:{server.port}"
+        at = ["tracking=server", f"tracking.uri={server.uri}"]
         assert main(["train", *small, *at, note]) == 0
         assert main(["train", "-m", *small, "tracking=local", "seed=1", note]) == 0
         assert main(["evaluate", "run=last"]) == 0
