@@ -33,7 +33,8 @@ class Started:
     def end(self) -> int:
         """Its exit code."""
         if self.ending.startswith("SIG") and self.process.is_alive():
-            os.kill(self.process.pid or 0, signal.Signals[self.ending])
+            assert self.process.pid is not None
+            os.kill(self.process.pid, signal.Signals[self.ending])
         return ended(self.process) or 0
 
     def is_known(self) -> bool:
@@ -52,7 +53,7 @@ def start(name: str, ending: str, tiny: Path, corpus: Path, outputs: Path) -> St
         "heldout.documents": 2,
         "batch_size": 2,
         "chunk_size": 16,
-        "epochs": 400 if ending.startswith("SIG") else 2,
+        "epochs": 100_000 if ending.startswith("SIG") else 2,
         "trainer.logging_strategy": "steps",
         "trainer.logging_steps": 1,
         "trainer.save_total_limit": 1,
