@@ -53,7 +53,7 @@ def start(name: str, ending: str, tiny: Path, corpus: Path, outputs: Path) -> St
         "heldout.documents": 2,
         "batch_size": 2,
         "chunk_size": 16,
-        "epochs": 100_000 if ending.startswith("SIG") else 2,
+        "epochs": 4000 if ending.startswith("SIG") else 2,
         "trainer.logging_strategy": "steps",
         "trainer.logging_steps": 1,
         "trainer.save_total_limit": 1,
