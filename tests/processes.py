@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 IMPORTED = ["mlmx.cli", "mlmx.train", "mlmx.training.engine", "mlmx.scoring", "mlmx.tracking.mlflow_run"]
 PATIENCE_SECONDS = 240
+STEP_SECONDS = 0.05  # so that a busy machine looks in time, and the run is not over before it can be ended
 
 
 def started(argv: list[str], outputs: Path, said: Path, environment: dict[str, str] | None = None) -> ForkServerProcess:
@@ -28,7 +30,15 @@ def _run(argv: list[str], outputs: str, said: str, environment: dict[str, str]) 
     multiprocessing.set_start_method("fork", force=True)  # of what the command itself starts, as on a command line
     sys.stdout = sys.stderr = Path(said).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115
     from mlmx.cli import main
+    from mlmx.training.engine import CountedTrainer
 
+    step = CountedTrainer.training_step
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(STEP_SECONDS)
+        return step(*args, **kwargs)
+
+    CountedTrainer.training_step = slowly  # type: ignore[method-assign]
     sys.exit(main(argv))
 
 
