@@ -55,6 +55,7 @@ class Writer:
         self.failures = 0  # in a row
         self.reason = ""
         self.ending: tuple[str, bool, int] | None = None
+        self.failed_to_end = False  # the last attempt, which was one to finish
         self.heard = time.monotonic()
         self.given_up = self.done = False
         self.something, self.at_once = threading.Event(), threading.Event()
@@ -81,11 +82,16 @@ class Writer:
         self._wake()
 
     def finish(self, status: str, resumable: bool, ended: int) -> None:
-        """Send what is left and close the run; an MLflow that is away is waited for a few seconds only."""
+        """Send what is left and close the run; an MLflow that is away is asked once more and waited for a few seconds.
+
+        Args:
+            resumable: whether a run that ended early can go on.
+            ended: milliseconds since 1970.
+        """
         self.ending, self.heard = (status, resumable, ended), time.monotonic()
         self._wake()
         while self.thread.is_alive():
-            patience = PATIENCE_SECONDS if self.failures else STALL_SECONDS
+            patience = PATIENCE_SECONDS if self.failed_to_end else STALL_SECONDS
             left = self.heard + patience - time.monotonic()
             if left <= 0:
                 self.given_up = True
@@ -105,22 +111,23 @@ class Writer:
             self.something.wait()
             self.something.clear()
             self.at_once.clear()
+            ending = self.ending  # looked at before the file, as the deeds are: they come after its numbers
             try:
-                self._catch_up()
+                self._catch_up(ending)
                 self._say_back()
                 pause = SEND_EVERY_SECONDS
             except Exception as error:
                 self._say_away(error)
+                self.failed_to_end = ending is not None
                 pause = RETRY_AFTER_SECONDS[min(self.failures, len(RETRY_AFTER_SECONDS)) - 1]
                 self.something.set()
             if not self.done:
                 self.at_once.wait(pause if self.ending is None else min(pause, 1.0))
 
-    def _catch_up(self) -> None:
+    def _catch_up(self, ending: tuple[str, bool, int] | None) -> None:
         """Everything up to now: the numbers, the deeds that were asked for before them, and the end."""
         from mlmx.tracking.mlflow_run import MlflowRun, connect
 
-        ending = self.ending  # looked at before the file, as the deeds are: they come after its numbers
         if ending is not None:
             self.deeds.extend(self.refused)
             self.refused = []
