@@ -236,3 +236,45 @@ def test_the_log_of_a_run_stands_in_its_folder_and_on_stdout(tmp_path: Path, cap
         r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d loss 1\.5, naïve\n", (tmp_path / "train.log").read_text(encoding="utf-8")
     )
     assert log.handlers == before
+
+
+WHOLE = b'{"step": 1, "epoch": 0.5, "time": "2026-01-01T00:00:00+00:00", "train/loss": 2.0}\n'
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 2, "epo', b"\0" * 4096, b"\0" * 40 + b"\n", b'{"step": 2}', b"2\n", b""])
+def test_what_a_kill_or_a_power_cut_leaves_behind_the_last_row_is_cut_off(torn: bytes, tmp_path: Path):
+    run = Run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(WHOLE + torn)
+    assert [row["step"] for row in run.metrics()] == [1]
+    run.append_metrics(2, 1.0, {"train/loss": 1.0})
+    assert [row["step"] for row in run.metrics()] == [1, 2]
+    assert (tmp_path / "metrics.jsonl").read_bytes().startswith(WHOLE + b'{"step": 2')
+
+
+def test_a_line_that_cannot_be_written_whole_is_not_there(tmp_path: Path):
+    run, file = Run(tmp_path), runs.MetricsFile(tmp_path)
+    file.append(1, 0.5, {"train/loss": 2.0})
+
+    class FillsUp:
+        """Takes ten bytes of a line and no more."""
+
+        def __init__(self, file: Any) -> None:
+            self.file, self.left = file, 10
+
+        def write(self, line: memoryview) -> int:
+            if not self.left:
+                raise OSError(28, "No space left on device")
+            taken, self.left = self.file.write(line[: self.left]), 0
+            return int(taken)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    file.file, real = FillsUp(file.file), file.file  # type: ignore[assignment]
+    with pytest.raises(OSError, match="No space left"):
+        file.append(2, 1.0, {"train/loss": 1.0})
+    file.file = real
+    file.append(2, 1.0, {"train/loss": 1.0})
+    file.close()
+    assert [row["step"] for row in run.metrics()] == [1, 2]
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
