@@ -273,14 +273,19 @@ def test_what_a_store_has_lost_is_put_back(store: Path, outputs: Path, capsys):
     assert artifact.read_bytes() == (made.run.folder / "metrics.jsonl").read_bytes()
 
 
-def test_a_store_that_was_made_anew_gets_the_run_again(store: Path, outputs: Path):
+@pytest.fixture
+def elsewhere(_store: Path, outputs: Path) -> tracking.Store:
+    """A store that is not that of any run."""
+    outputs.mkdir(exist_ok=True)
+    return tracking.Store(f"sqlite:///{shutil.copy(_store, outputs / 'other.db')}", "fresh", outputs / "others")
+
+
+def test_a_store_that_does_not_know_the_run_gets_it_once(store: Path, elsewhere: tracking.Store, outputs: Path):
     made = ended(outputs / "train" / "run")
-    old = made.run_id
-    elsewhere = tracking.Store(f"sqlite:///{shutil.copy(store, outputs / 'other.db')}", "fresh", outputs / "others")
     found = send(made.run, elsewhere, own=False)
     assert (found["runs"], found["points"]) == (1, 30)
-    assert send(made.run, elsewhere, own=False)["runs"] == 0, "found again, though its id is not on record"
-    assert Run(made.run.folder).read_json("mlflow.json")["run_id"] == old
+    assert sum(send(made.run, elsewhere, own=False).values()) == 0, "found again, though its id is not on record"
+    assert Run(made.run.folder).read_json("mlflow.json")["run_id"] == made.run_id
     assert sum(send(made.run, tracking.local()).values()) == 0
 
 
@@ -291,13 +296,15 @@ def test_all_sends_what_can_be_sent_and_says_what_cannot(store: Path, outputs: P
     good.run.append_metrics(10, 0.1, {"evaluate/heldout/loss": 1.0})
     with FileLock(busy.run.folder / ".lock"):
         assert main(["sync", "run=all"]) == 1
-        assert main(["sync", f"run={busy.run.folder}"]) == 2
-    shown = capsys.readouterr()
-    assert f"{good.run.folder}: 1 point, 1 file sent to sqlite" in shown.out
-    first, second = shown.err.splitlines()
-    assert f"{gone.run.folder}: " in first
+        shown = capsys.readouterr()
+        assert main(["sync", f"run={busy.run.folder}"]) == 1
+    assert f"{busy.run.folder}: is in use by another process" in capsys.readouterr().err
+    first, second, third = shown.out.splitlines()
+    assert first.startswith(f"{gone.run.folder}: ")
     assert f"run {gone.run_id} was deleted in MLflow; mlflow runs restore brings it back" in first
-    assert "is being trained" in second
+    assert second.startswith(f"{good.run.folder}: 1 point, 1 file sent to sqlite")
+    assert third == f"{busy.run.folder}: is in use by another process"
+    assert shown.err == "mlmx: 2 of 3 runs were not sent; nothing is lost, run the command again\n"
 
 
 def of_all(outputs: Path) -> tuple[Any, list[Any]]:
@@ -327,8 +334,10 @@ def test_a_store_that_is_away_is_asked_once(store: Path, outputs: Path, capsys, 
 
     monkeypatch.setattr("mlmx.tracking.mlflow_run.connect", connect)
     assert main(["sync", "run=all"]) == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "nobody is there" in error
-    assert "2 more runs were not sent either" in error
+    shown = capsys.readouterr()
+    first, second, third = shown.out.splitlines()
+    assert "nobody is there" in first
+    assert second.endswith("is away")
+    assert third.endswith("is away")
+    assert "3 of 3 runs were not sent" in shown.err
     assert len(asked) == 1

@@ -57,23 +57,25 @@ def sync(cfg: SyncConfig, job: Job) -> None:
     """
     with runs.log_to():
         alive.mark_dead()
+        found = meant(cfg)
         failed: list[str] = []
-        away: dict[str, str] = {}  # a store that does not answer is asked once
-        for run in meant(cfg):
+        away: set[str] = set()  # a store that does not answer is asked once
+        for run in found:
             store = target(cfg, run)
             if store is None:
                 continue
             try:
                 if store.uri in away:
-                    raise WorkError(away[store.uri])
+                    raise WorkError(f"{run.folder}: {store.uri} is away")
                 log.info("%s: %s", run.folder, sent(run, store))
             except WorkError as error:
                 failed.append(str(error))
-                if is_away(error):
-                    away[store.uri] = str(error)
+                away |= {store.uri} if is_away(error) else set()
+                if len(found) > 1:
+                    log.warning("%s", error)
     if failed:
-        more = f"; {len(failed) - 1} more runs were not sent either" if len(failed) > 1 else ""
-        raise WorkError(f"{failed[0]}{more}; nothing is lost, run the command again")
+        what = failed[0] if len(found) == 1 else f"{len(failed)} of {len(found)} runs were not sent"
+        raise WorkError(f"{what}; nothing is lost, run the command again")
 
 
 def sent(run: runs.Run, store: tracking.Store) -> str:
@@ -86,7 +88,7 @@ def sent(run: runs.Run, store: tracking.Store) -> str:
 
     with alive.unless_held(run.folder) as is_free:  # two at once would make two MLflow runs
         if not is_free:
-            return "is in use by another process and left alone"
+            raise WorkError(f"{run.folder}: is in use by another process")
         try:
             missing = send(run, store, own=store == store_of(run))
         except RequestError as error:
