@@ -169,6 +169,7 @@ def test_numbers_that_keep_coming_keep_no_checkpoint_waiting(store: Path, output
     """Each call here takes as long as the training takes to log more."""
     from mlmx.tracking.mlflow_run import MlflowRun
 
+    monkeypatch.setattr(writer, "SEND_EVERY_SECONDS", 0.01)
     made = tracker(outputs / "run", tracking.local())
     log, calls = MlflowRun.log, iter(range(50))
 
@@ -185,6 +186,7 @@ def test_numbers_that_keep_coming_keep_no_checkpoint_waiting(store: Path, output
     made.checkpoint(folder, 1, 1.0)
     until(lambda: any((outputs / "mlartifacts").glob("*/artifacts/checkpoints/epoch-1/config.json")))
     assert next(calls) < 40, "it waited until nothing more came"
+    list(calls)  # the training is over
     made.finish("FINISHED", {})
 
 
@@ -263,7 +265,7 @@ def test_a_full_disk_under_the_store_costs_no_number(store: Path, outputs: Path,
         step = 0
         while made.writer is not None and made.writer.failures < 2:
             log_steps(made, range(step, step := step + 100))
-        assert "database or disk is full" in said.text
+        until(lambda: "database or disk is full" in said.text)
         most_pages[0] = 2**31
         log_steps(made, range(step, step + 10))
         made.finish("FINISHED", {})

@@ -253,7 +253,7 @@ def test_a_store_without_space_gets_everything_when_there_is_some(
         log_steps(made, range(step, step + 100))
         step += 100
         time.sleep(0.01)
-    assert "MLflow cannot be reached" in said.text
+    until(lambda: "MLflow cannot be reached" in said.text)
     for process in processes:
         resource.prlimit(process, resource.RLIMIT_FSIZE, before)
     log_steps(made, range(step, step + 10))
