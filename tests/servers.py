@@ -134,7 +134,7 @@ class Way:
 
     def pass_on(self, request: BaseHTTPRequestHandler) -> None:
         refusal, hangs_up, loses, seconds = self.refusal, self.hangs_up, self.loses_answers, self.seconds
-        body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+        body = _body(request)
         if hangs_up:
             request.close_connection = True
             return
@@ -143,7 +143,8 @@ class Way:
             return
         connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=60)
         with contextlib.closing(connection):
-            headers = {name: value for name, value in request.headers.items() if name.lower() != "host"}
+            own = ("host", "transfer-encoding", "content-length")
+            headers = {name: value for name, value in request.headers.items() if name.lower() not in own}
             connection.request(request.command, request.path, body, headers)
             response = connection.getresponse()
             status, kind, answer = response.status, response.getheader("Content-Type") or "", response.read()
@@ -166,3 +167,15 @@ class Way:
         self.http.shutdown()
         self.thread.join()
         self.http.server_close()
+
+
+def _body(request: BaseHTTPRequestHandler) -> bytes:
+    """What was sent along, also piece by piece (an empty file is)."""
+    if request.headers.get("Transfer-Encoding") != "chunked":
+        return request.rfile.read(int(request.headers.get("Content-Length") or 0))
+    body = b""
+    while size := int(request.rfile.readline(), 16):
+        body += request.rfile.read(size)
+        request.rfile.readline()
+    request.rfile.readline()
+    return body

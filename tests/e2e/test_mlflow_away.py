@@ -169,6 +169,8 @@ def test_what_goes_wrong_at_the_start_in_the_middle_and_at_the_end_costs_no_numb
     made.finish("KILLED", {}, resumable=True)
     assert said.text.count("MLflow did not get all of this run") == 1
     assert f"later: python -m mlmx sync run={folder}" in said.text
+    assert made.writer is not None
+    made.writer.thread.join()  # as with the process: an attempt under way would succeed now
 
     way.clear()
     assert main(["sync", f"run={folder}"]) == 0
