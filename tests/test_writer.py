@@ -297,3 +297,23 @@ def test_a_run_that_was_made_after_all_does_not_stay_beside_its_own(store: Path,
     [run] = client.search_runs([client.get_experiment_by_name("mlmx").experiment_id])
     assert run.info.run_id == made.run_id != twin.info.run_id
     assert history(tracking.local(), made) == stored(logged(made))
+
+
+def test_an_mlflow_that_is_back_when_the_run_ends_is_asked_once_more(store: Path, outputs: Path, said, monkeypatch):
+    """However short the patience: nothing is given up without an attempt to finish."""
+    from mlflow import MlflowClient
+
+    monkeypatch.setattr(writer, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(writer, "RETRY_AFTER_SECONDS", (0.01, 600.0))
+    with monkeypatch.context() as away:
+        away.setattr(MlflowClient, "log_batch", fails_always)
+        made = tracker(outputs / "run", tracking.local())
+        log_steps(made, range(1, 4))
+        until(lambda: "MLflow cannot be reached" in said.text)
+    made.finish("FINISHED", {})
+    assert "did not get" not in said.text
+    assert history(tracking.local(), made) == stored(logged(made))
+
+
+def fails_always(*args: Any, **kwargs: Any) -> Any:
+    raise ConnectionError("nobody is there")
