@@ -8,7 +8,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mlmx.config import RequestError, did_you_mean, require, table
+from mlmx.config import RequestError, did_you_mean, path_of, require, table
 from mlmx.data.archives import refuse_archive
 from mlmx.sources import COMMIT, find_package_file, require_reachable
 
@@ -155,9 +155,9 @@ def _read_files(matching: tuple[tuple[Path, int], ...], text_column: str, sample
         try:
             saved = found.is_dir()
             loaded = _saved(datasets, found) if saved else {"train": _read(datasets, found, sample_by)}
-        except RequestError:
+        except (RequestError, MemoryError):
             raise
-        except (ValueError, OSError, KeyError, datasets.exceptions.DatasetGenerationError) as error:
+        except Exception as error:  # of any kind: what a damaged file meets first in the libraries
             reason = str(error.__cause__ or error)
             raise RequestError(f"dataset.path={found}: cannot be read ({reason})") from error
         for name, rows in loaded.items():
@@ -218,7 +218,7 @@ def _matching(paths: Sequence[str]) -> list[Path]:
 
 def _expand(pattern: str) -> list[Path]:
     require(bool(pattern), "dataset.path=: is empty; give a file, a glob or a folder")
-    path = Path(pattern).expanduser()
+    path = path_of("dataset.path", pattern)
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return [path]
