@@ -133,7 +133,10 @@ class Run:
     def read_json(self, name: str) -> dict[str, Any]:
         """``result.json`` or ``data.json``; empty where the run has none yet."""
         path = self.folder / name
-        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        try:
+            value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except RecursionError as error:
+            raise ValueError(f"{path}: {error}") from error
         if not isinstance(value, dict):
             raise ValueError(f"{path}: holds no JSON object")
         return value

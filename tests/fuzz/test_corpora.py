@@ -27,6 +27,10 @@ def jsonl(texts: list[Any], **more: Any) -> bytes:
     return "".join(json.dumps({"text": text, **more}) + "\n" for text in texts).encode()
 
 
+def csv(texts: list[str]) -> bytes:
+    return "".join('"' + text.replace('"', '""') + '"\n' for text in ["text", *texts]).encode()
+
+
 # A file's name and contents, and how many documents it has.
 RIGHT: dict[str, tuple[str, bytes, int]] = {
     "empty documents": ("a.jsonl", jsonl(["", *PLAIN, "", " \t ", "\u3000"]), 60),
@@ -39,12 +43,17 @@ RIGHT: dict[str, tuple[str, bytes, int]] = {
     "a line of 10 MB": ("a.txt", b"something " * 1_000_000 + b"\n" + "\n".join(PLAIN).encode(), 61),
     "one word of 1 MB": ("a.txt", b"x" * 1_000_000 + b"\n" + "\n".join(PLAIN).encode(), 61),
     "a byte order mark": ("a.txt", b"\xef\xbb\xbf" + "\n".join(PLAIN).encode(), 60),
-    "a byte order mark before a header": ("a.csv", b"\xef\xbb\xbftext\n" + "\n".join(PLAIN).encode(), 60),
+    "a byte order mark before a header": ("a.csv", b"\xef\xbb\xbf" + csv(PLAIN), 60),
     "carriage returns": ("a.txt", "\r\n".join(PLAIN).encode(), 60),
     "many tiny documents": ("a.txt", b"a\n" * 20_000, 20_000),
     "nested JSON beside the text": ("a.jsonl", jsonl(PLAIN, more={"a": [1, {"b": []}]}), 60),
     "a column that changes its kind": ("a.jsonl", jsonl(PLAIN[:30], n=1) + jsonl(PLAIN[30:], n="one"), 60),
-    "line breaks in quotes": ("a.csv", ("text\n" + "".join(f'"{t}\n""so""\n"\n' for t in PLAIN)).encode(), 60),
+    "line breaks in quotes": ("a.csv", csv([text + '\n"so"\n' for text in PLAIN]), 60),
+    "texts that look like nothing": (
+        "a.csv",
+        csv([*PLAIN, "NA", "null", "None", "nan", "", "n/a"]),
+        65,
+    ),
     "one document of many chunks": ("a.txt", b"One of many words. " * 200, 1),
 }
 WRONG: dict[str, tuple[str, bytes, str]] = {
@@ -61,10 +70,11 @@ WRONG: dict[str, tuple[str, bytes, str]] = {
     "one short document": ("a.txt", b"One.\n", "chunk"),
     "UTF-16": ("a.txt", "\n".join(PLAIN).encode("utf-16"), "a.txt"),
     "two encodings": ("a.txt", "\n".join(PLAIN).encode() + "\nsch\u00f6n".encode("latin-1"), "a.txt"),
-    "JSON nested a thousand times": ("a.jsonl", b'{"text": ' + b"[" * 1000 + b"]" * 1000 + b"}\n", "text"),
+    "JSON nested a thousand times": ("a.jsonl", b'{"text": ' + b"[" * 1000 + b"]" * 1000 + b"}\n", "a.jsonl"),
     "JSON nested without end": ("a.jsonl", b'{"text": ' + b"[" * 100_000, "a.jsonl"),
     "a key twice": ("a.jsonl", b'{"text": "a", "text": "b"}\n' * 50, "a.jsonl"),
     "NUL bytes for JSON": ("a.jsonl", b"\x00" * 5000, "a.jsonl"),
+    "commas without quotes": ("a.csv", "\n".join(["text", *PLAIN]).encode(), "quotes"),
     "more cells than columns": ("a.csv", b"text\n" + b"a,b,c\n" * 50, "a.csv"),
     "only white space": ("a.txt", b"   \n\t\n" * 50, ""),
     "an archive": ("a.zip", b"PK\x03\x04" + b"0" * 100, "a.zip"),

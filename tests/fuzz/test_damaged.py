@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (tables of values)
 """A run's or a model's files that hold anything: the command that reads them is right, or says in one line which."""
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ READING = [
 
 @pytest.fixture
 def bench(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """A working folder with a model and a text; what reads is checked as ever, and then does nothing but look after runs."""
+    """A working folder with a model and a text; what trains or scores is checked as ever, and then does nothing."""
     for name in ("train", "predict", "evaluate"):
         monkeypatch.setattr(importlib.import_module(f"mlmx.{name}"), name, lambda config, job: None)
     folder = tmp_path / "work"

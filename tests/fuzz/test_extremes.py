@@ -1,4 +1,4 @@
-"""Values at the edge of what a number can be, through to the library that meets them: right, refused, or work that failed."""
+"""Values at the edge of what a number can be, through to the library that meets them: right, refused, or failed."""
 
 from __future__ import annotations
 

@@ -54,11 +54,11 @@ def refuse_unwritable(values: Any) -> None:
         RequestError: half of a character (a byte of the command line that is no UTF-8), a NUL, a number too long.
     """
     for path, key, value in _entries(values, ""):
+        if isinstance(value, int) and value.bit_length() > MOST_BITS:
+            raise RequestError(f"{path}: is a number of more than {MOST_BITS:,} bits; give a smaller one")
         for text in (key, value):
-            bad = isinstance(text, str) and any(sign == "\0" or "\ud800" <= sign <= "\udfff" for sign in text)
-            require(not bad, f"{path}={value!r}: holds a NUL or half a character; write it in UTF-8")
-        endless = isinstance(value, int) and value.bit_length() > MOST_BITS
-        require(not endless, f"{path}: is a number of more than {MOST_BITS:,} bits; give a smaller one")
+            if isinstance(text, str) and any(sign == "\0" or "\ud800" <= sign <= "\udfff" for sign in text):
+                raise RequestError(f"{path}={value!r}: holds a NUL or half a character; write it in UTF-8")
 
 
 def remedy(what: str) -> str:
