@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     # Read when torch loads its threads. Spinning ones gain nothing here and starve whatever shares the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what cannot be shown is no reason to end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     streams = (contextlib.redirect_stdout, sys.stdout), (contextlib.redirect_stderr, sys.stderr)
     try:
         with contextlib.ExitStack() as shown:
@@ -160,7 +163,9 @@ def _run(command: str, arguments: list[str]) -> int:
     with trusting(code):
         if command == "train":
             _take_up(parsed)
-        if not (parsed.cfg or parsed.info or parsed.hydra_help or parsed.shell_completion):
+        if parsed.cfg or parsed.info:
+            _check_composition(command, parsed)
+        elif not (parsed.hydra_help or parsed.shell_completion):
             _check_jobs(command, parsed)
             if code is not None:
                 print(f"mlmx: the code of {code} is run, with all your rights", file=sys.stderr)
@@ -228,9 +233,11 @@ def _composed(
     from mlmx.config import to_config
     from mlmx.hydra_node import require_confined, swept_params
 
-    path = [f"hydra.searchpath=[file://{Path(parsed.config_dir).resolve()}]"] if parsed.config_dir else []
+    path = _search_path(parsed)
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        params = swept_params(command, [*parsed.overrides, *path]) if parsed.multirun else {}
+        params = {}
+        if parsed.multirun:
+            params = swept_params(command, composed(command, parsed.overrides, path, multirun=True))
         for number, overrides in enumerate(jobs(parsed, params)):
             try:
                 found = composed(command, overrides, path)
@@ -245,6 +252,20 @@ def _composed(
                     error.add_note(f"job {number} of the sweep" + (f" ({swept})" if swept else ""))
                 raise
             yield config
+
+
+def _check_composition(command: str, parsed: argparse.Namespace) -> None:
+    """Compose what is only to be shown; it may be wrong otherwise."""
+    from hydra import initialize_config_dir
+
+    from mlmx.composition import composed
+
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        composed(command, parsed.overrides, _search_path(parsed))
+
+
+def _search_path(parsed: argparse.Namespace) -> list[str]:
+    return [f"hydra.searchpath=[file://{Path(parsed.config_dir).resolve()}]"] if parsed.config_dir else []
 
 
 def _task(composed: DictConfig) -> Any:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from hydra import compose
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
@@ -27,28 +28,39 @@ MOST_NODES = 10_000  # of it, every repetition of an anchor counted
 MOST_LEVELS = 30  # of nesting
 
 
-def composed(command: str, overrides: Sequence[str], search_path: Sequence[str] = ()) -> DictConfig:
+def composed(
+    command: str, overrides: Sequence[str], search_path: Sequence[str] = (), multirun: bool = False
+) -> DictConfig:
     """What Hydra composes of a command's config and these overrides, its own node included.
 
     Args:
         search_path: overrides as well, which are at no fault.
+        multirun: compose what holds for a whole sweep; overrides may then have several values.
     Raises:
         RequestError: where Hydra breaks, naming the override on which it does.
         HydraException, OmegaConfBaseException: what Hydra refuses.
     """
     with _plain_files():
         try:
-            return compose(command, [*overrides, *search_path], return_hydra_config=True)
+            return _compose(command, [*overrides, *search_path], multirun)
         except (RequestError, HydraException, OmegaConfBaseException):
             raise
         except Exception as error:
-            culprit = next((one for one in overrides if _breaks(command, [one, *search_path])), " ".join(overrides))
+            culprit = next(
+                (one for one in overrides if _breaks(command, [one, *search_path], multirun)), " ".join(overrides)
+            )
             raise RequestError(f"{culprit}: cannot be composed ({type(error).__name__}: {error})") from error
 
 
-def _breaks(command: str, overrides: list[str]) -> bool:
+def _compose(command: str, overrides: list[str], multirun: bool) -> DictConfig:
+    loader = GlobalHydra.instance().config_loader()
+    mode = RunMode.MULTIRUN if multirun else RunMode.RUN
+    return loader.load_configuration(command, overrides, mode, from_shell=False)
+
+
+def _breaks(command: str, overrides: list[str], multirun: bool) -> bool:
     try:
-        compose(command, overrides, return_hydra_config=True)
+        _compose(command, overrides, multirun)
     except (RequestError, HydraException, OmegaConfBaseException):
         return False
     except Exception:

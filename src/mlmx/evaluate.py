@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlmx import data, describe, masking, memory, model, runs, tracking
-from mlmx.config import EvaluateConfig, Job, RequestError, TrainConfig, bind
+from mlmx.config import EvaluateConfig, Job, RequestError, TrainConfig, bind, path_of
 from mlmx.measure import Measure
 from mlmx.parts import Parts, gather, parts_of, token_cache
 from mlmx.places import is_below_outputs, outputs_dir
@@ -27,7 +27,7 @@ def check(cfg: EvaluateConfig) -> None:
 
 def resolve(cfg: EvaluateConfig) -> tuple[Path, TrainConfig, runs.Run | None]:
     """The model's folder, the settings to score it with, and the run it belongs to (None for a bare folder)."""
-    folder = Path(cfg.run).expanduser()
+    folder = path_of("run", cfg.run)
     run = None if (folder / "config.json").is_file() else runs.find(cfg.run)
     if run is None and not (cfg.dataset and cfg.chunk_size):
         raise RequestError(

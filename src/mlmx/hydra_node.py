@@ -10,9 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mlmx.config import RequestError, refuse_secrets, require
@@ -34,14 +32,12 @@ EMPTY = {
 }
 
 
-def swept_params(command: str, overrides: list[str]) -> dict[str, Any]:
+def swept_params(command: str, composed: DictConfig) -> dict[str, Any]:
     """``hydra.sweeper.params`` of a sweep, whose own composition, kept in multirun.yaml, is checked here.
 
     Args:
-        overrides: those of the command line, swept ones as well.
+        composed: of the command line's overrides, swept ones as well.
     """
-    loader = GlobalHydra.instance().config_loader()
-    composed = loader.load_configuration(command, overrides, RunMode.MULTIRUN, from_shell=False)
     require_confined(command, composed, multirun=True)
     refuse_secrets(OmegaConf.to_container(composed, resolve=False))
     return dict(composed.hydra.sweeper.get("params") or {})

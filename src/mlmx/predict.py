@@ -5,15 +5,25 @@ from __future__ import annotations
 import sys
 
 from mlmx import model, runs
-from mlmx.config import Job, PredictConfig, require, trusted_code
+from mlmx.config import Job, PredictConfig, RequestError, require, trusted_code
 
 
 def check(cfg: PredictConfig) -> None:
     """The run is there and finished, and every text holds a mask."""
     encoder_of(runs.find(cfg.run))
-    require(bool(cfg.text) or not sys.stdin.isatty(), 'text: missing; give text="This is a great [MASK]."')
+    require(
+        bool(cfg.text) or not (sys.stdin and sys.stdin.isatty()), 'text: missing; give text="This is a great [MASK]."'
+    )
     for text in cfg.text:
         require("[MASK]" in text or "<mask>" in text, f"text={text!r}: holds no [MASK] to fill")
+
+
+def lines_of_stdin() -> list[str]:
+    """What stands on standard input, a text a line; nothing where it is closed."""
+    try:
+        return [line.strip() for line in sys.stdin or () if line.strip()]
+    except UnicodeDecodeError as error:
+        raise RequestError(f"text: standard input is no UTF-8 ({error})") from error
 
 
 def encoder_of(run: runs.Run) -> model.Encoder:
@@ -24,7 +34,7 @@ def encoder_of(run: runs.Run) -> model.Encoder:
 
 def predict(cfg: PredictConfig, job: Job) -> None:
     """Print the likeliest tokens for each mask of each text; texts may come on standard input, one a line."""
-    texts = cfg.text or [line.strip() for line in sys.stdin if line.strip()]
+    texts = cfg.text or lines_of_stdin()
     require(bool(texts), "text: standard input holds no line; give text=… or lines with a [MASK]")
     for text in texts:
         require("[MASK]" in text or "<mask>" in text, f"text={text!r}: holds no [MASK] to fill")

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from mlmx import alive, identity, runs
 from mlmx.arguments import quoted
-from mlmx.config import RequestError, TrainConfig, require
+from mlmx.config import RequestError, TrainConfig, path_of, require
 from mlmx.places import outputs_dir
 
 KEY = "resume.run="
@@ -61,7 +60,12 @@ def asked(overrides: list[str]) -> str | None:
 def _command(run: runs.Run, parsed: argparse.Namespace, given: list[str]) -> list[str]:
     """The overrides the run was made with, but for those that are given anew."""
     path = run.folder / "overrides.yaml"
-    stored = [str(override) for override in OmegaConf.to_container(OmegaConf.load(path)) or []]
+    try:
+        listed = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # of many kinds, from YAML's and OmegaConf's
+        raise RequestError(f"{path}: cannot be read ({type(error).__name__}: {error}); the run cannot go on") from error
+    require(isinstance(listed, list), f"{path}: holds no list of overrides; the run cannot go on")
+    stored = [str(override) for override in listed or []]
     searched = [override for override in stored if override.startswith(SEARCH)]
     if searched and not parsed.config_dir:
         parsed.config_dir = searched[-1].partition("file://")[2].rstrip("]")
@@ -77,7 +81,7 @@ def _own(given: list[str], composed: TrainConfig | None) -> runs.Run | None:
     """The newest unfinished run of this very command; with ``hydra.run.dir=`` only the one in that folder."""
     folders = [override.removeprefix(FOLDER).strip("'\"") for override in given if override.startswith(FOLDER)]
     if folders:
-        run = runs.Run(Path(folders[-1]).expanduser().resolve())
+        run = runs.Run(path_of("hydra.run.dir", folders[-1]).resolve())
         return run if is_unfinished(run) else None
     if composed is None:
         return None

@@ -24,7 +24,7 @@ from typing import Any, TextIO
 from omegaconf import OmegaConf
 
 from mlmx import space
-from mlmx.config import RequestError, TrainConfig, from_plain
+from mlmx.config import RequestError, TrainConfig, from_plain, path_of
 from mlmx.places import outputs_dir
 from mlmx.redaction import redact, redacted
 
@@ -82,10 +82,14 @@ class Run:
     @property
     def status(self) -> str | None:
         """RUNNING, FINISHED, FAILED or KILLED, as far as the folder knows."""
+        return self.result().get("status")
+
+    def result(self) -> dict[str, Any]:
+        """What ``result.json`` says; where it is torn, as by a power cut, no ending was written."""
         try:
-            return self.read_json("result.json").get("status")
-        except ValueError:  # torn by a power cut: no ending was written
-            return "RUNNING"
+            return self.read_json("result.json")
+        except ValueError:
+            return {"status": "RUNNING"}
 
     def saved(self) -> list[Path]:
         """The whole checkpoints that were asked for (not those saved on the way), by name; their files are not read."""
@@ -129,13 +133,24 @@ class Run:
     def read_json(self, name: str) -> dict[str, Any]:
         """``result.json`` or ``data.json``; empty where the run has none yet."""
         path = self.folder / name
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        try:
+            value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except RecursionError as error:
+            raise ValueError(f"{path}: {error}") from error
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: holds no JSON object")
         return value
 
     def config(self) -> TrainConfig:
         """The resolved config the run was made with."""
-        loaded = OmegaConf.to_container(OmegaConf.load(self.folder / "config.yaml"))
-        assert isinstance(loaded, dict)
+        path = self.folder / "config.yaml"
+        try:
+            loaded = OmegaConf.to_container(OmegaConf.load(path))
+            assert isinstance(loaded, dict)
+        except Exception as error:  # of many kinds, from YAML's and OmegaConf's
+            raise RequestError(
+                f"{path}: cannot be read ({type(error).__name__}: {error}); choose another run"
+            ) from error
         config = from_plain("train", {str(key): value for key, value in loaded.items()})
         assert isinstance(config, TrainConfig)
         return config
@@ -277,11 +292,10 @@ def named(wanted: str, key: str = "run") -> Run | None:
     """
     if wanted == "last":
         return None
-    folder = Path(wanted).expanduser()
-    with contextlib.suppress(OSError):  # no name of a file: too long
-        if (folder / "result.json").is_file():
-            return Run(folder.resolve())
-    by_id = [run for run in all_runs() if wanted and run.read_json("result.json").get("run_id") == wanted]
+    folder = path_of(key, wanted)
+    if (folder / "result.json").is_file():
+        return Run(folder.resolve())
+    by_id = [run for run in all_runs() if wanted and run.result().get("run_id") == wanted]
     if not by_id:
         raise RequestError(
             f"{key}={wanted}: no such run; give a run folder (below {outputs_dir() / 'train'}), an MLflow run id, "

@@ -13,9 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+from hypothesis import HealthCheck, settings
+
 from mlmx.cli import main
 
 CPU_SECONDS = 30.0  # of one command line; other work on the machine does not count
+
+
+def examples(number: int) -> settings:
+    """So many examples, the same each time; how long one takes is looked after by `Bench.run`."""
+    return settings(
+        max_examples=number,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        print_blob=False,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
 
 
 class HangError(BaseException):
@@ -40,7 +54,7 @@ def processor_time(seconds: float) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a command line ended; ``written`` are paths below the outputs folder and new ones of the working folder."""
+    """How a command line ended; ``written`` are new paths below the outputs and the working folder."""
 
     code: int
     out: str
@@ -55,10 +69,15 @@ class Bench:
     folder: Path
     outputs: Path
 
-    def run(self, arguments: Sequence[str], stdin: str = "") -> Ending:
-        """The command line as a process sees it: streams that hold UTF-8 only, no terminal."""
-        shutil.rmtree(self.outputs, ignore_errors=True)
-        before = set(self.folder.rglob("*"))
+    def run(self, arguments: Sequence[str], stdin: str = "", keep: bool = False) -> Ending:
+        """The command line as a process sees it: streams that hold UTF-8 only, no terminal.
+
+        Args:
+            keep: leave what the outputs folder holds.
+        """
+        if not keep:
+            shutil.rmtree(self.outputs, ignore_errors=True)
+        before = set(self._files())
         # As Python sets them up: surrogates are an error on stdout, and written as escapes on stderr.
         out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
         err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
@@ -71,9 +90,11 @@ class Bench:
             processor_time(CPU_SECONDS),
         ):
             code = main(arguments)
-        made = [path for path in self.folder.rglob("*") if path not in before]
-        kept = [*self.outputs.rglob("*"), *made]
-        return Ending(code, _text(out), _text(err), sorted(map(str, kept)))
+        made = sorted(str(path) for path in self._files() if path not in before)
+        return Ending(code, _text(out), _text(err), made)
+
+    def _files(self) -> list[Path]:
+        return [*self.folder.rglob("*"), *self.outputs.rglob("*")]
 
 
 def _text(stream: io.TextIOWrapper) -> str:
@@ -88,10 +109,15 @@ def complaint(ending: Ending) -> str | None:
 
     Exit code 0 or 2 where no work was done; on 2 one line on stderr, and nothing left behind; never a traceback.
     """
-    if "Traceback" in ending.err + ending.out:
-        return "a traceback"
     if ending.code not in (0, 2):
         return f"exit code {ending.code}"
+    return misspoken(ending)
+
+
+def misspoken(ending: Ending) -> str | None:
+    """What is wrong with what a command line said and left behind, whatever its exit code."""
+    if "Traceback" in ending.err + ending.out:
+        return "a traceback"
     if ending.code == 0:
         return None if ending.err == "" else "words on stderr beside exit code 0"
     if not (ending.err.startswith("mlmx: ") and ending.err.endswith("\n") and len(ending.err.splitlines()) == 1):
@@ -100,7 +126,7 @@ def complaint(ending: Ending) -> str | None:
         return "control characters on stderr"
     if len(ending.err) > LONGEST_LINE:
         return f"a line of {len(ending.err)} characters"
-    return f"left behind: {ending.written}" if ending.written else None
+    return f"left behind: {ending.written}" if ending.code == 2 and ending.written else None
 
 
 LONGEST_LINE = 2000

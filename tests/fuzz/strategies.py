@@ -50,12 +50,13 @@ FUNCTIONS = [
     "sort(a,1)", "shuffle(1,2,3)", "shuffle(range(1,9))", "tag(a,b,choice(1,2))", "nope(1)", "cast(1)", "1,2", "1,1",
     "16,abc", ",", "1,", ",1", "a,b,c", "[1,2],[3]", "extend_list(1)",
 ]  # fmt: skip
-SYNTAX = ["a=b", "=", "a:b", "@", "'", '"', "'a", '"a', "\\", "a\\", "(", ")", "[", "]", "{", "}", "{a", "[1", "{a:}", "#", "%", "&",
+SYNTAX = ["a=b", "=", "a:b", "@", "'", '"', "'a", '"a', "\\", "a\\", "(", ")", "[", "]", "{", "}", "{a", "[1", "{a:}", "#", "%", "&", "~nobody/x", "'~nobody'", "/" + "a" * 5000, "/dev/zero", "/dev/null",
           "*", "!", "a b", " a", "a ", "/", "..", "../..", "-", "--", "|", ">", "!!python/object:os.system", "&a [*a]", "%s", "%(x)s"]  # fmt: skip
 
 values = st.one_of(
     st.sampled_from(SCALARS),
     st.sampled_from(UNICODE),
+    st.sampled_from(UNICODE).map(lambda text: f"'{text}'"),
     st.sampled_from(NESTED),
     st.sampled_from(INTERPOLATIONS),
     st.sampled_from(FUNCTIONS),
@@ -132,6 +133,21 @@ FLAGS = [
     ["--experimental-rerun", "x"], ["--experimental-rerun"], ["--version"], ["--hydra-help"], ["--"], ["-"], ["---"], ["--zzz"], ["-z"], ["--mult"],
     ["--cfg", "job", "-m"], ["--cfg", "job", "--resolve"], ["--conf", "x"], ["-x=1"], ["--lr=1"], ["--😀"], ["-\ud800"], ["@good.txt"], [""],
 ]  # fmt: skip
+
+
+# Behind these a request goes on to be judged by what it says itself, not refused for the hub that does not answer.
+LOCAL = ["model=scratch", "dataset=files", "dataset.path=good.txt", "chunk_size=16", "tracking=none"]
+
+
+def requests() -> st.SearchStrategy[list[str]]:
+    """A command of any kind with whatever may stand behind it; half of those that read data read a good file."""
+    return st.sampled_from(sorted(CONFIGS)).flatmap(request_of)
+
+
+def request_of(command: str) -> st.SearchStrategy[list[str]]:
+    """The command with whatever may stand behind it."""
+    bases = [[], LOCAL] if command == "train" else [[], LOCAL[:-1]] if command == "prepare" else [[]]
+    return st.builds(lambda base, rest: [command, *base, *rest], st.sampled_from(bases), arguments_of(command))
 
 
 def arguments_of(command: str) -> st.SearchStrategy[list[str]]:

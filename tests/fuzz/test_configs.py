@@ -7,16 +7,14 @@ import importlib
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mlmx.cli import COMMANDS
-from tests.fuzz.harness import Bench, complaint
-from tests.fuzz.strategies import arguments_of, values
+from tests.fuzz.harness import Bench, complaint, examples
+from tests.fuzz.strategies import LOCAL, request_of, requests, values
 
 FEW, MANY = 15, 2000
-COMMON = {"deadline": None, "derandomize": True, "database": None, "print_blob": False}
-SUPPRESSED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
 @pytest.fixture
@@ -33,10 +31,6 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
 def check(bench: Bench, arguments: list[str]) -> None:
     ending = bench.run(arguments)
     assert complaint(ending) is None, (arguments, ending)
-
-
-def examples(number: int):
-    return settings(max_examples=number, suppress_health_check=SUPPRESSED, **COMMON)
 
 
 FOUND = [
@@ -57,21 +51,35 @@ FOUND = [
     ["resume=\x00"],
     ["resume=" + "a" * 5000],
     ["save_minutes=nan"],
+    ["experiment=16", "--cfg", "all"],
+    ["model=[16]", "--cfg", "job"],
+    ["chunking=-0", "-m"],
+    ["masking.final_probability=" + "9" * 400],
+    ["note='\ud800'"],
+    ["run_name='a\x00b'"],
+    ["dataset.path=~nobody/x"],
+    ["model.path=" + "a" * 5000],
+    ["model.tokenizer='\x00'"],
+    ["model.layers=1000000000"],
+    ["model.hidden_size=1000000000"],
+    ["epochs=1e300"],
+    ["batch_size=" + str(10**30)],
+    ["resume=~nobody/x"],
 ]
 
 
 @pytest.mark.parametrize("arguments", FOUND, ids=lambda arguments: ascii(arguments[0][:30]))
 def test_what_was_found_once(arguments: list[str], bench: Bench):
-    check(bench, ["train", *arguments])
+    check(bench, ["train", *LOCAL, *arguments])
 
 
-@given(arguments_of("train"))
+@given(request_of("train"))
 @examples(2 * FEW)
 def test_train_is_right_or_refused(bench: Bench, arguments: list[str]):
-    check(bench, ["train", *arguments])
+    check(bench, arguments)
 
 
-@given(st.sampled_from(sorted(COMMANDS)).flatmap(lambda name: arguments_of(name).map(lambda rest: [name, *rest])))
+@given(requests())
 @examples(FEW)
 def test_every_command_is_right_or_refused(bench: Bench, arguments: list[str]):
     check(bench, arguments)
@@ -79,7 +87,7 @@ def test_every_command_is_right_or_refused(bench: Bench, arguments: list[str]):
 
 @pytest.mark.nightly
 @pytest.mark.timeout(7200)
-@given(st.sampled_from(sorted(COMMANDS)).flatmap(lambda name: arguments_of(name).map(lambda rest: [name, *rest])))
+@given(requests())
 @examples(MANY)
 def test_every_command_is_right_or_refused_many_times(bench: Bench, arguments: list[str]):
     check(bench, arguments)
@@ -91,6 +99,7 @@ YAML = [
     "a: &a [x, x]\nb: &b [*a, *a, *a, *a]\nc: &c [*b, *b, *b, *b]\nd: &d [*c, *c, *c, *c]\ne: &e [*d, *d, *d, *d]\nf: [*e, *e, *e, *e]",
     "_target_: os.system", "name: scratch\nlayers:\n  _target_: os.system", "name: ${oc.env:HOME}", "name: ${name}", "\x00", "\ufeffname: scratch",
     "name: scratch\n---\nname: scratch", "defaults: [nope]", "defaults: [/model: nope]", "[" * 500, "{a: " * 40 + "1" + "}" * 40,
+    "name: scratch\nlayers: 0x" + "f" * 5000, "name: !!bool maybe", "name: !!int ''", "name: !!timestamp now", "name: !!binary x",
     "name: scratch\nlayers: .nan", "name: scratch\nlayers: 1e400", "? [a]\n: b", "1: 2", "name: scratch\n\"\\0\": 1", "- name: scratch",
 ]  # fmt: skip
 

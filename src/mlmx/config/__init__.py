@@ -25,7 +25,7 @@ from mlmx.config.commands import (
     to_config,
 )
 from mlmx.config.contents import refuse_code, refuse_secrets
-from mlmx.config.requests import RequestError, WorkError, did_you_mean, require
+from mlmx.config.requests import RequestError, WorkError, did_you_mean, path_of, require
 from mlmx.config.signatures import bind, convert, table
 from mlmx.config.trust import TRUST_FLAG, TrustedCode, require_trusted_model, trusted_code, trusted_code_of, trusting
 
@@ -51,6 +51,7 @@ __all__ = [
     "from_plain",
     "group_names",
     "load_option",
+    "path_of",
     "refuse_code",
     "refuse_secrets",
     "register_schemas",

@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from mlmx.config.contents import refuse_code, refuse_secrets
+from mlmx.config.contents import refuse_code, refuse_secrets, refuse_unwritable
 from mlmx.config.requests import did_you_mean, require
 from mlmx.config.signatures import convert
 from mlmx.config.trust import with_trusted_revision
@@ -22,6 +22,8 @@ from mlmx.places import conf_dir
 Options = dict[str, Any]
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ON_NAN = ("stop", "skip", "rollback")  # what becomes of a training step whose loss or gradient is not finite
+MOST_EPOCHS = 1_000_000
+MOST_ROWS = 1_000_000  # of a batch
 RESUME: Options = {"run": None, "allow": []}
 HELDOUT: Options = {"dataset": None, "documents": 400, "share": 0.02}
 
@@ -63,14 +65,15 @@ class TrainConfig:
             f"mlm_probability={self.mlm_probability:g}: the share of tokens to mask must lie between 0 and 1, "
             "both excluded; the usual value is 0.15",
         )
-        for name in ("lr", "epochs"):
-            value = getattr(self, name)
-            require(
-                0 < value < math.inf,
-                f"{name}={value:g}: must be a number greater than 0; the default is "
-                f"{type(self).__dataclass_fields__[name].default:g}",
-            )
-        require(self.batch_size >= 1, f"batch_size={self.batch_size}: must be at least 1; the default is 8")
+        require(0 < self.lr < math.inf, f"lr={self.lr:g}: must be a number greater than 0; the default is 2e-05")
+        require(
+            0 < self.epochs <= MOST_EPOCHS,
+            f"epochs={self.epochs:g}: must be a number greater than 0 and at most {MOST_EPOCHS:,}; the default is 3",
+        )
+        require(
+            1 <= self.batch_size <= MOST_ROWS,
+            f"batch_size={self.batch_size}: must be at least 1 and at most {MOST_ROWS:,}; the default is 8",
+        )
         require(
             0 <= self.weight_decay < math.inf,
             f"weight_decay={self.weight_decay:g}: must be 0 or more; the default is 0.01",
@@ -112,7 +115,10 @@ class EvaluateConfig:
     tracking: Options = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        require(self.batch_size >= 1, f"batch_size={self.batch_size}: must be at least 1")
+        require(
+            1 <= self.batch_size <= MOST_ROWS,
+            f"batch_size={self.batch_size}: must be at least 1 and at most {MOST_ROWS:,}",
+        )
         require(
             self.chunk_size is None or self.chunk_size >= 3,
             f"chunk_size={self.chunk_size}: a chunk needs at least 3 tokens",
@@ -221,6 +227,7 @@ def to_config(command: str, composed: DictConfig) -> Config:
         )
     plain = typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     refuse_code(plain)
+    refuse_unwritable(plain)
     # What predict is given is shown again and written nowhere.
     refuse_secrets({key: value for key, value in plain.items() if (command, key) != ("predict", "text")})
     return from_plain(command, with_trusted_revision(plain))

@@ -9,6 +9,8 @@ from mlmx.config.requests import RequestError, require
 from mlmx.config.trust import TRUST_FLAG
 from mlmx.redaction import exposed, redact
 
+MOST_BITS = 4096  # of a whole number
+
 
 def refuse_code(values: Any) -> None:
     """Refuse a plain, resolved config that could run code: names are looked up in tables, never imported.
@@ -43,6 +45,20 @@ def refuse_secrets(values: Any) -> None:
                 raise RequestError(
                     f"{redact(path)}{shown}: holds {what}, and a config is written to files; {remedy(what)}"
                 )
+
+
+def refuse_unwritable(values: Any) -> None:
+    """Refuse what no file can hold as UTF-8, what would end a file's name early, and endless numbers.
+
+    Raises:
+        RequestError: half of a character (a byte of the command line that is no UTF-8), a NUL, a number too long.
+    """
+    for path, key, value in _entries(values, ""):
+        if isinstance(value, int) and value.bit_length() > MOST_BITS:
+            raise RequestError(f"{path}: is a number of more than {MOST_BITS:,} bits; give a smaller one")
+        for text in (key, value):
+            if isinstance(text, str) and any(sign == "\0" or "\ud800" <= sign <= "\udfff" for sign in text):
+                raise RequestError(f"{path}={value!r}: holds a NUL or half a character; write it in UTF-8")
 
 
 def remedy(what: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class RequestError(ValueError):
@@ -29,3 +30,19 @@ def require(ok: bool, message: str) -> None:
     """Raise `RequestError` with ``message`` unless ``ok``."""
     if not ok:
         raise RequestError(message)
+
+
+def path_of(key: str, given: str) -> Path:
+    """A path as it was given, ``~`` expanded; whether anything lies there can be asked of it.
+
+    Raises:
+        RequestError: no path at all: a name that is too long, a NUL in it, a user that does not exist.
+    """
+    try:
+        path = Path(given).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except (OSError, RuntimeError, ValueError) as error:
+        raise RequestError(f"{key}={given}: cannot be looked up ({error}); give another path") from error
+    return path

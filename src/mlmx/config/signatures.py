@@ -127,9 +127,9 @@ def _scalar(value: Any, wanted: Any) -> Any:
         return _NO
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if wanted is float and number:
-        return float(value)
+        return float(value) if isinstance(value, float) or abs(value) < 2**1023 else _NO
     if wanted is int and number:
-        return int(value) if float(value).is_integer() else _NO
+        return int(value) if isinstance(value, int) or value.is_integer() else _NO
     if wanted is str and (number or isinstance(value, bool)):
         return str(value)
     return value if isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool)) else _NO

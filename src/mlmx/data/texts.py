@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import glob
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mlmx.config import RequestError, did_you_mean, require, table
+from mlmx.config import RequestError, did_you_mean, path_of, require, table
 from mlmx.data.archives import refuse_archive
 from mlmx.sources import COMMIT, find_package_file, require_reachable
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+MORE_CELLS = "Length of header or names does not match length of data"  # pandas warns, and cuts
 SUFFIXES = {
     ".txt": "text",
     ".text": "text",
@@ -155,10 +157,12 @@ def _read_files(matching: tuple[tuple[Path, int], ...], text_column: str, sample
         try:
             saved = found.is_dir()
             loaded = _saved(datasets, found) if saved else {"train": _read(datasets, found, sample_by)}
-        except RequestError:
+        except (RequestError, MemoryError):
             raise
-        except (ValueError, OSError, KeyError, datasets.exceptions.DatasetGenerationError) as error:
+        except Exception as error:  # of any kind: what a damaged file meets first in the libraries
             reason = str(error.__cause__ or error)
+            if MORE_CELLS in reason:
+                reason = "its rows have more cells than the header names; a text with separators in it needs quotes"
             raise RequestError(f"dataset.path={found}: cannot be read ({reason})") from error
         for name, rows in loaded.items():
             parts[name].append(_text_only(rows, text_column, str(found)))
@@ -218,7 +222,7 @@ def _matching(paths: Sequence[str]) -> list[Path]:
 
 def _expand(pattern: str) -> list[Path]:
     require(bool(pattern), "dataset.path=: is empty; give a file, a glob or a folder")
-    path = Path(pattern).expanduser()
+    path = path_of("dataset.path", pattern)
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return [path]
@@ -239,9 +243,13 @@ def _expand(pattern: str) -> list[Path]:
 def _read(datasets: Any, path: Path, sample_by: str) -> Dataset:
     kind = SUFFIXES[path.suffix.lower()]
     options: dict[str, Any] = {"sample_by": sample_by} if kind == "text" else {}
-    if path.suffix.lower() == ".tsv":
-        options["sep"] = "\t"
-    loaded: Dataset = datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)
+    if kind == "csv":
+        # A text may well be "None" or "NA", and where rows have more cells than the header none becomes an index.
+        options = {"keep_default_na": False, "na_values": [""], "index_col": False}
+        options["sep"] = "\t" if path.suffix.lower() == ".tsv" else ","
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", MORE_CELLS)
+        loaded: Dataset = datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)
     return loaded
 
 
@@ -255,13 +263,13 @@ def _text_only(rows: Dataset, text_column: str, where: str) -> Dataset:
     )
     dtype = getattr(rows.features[text_column], "dtype", "no text")
     require(
-        dtype in ("string", "large_string"),
+        dtype in ("string", "large_string", "string_view"),
         f"dataset.text_column={text_column}: holds {dtype}, not text (columns: {', '.join(columns)})",
     )
     texts = rows.select_columns([text_column])
     if text_column != "text":
         texts = texts.rename_column(text_column, "text")
-    if dtype != "string":  # csv gives large_string, which does not join with the others
+    if dtype != "string":  # csv gives large_string; kinds do not join with each other
         texts = texts.cast_column("text", _datasets().Value("string"))
     return texts.with_format("arrow").filter(_has_text, batched=True, load_from_cache_file=False).with_format(None)
 

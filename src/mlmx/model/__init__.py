@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlmx.config import RequestError, TrustedCode, require, require_trusted_model, table, trusted_code
+from mlmx.config import RequestError, TrustedCode, path_of, require, require_trusted_model, table, trusted_code
 from mlmx.sources import find_package_file, require_reachable
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ OFFSET_POSITIONS = (
     "data2vec-text",
     "ibert",
 )
+# Beyond these a request is a slip, and making the model would end the machine before the run.
+MOST_LAYERS, MOST_WEIGHTS = 1_000, 100_000_000_000
 # These bias attention by distance and have no longest input.
 RELATIVE_POSITIONS = ("deberta-v2", "t5", "xlnet")
 
@@ -60,16 +62,25 @@ def pretrained(*, path: str, revision: str | None = None, max_length: int | None
         max_length: longest chunk in tokens; given in the shipped YAML so that a chunk_size above it is
             refused before anything is fetched. A local folder's own configuration is read instead.
     """
-    folder = Path(path).expanduser()
+    folder = path_of("model.path", path)
     if folder.is_dir():
         config = folder / "config.json"
         require(config.is_file(), f"model.path={path}: no config.json in this folder; give a saved model's folder")
         _refuse_pickled_weights(path, folder)
-        return Encoder(str(folder), None, None, _longest_input(json.loads(config.read_text(encoding="utf-8"))))
+        return Encoder(str(folder), None, None, _longest_input(_read_config(path, config)))
     _require_folder_or_repo("model.path", path)
     asked = trusted_code()
     code = asked if asked == TrustedCode(path, str(revision)) else None
     return Encoder(path, revision, None, max_length, code)
+
+
+def _read_config(path: str, file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RequestError(f"model.path={path}: its config.json cannot be read ({error})") from error
+    require(isinstance(config, dict), f"model.path={path}: its config.json holds no JSON object")
+    return dict(config)
 
 
 def _refuse_pickled_weights(path: str, folder: Path) -> None:
@@ -95,7 +106,7 @@ def trained_from(encoder: Encoder, origin: Mapping[str, Any]) -> Encoder:
 
 def _require_folder_or_repo(key: str, path: str) -> None:
     require(
-        Path(path).expanduser().is_dir() or not (path.startswith((".", "~", "/")) or path.count("/") > 1),
+        path_of(key, path).is_dir() or not (path.startswith((".", "~", "/")) or path.count("/") > 1),
         f"{key}={path}: no such folder; give a saved model's folder or a hub name such as owner/name",
     )
 
@@ -131,6 +142,12 @@ def scratch(
         min(layers, hidden_size, heads, max_length) >= 1 and 0 <= dropout < 1,
         f"model: layers={layers}, hidden_size={hidden_size}, heads={heads}, max_length={max_length} must be at "
         f"least 1 and dropout={dropout:g} in [0, 1)",
+    )
+    weights = hidden_size * (12 * layers * hidden_size + max_length)
+    require(
+        max(layers, MOST_LAYERS) == MOST_LAYERS and weights <= MOST_WEIGHTS,
+        f"model: layers={layers}, hidden_size={hidden_size}, max_length={max_length} make a model of {weights:.1e} "
+        f"weights; at most {MOST_LAYERS:,} layers and {MOST_WEIGHTS:.0e} weights are made",
     )
     require(
         hidden_size % heads == 0,

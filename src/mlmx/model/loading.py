@@ -47,7 +47,7 @@ def _config_and_tokenizer(
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust, **where)
         return config, AutoTokenizer.from_pretrained(source, trust_remote_code=trust, **where)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of any kind: what a damaged file meets first, a tokenizer in Rust as well
         raise _refusal(path, revision, "cannot be loaded", error) from error
 
 
@@ -64,7 +64,7 @@ def saved_model(path: str, revision: str | None, code: TrustedCode | None) -> Pr
         loaded: PreTrainedModel = kind.from_pretrained(
             path, config=config, revision=revision, dtype="float32", use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise _refusal(path, revision, "its weights cannot be loaded", error) from error
     return loaded
 
@@ -94,7 +94,9 @@ def fresh_model(settings: dict[str, Any]) -> PreTrainedModel:
 
 def _refusal(path: str, revision: str | None, what: str, error: Exception) -> RequestError:
     """The library's refusal, in our words where its own advice would not help here."""
-    reason = str(error)
+    if isinstance(error, RequestError):
+        return error
+    reason = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
     if "trust_remote_code" in reason:
         return RequestError(
             f"model.path={path}: brings code of its own, which is not run; read that code, and if you trust it name it "

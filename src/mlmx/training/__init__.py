@@ -49,11 +49,14 @@ SET_BY = {
     "enable_jit_checkpoint": "mlmx itself (SIGTERM, SIGINT and SIGUSR1 save a checkpoint)",
     "auto_find_batch_size": "nothing: it would change the effective batch",
     "data_seed": "the dial seed",
+    "parallelism_config": "nothing: a process holds the whole model",
     "hub_token": "HF_TOKEN in the environment, and nothing uses it: mlmx uploads no model",
 }
 
 # The least of counts that the library takes as they are and fails on only once training has begun.
 AT_LEAST = {"gradient_accumulation_steps": 1, "per_device_eval_batch_size": 1, "dataloader_num_workers": 0}
+AT_MOST = {"dataloader_num_workers": 256, "dataloader_prefetch_factor": 1_000}
+MOST = 2**31 - 1  # of any number; no NaN is at most this
 
 
 # Numbers an optimizer keeps for each weight, where it is not two; adafactor's are sums over rows and columns.
@@ -121,7 +124,7 @@ def arguments(
             logging_nan_inf_filter=False,  # it would log a NaN as the mean of the losses before it
             **given,
         )
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError, ArithmeticError) as error:
         raise RequestError(f"trainer: transformers.TrainingArguments refuses this: {error}") from error
     # One process seeing several GPUs would silently become DataParallel, which splits batches and losses.
     made._n_gpu = min(1, made.n_gpu)
@@ -163,8 +166,10 @@ def _checked_fields(options: Mapping[str, Any], signature: Mapping[str, inspect.
         require(key in signature, f"trainer.{key}: no field of transformers.TrainingArguments{near}")
         wanted = signature[key].annotation
         given[key] = convert(f"trainer.{key}", value, wanted) if _is_checkable(wanted) else value
-        least = AT_LEAST.get(key)
+        least, most = AT_LEAST.get(key), AT_MOST.get(key, MOST)
         require(least is None or given[key] >= least, f"trainer.{key}={value}: must be at least {least}")
+        if isinstance(given[key], (int, float)):
+            require(abs(given[key]) <= most, f"trainer.{key}={value}: must be a number of at most {most:,}")
     return given
 
 
@@ -194,4 +199,4 @@ def resolve_precision(precision: str, on_cpu: bool) -> str:
 def _is_checkable(annotation: Any) -> bool:
     """Fields typed by the library's own enums are left to its own checks."""
     parts = getattr(annotation, "__args__", (annotation,))
-    return all(part in (int, float, str, bool, type(None)) for part in parts)
+    return all(part in (int, float, str, bool, dict, type(None)) for part in parts)
