@@ -23,6 +23,7 @@ from mlmx.config import (
     RequestError,
     TrustedCode,
     group_names,
+    path_of,
     refuse_secrets,
     require,
     trusted_code_of,
@@ -107,7 +108,7 @@ def _require_well_formed(command: str, parsed: argparse.Namespace) -> None:
             _refuse(f"{flag} {value}: not taken here, {command} names its own config; --config-dir adds a folder to it")
     if parsed.config_dir and any(o.startswith("hydra.searchpath=") for o in parsed.overrides):
         _refuse(f"--config-dir {parsed.config_dir}: goes not with hydra.searchpath; give the folders by one of the two")
-    if parsed.config_dir and not Path(parsed.config_dir).is_dir():
+    if parsed.config_dir and not path_of("--config-dir", parsed.config_dir).is_dir():
         _refuse(f"--config-dir {parsed.config_dir}: no such folder (looked in {Path.cwd()})")
 
 

@@ -16,6 +16,7 @@ from mlmx.config import DoctorConfig, Job, RequestError, bind
 from mlmx.places import outputs_dir
 from mlmx.space import RESERVE_FILE
 from mlmx.tracking.sync import RUN_FILE
+from mlmx.tracking.writer import brief
 
 if TYPE_CHECKING:
     from mlmx.tracking.left_open import OpenRun
@@ -126,11 +127,6 @@ def settle(store: tracking.Store | None) -> None:
             _settle(one, store)
         except Exception as error:
             log.warning("mlflow   run %s cannot be set right now (%s)", one.run_id, brief(error))
-
-
-def brief(error: Exception) -> str:
-    """An error in one line, and not a long one."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _settle(one: OpenRun, store: tracking.Store) -> None:

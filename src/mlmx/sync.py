@@ -8,6 +8,7 @@ from mlmx import alive, runs, tracking
 from mlmx.config import Job, RequestError, SyncConfig, WorkError, bind, require
 from mlmx.parts import store_of
 from mlmx.places import outputs_dir
+from mlmx.tracking.writer import brief
 
 log = logging.getLogger("mlmx")
 
@@ -94,8 +95,7 @@ def sent(run: runs.Run, store: tracking.Store) -> str:
         except RequestError as error:
             return str(error)
         except Exception as error:
-            why = " ".join(str(error).split())[:300]
-            raise WorkError(f"{run.folder}: {store.uri} did not take it ({type(error).__name__}: {why})") from error
+            raise WorkError(f"{run.folder}: {store.uri} did not take it ({brief(error)})") from error
     counts = ", ".join(f"{count:,} {what if count > 1 else what[:-1]}" for what, count in missing.items() if count)
     return f"{counts} sent to {store.uri}" if counts else f"{store.uri} has all of it"
 

@@ -65,6 +65,7 @@ FOUND = [
     ["epochs=1e300"],
     ["batch_size=" + str(10**30)],
     ["resume=~nobody/x"],
+    ["--config-dir", "a" * 5000],
 ]
 
 

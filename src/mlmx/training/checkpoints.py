@@ -75,17 +75,22 @@ def verify(folder: Path) -> None:
     Raises:
         DamagedError: what is missing, too short or changed.
     """
+    for name, wanted in _manifest(folder).items():
+        path = folder / name
+        if not path.is_file():
+            raise DamagedError(f"{name} is missing")
+        if _size(path)["bytes"] != wanted["bytes"] or sha256(path) != wanted["sha256"]:
+            raise DamagedError(f"{name} is not what was written")
+
+
+def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    if not (folder / MANIFEST).is_file():
+        raise DamagedError("it has no manifest")
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, wanted in files.items():
-            if not (folder / name).is_file():
-                raise DamagedError(f"{name} is missing")
-            if _size(folder / name)["bytes"] != wanted["bytes"] or sha256(folder / name) != wanted["sha256"]:
-                raise DamagedError(f"{name} is not what was written")
-    except FileNotFoundError as error:
-        raise DamagedError("it has no manifest") from error
+        return {name: {"bytes": wanted["bytes"], "sha256": wanted["sha256"]} for name, wanted in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise error if isinstance(error, DamagedError) else DamagedError(f"{MANIFEST} cannot be read") from error
+        raise DamagedError(f"{MANIFEST} cannot be read") from error
 
 
 def all_of(checkpoints: Path) -> list[Path]:

@@ -31,6 +31,8 @@ from mlmx.training.mishaps import Mishaps
 
 FORMAT = 1
 FLAGS = ("should_log", "should_evaluate", "should_save")
+STATES = ("optimizer", "scheduler", "scaler", "random")
+TENSORS = "optimizer.safetensors"
 
 
 class ResumableTrainer(Trainer):
@@ -38,7 +40,8 @@ class ResumableTrainer(Trainer):
 
     Attributes:
         save_seconds: after so long without a checkpoint an interim one is saved, which the next one replaces.
-        kept: what the checkpoint that was loaded says beyond weights and optimizer.
+        kept: what the checkpoint that was loaded says beyond weights and states.
+        states: optimizer, scheduler, scaler and random states of that checkpoint.
         mishaps: what has gone wrong so far.
     """
 
@@ -53,13 +56,13 @@ class ResumableTrainer(Trainer):
         self.mishaps = Mishaps()
         self.left = multiprocessing.RawValue("b", 0)  # shared with the loader's workers
         self.kept: dict[str, Any] = {}
-        self.tensors: dict[str, torch.Tensor] = {}
+        self.states: dict[str, Any] = {}
         self.steps_per_epoch = 1
         self.seen_step = -1
         self.owes_epoch_end = False
         self.interim = False
         self.saved_at = time.monotonic()
-        self.last_norm: float | None = None
+        self.last_norm: torch.Tensor | float | None = None
         self.last_lr: float | None = None
         self.add_callback(TakeUp(self))
 
@@ -97,7 +100,7 @@ class ResumableTrainer(Trainer):
         step = self.state.global_step
         ended, self.seen_step = self.seen_step != step, step
         self.owes_epoch_end = ended and (step % self.steps_per_epoch == 0 or step >= self.state.max_steps)
-        self.last_norm = None if grad_norm is None else float(grad_norm)
+        self.last_norm = grad_norm
         self.last_lr = kwargs.get("learning_rate")
         saved_at = self.saved_at
         stop, late = self._agreed(interrupts.noted(), time.monotonic() - saved_at > self.save_seconds)
@@ -203,7 +206,7 @@ class ResumableTrainer(Trainer):
             "loss_sum": loss_sum,
             "loss_total": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
-            "grad_norm": self.last_norm,
+            "grad_norm": None if self.last_norm is None else float(self.last_norm),
             "lr": self.last_lr,
             "tokens_seen": self.tokens_seen,
             "train_seconds": self.train_seconds,
@@ -212,7 +215,7 @@ class ResumableTrainer(Trainer):
             "mishaps": self.mishaps.state(),
             **{name: checkpoints.flattened(state, tensors, name) for name, state in states.items()},
         }
-        save_file(tensors, aside / "optimizer.safetensors")
+        save_file(tensors, aside / TENSORS)
         (aside / "state.json").write_text(json.dumps(kept), encoding="utf-8")
         self.state.save_to_json(str(aside / "trainer_state.json"))
 
@@ -220,14 +223,12 @@ class ResumableTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        self.kept = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        self.tensors = load_file(folder / "optimizer.safetensors")
+        kept, tensors = json.loads((folder / "state.json").read_text(encoding="utf-8")), load_file(folder / TENSORS)
+        self.states = {name: checkpoints.restored(kept.pop(name), tensors) for name in STATES}
+        self.kept = kept
         own = cast(PreTrainedModel, self.accelerator.unwrap_model(cast(torch.nn.Module, self.model)))
         own.load_state_dict(load_file(folder / "model.safetensors"), strict=False)  # tied weights are kept once
         own.tie_weights()
-
-    def _state_of(self, name: str) -> Any:
-        return checkpoints.restored(self.kept[name], self.tensors)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As saved, but for the rate and decay that were asked for: they may have been changed on purpose."""
@@ -236,8 +237,8 @@ class ResumableTrainer(Trainer):
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
         asked = [(group["initial_lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(self._state_of("optimizer"))
-        self.lr_scheduler.load_state_dict(self._state_of("scheduler"))
+        self.optimizer.load_state_dict(self.states.pop("optimizer"))
+        self.lr_scheduler.load_state_dict(self.states.pop("scheduler"))
         for group, (lr, decay) in zip(self.optimizer.param_groups, asked, strict=True):
             group["initial_lr"], group["weight_decay"] = lr, decay
         if isinstance(self.lr_scheduler, LambdaLR):
@@ -250,15 +251,14 @@ class ResumableTrainer(Trainer):
             scheduler._last_lr = rates
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        scaler = getattr(self.accelerator, "scaler", None)
-        if checkpoint is not None and scaler and self.kept["scaler"]:
-            scaler.load_state_dict(self._state_of("scaler"))
-        self.random_states = self._state_of("random") if self.kept else None
-        self.tensors = {}
+        scaler, state = getattr(self.accelerator, "scaler", None), self.states.pop("scaler", None)
+        if checkpoint is not None and scaler and state:
+            scaler.load_state_dict(state)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.random_states is not None:
-            set_random_states(self.random_states)
+        states = self.states.pop("random", None)
+        if checkpoint is not None and states is not None:
+            set_random_states(states)
 
 
 class TakeUp(TrainerCallback):
