@@ -29,12 +29,14 @@ class Progress(TrainerCallback):
         self.trainer = trainer
         self.bar: Bar | None = None
         self.looked = 0.0
-        self.began, self.first = 0.0, 0
+        self.began = 0.0
+        self.start = 0, 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.began, self.first = time.monotonic(), state.global_step
+        self.began = time.monotonic()
+        self.start = state.global_step, self.trainer.train_seconds  # a resumed training has some of both behind it
         if sys.stdout.isatty() and state.is_world_process_zero:
             columns = (
                 TextColumn("training"),
@@ -60,7 +62,8 @@ class Progress(TrainerCallback):
         if self.bar:
             self.bar.update(self.task, completed=state.global_step, speed=f"{speed:,.0f}", loss=f"{loss:.3f}")
             return
-        left = (now - self.began) / (state.global_step - self.first) * (state.max_steps - state.global_step)
+        steps, spent = state.global_step - self.start[0], self.trainer.train_seconds - self.start[1]
+        left = spent / steps * (state.max_steps - state.global_step)  # of steps: scoring before them says nothing of it
         log.info(
             "step %d of %d · %s tok/s · loss %.3f · %s left",
             state.global_step,
