@@ -224,6 +224,25 @@ def test_the_checked_jobs_are_the_ones_that_run(monkeypatch: pytest.MonkeyPatch,
     assert len(checked) == 4
 
 
+OURS = ["model=ours", "dataset=imdb_packaged", "chunk_size=64"]
+
+
+def test_a_sweep_runs_what_was_checked_whatever_becomes_of_the_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outputs: Path
+):
+    option, ran = tmp_path / "conf" / "model" / "ours.yaml", []
+    option.parent.mkdir(parents=True)
+    option.write_text("name: scratch\nlayers: 1\n")
+
+    def train(config: TrainConfig, job: Job) -> None:
+        ran.append((config.model["layers"], config.lr, job.folder.name))
+        option.write_text("name: scratch\nlayers: 9\n")
+
+    monkeypatch.setattr("mlmx.train.train", train)
+    assert main(["train", "--config-dir", str(tmp_path / "conf"), "-m", *OURS, "lr=1,2,2"]) == 0
+    assert ran == [(1, 1.0, "0"), (1, 2.0, "1"), (1, 2.0, "2")]
+
+
 def test_the_users_own_yaml_comes_in_through_config_dir(tmp_path: Path, jobs: list[tuple[TrainConfig, Job]]):
     own = {"model/ours.yaml": "name: scratch\nlayers: 1\n", "experiment/night.yaml": OWN_EXPERIMENT}
     for name, text in own.items():

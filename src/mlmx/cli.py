@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import importlib
 import io
@@ -181,7 +182,7 @@ def _hand_over(command: str, arguments: list[str]) -> None:
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        with contextlib.redirect_stderr(_WithoutJobLine(sys.stderr)):
+        with contextlib.redirect_stderr(_WithoutJobLine(sys.stderr)), _composed_once():
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)(_task)()
     finally:
         sys.argv = argv_before
@@ -189,6 +190,29 @@ def _hand_over(command: str, arguments: list[str]) -> None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = before
+
+
+@contextlib.contextmanager
+def _composed_once() -> Iterator[None]:
+    """Inside the block a job of a sweep gets the config that Hydra's sweeper has composed to check it.
+
+    Its launcher would compose it again: a tenth of a second for every job, and of YAML that may have changed since.
+    """
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+    own, checked = ConfigLoaderImpl.load_sweep_config, dict[tuple[str, ...], Any]()
+
+    def load(loader: ConfigLoaderImpl, master_config: DictConfig, sweep_overrides: list[str]) -> Any:
+        key = tuple(sweep_overrides)
+        if key not in checked:
+            checked[key] = own(loader, master_config, sweep_overrides)
+        return copy.deepcopy(checked[key])  # each job's own: Hydra writes its number into it
+
+    ConfigLoaderImpl.load_sweep_config = load  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        ConfigLoaderImpl.load_sweep_config = own  # type: ignore[method-assign]
 
 
 class _WithoutJobLine:
