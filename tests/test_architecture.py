@@ -19,7 +19,7 @@ LAYERS = [
     ["config"],
     ["space"],
     ["runs", "sources", "provenance", "draws", "memory", "interrupts", "identity"],
-    ["alive"],
+    ["alive", "sweeps"],
     ["data", "masking", "model", "training", "scoring", "tracking"],
     ["describe"],
     ["measure"],

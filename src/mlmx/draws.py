@@ -12,15 +12,19 @@ from numpy.typing import NDArray
 
 Words = NDArray[np.uint64]
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+FIRST, SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+BY_27, BY_30, BY_31 = np.uint64(27), np.uint64(30), np.uint64(31)
 STREAM = 0xD1342543DE82EF95
 
 
 def mix(state: Words) -> Words:
     """SplitMix64's output function: a bijection of 64-bit words that leaves no visible structure."""
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state ^= state >> np.uint64(27)
-    state *= np.uint64(0x94D049BB133111EB)
-    state ^= state >> np.uint64(31)
+    shifted = state >> BY_30
+    state = state ^ shifted
+    state *= FIRST
+    state ^= np.right_shift(state, BY_27, out=shifted)
+    state *= SECOND
+    state ^= np.right_shift(state, BY_31, out=shifted)
     return state
 
 
@@ -37,8 +41,10 @@ def bits_at(keys: Words, positions: NDArray[Any], stream: int = 0) -> Words:
 
     Keys and positions are broadcast against each other; positions may wrap round below 0.
     """
-    counters = positions.astype(np.uint64) + np.uint64(1)
-    return mix((keys ^ np.uint64(stream * STREAM % 2**64)) + counters * GOLDEN)
+    counters = positions.astype(np.uint64)
+    counters += np.uint64(1)
+    counters *= GOLDEN
+    return mix((keys ^ np.uint64(stream * STREAM % 2**64) if stream else keys) + counters)
 
 
 def random_bits(keys: Words, length: int, stream: int = 0, first: Words | None = None) -> Words:

@@ -17,6 +17,8 @@ from typing import Any, TextIO
 from urllib.parse import quote, quote_plus
 
 STARS = "***"
+# The environment's names, looked through at every line; os.environ would decode each of them again every time.
+NAMES: Mapping[Any, Any] = os.environb if os.supports_bytes_environ else os.environ
 LEAST_CHARACTERS = 8  # a shorter value would be found by chance in ordinary text
 SECRET_NAME = re.compile(
     r"(token|passw(or)?d|secret|secret_?key|api_?key|access_?key(_?id)?|private_?key|credentials)$", re.IGNORECASE
@@ -47,7 +49,9 @@ def redact(text: str) -> str:
         text = _any_of(values).sub(STARS, text)
     if "://" in text:
         text = USERINFO.sub(rf"\1{STARS}@", text)
-    for pattern in (PARAMETER, HEADER, KNOWN_FORM):
+    if "?" in text or "&" in text:
+        text = PARAMETER.sub(rf"\1{STARS}", text)
+    for pattern in (HEADER, KNOWN_FORM):
         text = pattern.sub(rf"\1{STARS}", text)
     return text
 
@@ -81,15 +85,15 @@ def exposed(text: str) -> str | None:
 
 def _secrets() -> Iterator[tuple[str, str]]:
     """Names and values of the environment variables that hold secrets."""
-    for name in filter(_is_secret, os.environ):
-        value = os.environ.get(name, "").strip()
+    for name in filter(_is_secret, NAMES):
+        value = os.environ.get(os.fsdecode(name), "").strip()
         if len(value) >= LEAST_CHARACTERS:
-            yield name, value
+            yield os.fsdecode(name), value
 
 
 @lru_cache(maxsize=1024)
-def _is_secret(name: str) -> bool:
-    return SECRET_NAME.search(name) is not None
+def _is_secret(name: str | bytes) -> bool:
+    return SECRET_NAME.search(os.fsdecode(name)) is not None
 
 
 @lru_cache(maxsize=256)

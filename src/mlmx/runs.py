@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from mlmx import space
 from mlmx.config import RequestError, TrainConfig, from_plain, path_of
 from mlmx.places import outputs_dir
-from mlmx.redaction import redact, redacted
+from mlmx.redaction import RedactedStream, redact, redacted
 
 log = logging.getLogger("mlmx")
 FIRST_FILES = ("overrides.yaml", "inputs.json", "result.json", "config.yaml")
@@ -306,11 +306,11 @@ def named(wanted: str, key: str = "run") -> Run | None:
 
 def all_runs() -> list[Run]:
     """Every run below outputs/train, oldest first."""
-    found = _folders_with("result.json", outputs_dir() / "train")
+    found = folders_with("result.json", outputs_dir() / "train")
     return sorted((Run(folder) for folder in found), key=lambda run: _started(run.folder))
 
 
-def _folders_with(name: str, top: Path) -> Iterator[Path]:
+def folders_with(name: str, top: Path) -> Iterator[Path]:
     """Folders that hold a file of that name; not looked for inside them: a run has many files, and there may be
     thousands of runs."""
     for folder, subfolders, names in os.walk(top):
@@ -327,11 +327,12 @@ def _started(folder: Path) -> float:
 # ----------------------------------------------------------------------------------------- speech
 
 
-class _Redacted(logging.Formatter):
-    """Lines without secrets, also where an exception of a library is quoted."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
+def _without_secrets(record: logging.LogRecord) -> bool:
+    """Takes secrets out of a record once, for whoever shows it, also where an exception of a library is quoted."""
+    record.msg, record.args = redact(record.getMessage()), None
+    if record.exc_info:
+        record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
+    return True
 
 
 class _Stdout(logging.StreamHandler[TextIO]):
@@ -342,7 +343,7 @@ class _Stdout(logging.StreamHandler[TextIO]):
 
     @property
     def stream(self) -> TextIO:  # type: ignore[override]
-        return sys.stdout
+        return sys.stdout.stream if isinstance(sys.stdout, RedactedStream) else sys.stdout
 
 
 class _LogFile(logging.FileHandler):
@@ -362,7 +363,6 @@ def log_to() -> Iterator[None]:
     """Lines of the ``mlmx`` logger on stdout inside the block."""
     first = os.environ.get("RANK", "0") == "0"  # of several processes, one speaks
     handler = _Stdout() if first else logging.NullHandler()
-    handler.setFormatter(_Redacted())
     with _handled(handler):
         yield
 
@@ -371,7 +371,7 @@ def log_to() -> Iterator[None]:
 def log_to_file(run: Run) -> Iterator[None]:
     """Lines of the ``mlmx`` logger in the run's ``train.log``, with the time."""
     handler = _LogFile(run.folder / "train.log", encoding="utf-8")
-    handler.setFormatter(_Redacted("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     with contextlib.closing(handler), _handled(handler):
         yield
 
@@ -380,6 +380,7 @@ def log_to_file(run: Run) -> Iterator[None]:
 def _handled(handler: logging.Handler) -> Iterator[None]:
     log.setLevel(logging.INFO)
     log.propagate = False
+    log.addFilter(_without_secrets)  # once, however often it is asked for
     log.addHandler(handler)
     try:
         yield

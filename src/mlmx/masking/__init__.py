@@ -191,7 +191,8 @@ class Masker:
         """Which tokens are to be predicted, bool[B, T]: ``rate`` of each row's candidates in expectation."""
         length = word_starts.shape[1]
         budgets = (rates * candidates.sum(axis=1, dtype=np.int32))[:, None]
-        uniforms = uniform32(random_halves(keys, length)) if self.draws_units else np.zeros(word_starts.shape)
+        nothing = np.broadcast_to(0.0, word_starts.shape)
+        uniforms = uniform32(random_halves(keys, length)) if self.draws_units else nothing
         unit_starts = self.strategy(uniforms, word_starts, budgets)
         draws = random_halves(keys, 1 + length, stream=1)
         return take_units(unit_starts, candidates, budgets, draws[:, 1:], uniform32(draws[:, :1]))
@@ -251,8 +252,9 @@ def shown(right: Ids, bits: Words, vocabulary: Vocabulary, shares: tuple[float, 
     """
     mask_share, random_share = shares
     fate = uniform(bits)
-    ids = np.where(fate < mask_share, vocabulary.mask_id, right)
-    random = np.flatnonzero((fate >= mask_share) & (fate < mask_share + random_share))
+    masked = fate < mask_share
+    ids = np.where(masked, vocabulary.mask_id, right)
+    random = np.flatnonzero((fate < mask_share + random_share) & ~masked)
     ids[random] = vocabulary.ordinary[mix(~bits[random]) % np.uint64(len(vocabulary.ordinary))]
     return ids
 
