@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 from mlmx.config import RequestError, TrainConfig, did_you_mean, require
 
 # Keys of `train` that change neither what is learnt nor what is measured. The precision counts as it was resolved.
-WITHOUT_EFFECT = ("run_name", "note", "example", "tracking", "resume", "save_minutes", "precision")
+WITHOUT_EFFECT = ("run_name", "note", "example", "tracking", "resume", "save_minutes", "precision", "sweep")
 TRAINER_WITHOUT_EFFECT = (
     "use_cpu",
     "dataloader_num_workers",
@@ -39,6 +41,15 @@ def _flat(path: str, value: Any) -> Iterable[tuple[str, Any]]:
             yield from _flat(f"{path}.{key}" if path else str(key), inner)
     else:
         yield path, value
+
+
+def fingerprint(*parts: Mapping[str, Any] | str) -> str:
+    """A short name for what a run's numbers come from: 16 hexadecimal digits of the sha256 of its parts.
+
+    >>> fingerprint({"lr": 1e-4, "seed": 2}) == fingerprint({"seed": 2, "lr": 1e-4}) != fingerprint({"lr": 1e-4}, "x")
+    True
+    """
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

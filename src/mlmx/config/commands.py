@@ -46,6 +46,7 @@ class TrainConfig:
     example: str = "This is a great [MASK]."
     save_minutes: float | None = 15
     resume: Options = field(default_factory=lambda: dict(RESUME), metadata={"group": False})
+    sweep: Options = field(default_factory=lambda: {"reuse": True}, metadata={"group": False})
     heldout: Options = field(default_factory=lambda: dict(HELDOUT), metadata={"group": False})
     model: Options = field(default_factory=dict)
     dataset: Options = field(default_factory=dict)
@@ -188,6 +189,8 @@ class Job:
     folder: Path
     overrides: tuple[str, ...] = ()
     choices: Mapping[str, str] = field(default_factory=dict)
+    sweep: Path | None = None  # the folder of the sweep that it is a job of
+    parent: str | None = None  # and that sweep's MLflow run
 
 
 def register_schemas() -> None:
