@@ -44,7 +44,7 @@ def parse(command: str, arguments: Sequence[str]) -> argparse.Namespace:
     # Hydra's own parser refuses a key=value behind a flag (model=minilm -m lr=1,2); intermixed does not.
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
-    parsed = parser.parse_intermixed_args(literal_texts(command, list(arguments)))
+    parsed = parser.parse_intermixed_args(literal_texts(command, literal_files(command, arguments)))
     parsed.overrides = [_without_secret(override) for override in parsed.overrides]
     _refuse_secrets(command, parsed)
     if command == "train":
@@ -159,6 +159,30 @@ def literal_texts(command: str, arguments: list[str]) -> list[str]:
     if not texts:
         return others
     return [*others, f"text=[{','.join(map(quoted, texts))}]"]
+
+
+def literal_files(command: str, arguments: Sequence[str]) -> list[str]:
+    """``--out`` and single values of ``out=`` and ``runs=`` of ``compare``: files and runs as they stand.
+
+    ``--out a.html out=b.csv runs=c`` → ``out=['a.html','b.csv'] runs=['c']``
+
+    Raises:
+        RequestError: ``--out`` without a file.
+    """
+    if command != "compare":
+        return list(arguments)
+    found: dict[str, list[str]] = {"out": [], "runs": []}
+    others, left = [], iter(arguments)
+    for argument in left:
+        key, equals, value = argument.partition("=")
+        if key == "--out":
+            value = value if equals else next(left, "")
+            require(bool(value), "--out: needs a file, such as --out report.html")
+        if key in ("--out", "out", "runs") and value and value[0] != "[":
+            found[key.lstrip("-")].append(value)
+        else:
+            others.append(f"out={value}" if key == "--out" else argument)
+    return [*others, *(f"{key}=[{','.join(map(quoted, values))}]" for key, values in found.items() if values)]
 
 
 def quoted(text: str) -> str:

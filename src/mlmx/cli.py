@@ -34,6 +34,7 @@ COMMANDS = {
     "prepare": "fetch model and data ahead of time, report on the data, preview the masking",
     "evaluate": "score a finished run, or any masked-LM folder, on held-out text",
     "predict": 'fill the mask in a text: predict text="This is a great [MASK]."',
+    "compare": "table and curves of runs: what differs, which is better, by how much",
     "ui": "open the MLflow UI on the runs made here, on this machine only",
     "doctor": "look after runs that ended without saying so: mark them, clear up, say how to go on",
     "sync": "send to MLflow what it did not get of a run, because it was away or the run was killed",

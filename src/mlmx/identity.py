@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -25,13 +26,25 @@ TRAINER_WITHOUT_EFFECT = (
     "save_strategy",
     "save_total_limit",
 )
+MOST_KEYS = 10_000
 INPUTS = ("data", "tokenizer", "precision", "processes")
 
 
 def dials(cfg: TrainConfig) -> dict[str, Any]:
     """The keys that make a run what it is, flat: ``{"lr": 5e-5, "model.path": …}``."""
-    kept = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in WITHOUT_EFFECT}
-    flat = dict(_flat("", kept))
+    return recorded_dials({f.name: getattr(cfg, f.name) for f in fields(cfg)})
+
+
+def recorded_dials(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of plain values, also of a config that this version does not know.
+
+    Raises:
+        ValueError: more keys than any config has.
+    """
+    kept = {key: value for key, value in values.items() if key not in WITHOUT_EFFECT}
+    flat = dict(itertools.islice(_flat("", kept), MOST_KEYS + 1))
+    if len(flat) > MOST_KEYS:
+        raise ValueError(f"holds more than {MOST_KEYS:,} keys")
     return {key: value for key, value in flat.items() if key.removeprefix("trainer.") not in TRAINER_WITHOUT_EFFECT}
 
 

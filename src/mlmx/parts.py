@@ -11,7 +11,7 @@ from typing import Any
 
 from mlmx import data, identity, masking, model, sweeps, tracking, training
 from mlmx.config import TrainConfig, bind, require
-from mlmx.measure import HeldoutSource, Material, heldout_source
+from mlmx.measure import HeldoutSource, Material, heldout_source, protocol_parts
 from mlmx.places import outputs_dir
 from mlmx.runs import Run
 
@@ -132,4 +132,6 @@ def gather(cfg: TrainConfig, parts: Parts, source_name: str, cache: data.TokenCa
     heldout = None if texts.heldout is None else data.heldout_chunks(texts.heldout, tokenizer, cfg.chunk_size, cache)
     splits = {"train": train_chunks, "eval": eval_chunks}
     report = data.data_report(source_name, texts, tokenizer, parts.chunking, chunks, splits, heldout)
+    if heldout is not None:
+        report["heldout"]["protocol_parts"] = protocol_parts(heldout, tokenizer)
     return Material(tokenizer, mask, train_chunks, eval_chunks, heldout, report)
