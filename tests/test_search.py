@@ -101,7 +101,7 @@ def test_a_search_goes_on_when_it_is_issued_again(losses: list[Any], tiny: Path,
 def test_a_search_killed_in_a_trial_goes_on_with_it(tiny: Path, corpus: Path, outputs: Path):
     given = command(tiny, corpus, *SPACE, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "epochs=4")
     process = started(given, outputs, outputs.parent / "said.txt")
-    wait_until(lambda: any(reached(folder / "1", 3) for folder in (outputs / "train").glob("*")), process)
+    wait_until(lambda: any(reached(folder / "1", 4) for folder in (outputs / "train").glob("*")), process)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     ended(process)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mlmx import provenance, sweep_jobs, sweeping
+from mlmx import alive, provenance, sweep_jobs, sweeping
 from mlmx.cli import main
 from mlmx.config import TrainConfig
 from mlmx.runs import Run, all_runs
@@ -167,7 +166,7 @@ def test_a_job_that_is_refused_late_leaves_its_reason(
     assert sweep("chunk_size=16,512", "dataset.train_chunks=600", "tracking=none") == 1
     [failed] = [job for job in the_sweep().jobs() if job.failed]
     assert failed.error is not None
-    assert failed.error.startswith("job 1 of the sweep (chunk_size=512): dataset.train_chunks=600")
+    assert failed.error.startswith("job 1 of the sweep (chunk_size=512): the corpus gives 116 chunks of 512 tokens")
     assert {path.name for path in failed.folder.iterdir()} == {"job.json"}
     assert failed.error in capsys.readouterr().err
 
@@ -192,22 +191,17 @@ def test_children_made_while_mlflow_was_away_are_nested_at_the_end(
     assert len(children) == 2
 
 
-@pytest.mark.parametrize("more", [["hydra.sweep.dir=${outputs:}/train/here"], []], ids=["a folder by name", "Hydra's"])
+@pytest.mark.parametrize("by_name", [True, False])
 def test_a_sweep_that_is_being_run_is_refused(
-    sweep: Sweeping, more: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    sweep: Sweeping, by_name: bool, trained: list[float], outputs: Path, capsys: pytest.CaptureFixture[str]
 ):
-    codes = []
-
-    def again(cfg: TrainConfig, *args: Any) -> float:
-        if not codes:
-            codes.append(None)
-            codes.append(sweep("lr=1e-4,1e-3", "tracking=none", *more))
-        return math.nan
-
-    monkeypatch.setattr(sweep_jobs, "train", again)
-    assert sweep("lr=1e-4,1e-3", "tracking=none", *more) == 0
-    assert codes == [None, 2]
-    assert f"is in use by process {os.getpid()}" in capsys.readouterr().err
+    given = ["lr=1e-4,1e-3", "tracking=none"]
+    assert sweep(*given) == 0
+    folder = the_sweep().folder
+    with alive.held(folder):
+        assert sweep(*given, *([f"hydra.sweep.dir={folder}"] if by_name else [])) == 2
+    assert f"{folder}: is in use by process {os.getpid()}" in capsys.readouterr().err
+    assert len(trained) == 2
 
 
 @pytest.mark.usefixtures("store")
@@ -216,7 +210,7 @@ def test_a_grid_killed_in_its_third_job_finishes_when_it_is_issued_again(tiny: P
     process = started(grid, outputs, outputs.parent / "said.txt")
 
     def in_the_third() -> bool:
-        return any(reached(folder / "2", 3) for folder in (outputs / "train").glob("*"))
+        return any(reached(folder / "2", 4) for folder in (outputs / "train").glob("*"))
 
     wait_until(in_the_third, process)
     assert process.pid is not None
@@ -250,7 +244,7 @@ def test_a_grid_killed_in_its_third_job_finishes_when_it_is_issued_again(tiny: P
 def test_a_sweep_that_is_interrupted_says_killed(number: int, code: int, tiny: Path, corpus: Path, outputs: Path):
     said = outputs.parent / "said.txt"
     process = started(command(tiny, corpus, "lr=1e-4,1e-3", "epochs=200"), outputs, said)
-    wait_until(lambda: any(reached(folder / "0", 3) for folder in (outputs / "train").glob("*")), process)
+    wait_until(lambda: any(reached(folder / "0", 2) for folder in (outputs / "train").glob("*")), process)
     assert process.pid is not None
     os.kill(process.pid, number)
     assert ended(process) == code
@@ -264,7 +258,7 @@ def test_a_sweep_that_is_interrupted_says_killed(number: int, code: int, tiny: P
 @pytest.mark.usefixtures("store")
 def test_doctor_marks_a_sweep_whose_process_is_gone(tiny: Path, corpus: Path, outputs: Path, capsys: Any):
     process = started(command(tiny, corpus, "lr=1e-4,1e-3", "epochs=200"), outputs, outputs.parent / "said.txt")
-    wait_until(lambda: any(reached(folder / "0", 1) for folder in (outputs / "train").glob("*")), process)
+    wait_until(lambda: any(reached(folder / "0", 2) for folder in (outputs / "train").glob("*")), process)
     assert main(["doctor"]) == 0
     assert the_sweep().about()["status"] == "RUNNING"
     process.kill()
