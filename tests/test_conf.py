@@ -19,6 +19,7 @@ GROUPS = {
     "masking": ["token", "whole_word", "span"],
     "trainer": ["default", "cpu", "gpu", "reference"],
     "tracking": ["local", "server", "none"],
+    "sweep": ["default", "lr_and_mask"],
     "experiment": ["demo", "reference", "imdb_512", "imdb_512_gpu", "course_128"],
 }
 OPTIONS = [f"{group}={option}" for group, options in GROUPS.items() for option in options]
@@ -48,7 +49,7 @@ def test_every_shipped_yaml_is_known_to_these_tests():
     expected = {f"{command}.yaml" for command in COMMANDS}
     expected |= {f"{option.replace('=', '/')}.yaml" for option in OPTIONS}
     assert shipped == expected
-    assert len(OPTIONS) == 28
+    assert len(OPTIONS) == 30
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -56,8 +56,7 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     [
         ("lr=interval(1e-5,1e-3)", FloatDistribution(1e-5, 1e-3)),
         ("lr=tag(log,interval(1e-5,1e-3))", FloatDistribution(1e-5, 1e-3, log=True)),
-        ("chunk_size=interval(64,128)", IntDistribution(64, 128)),
-        ("chunk_size=int(interval(64.5,128))", IntDistribution(64, 128)),
+        ("chunk_size=int(interval(64,128))", IntDistribution(64, 128)),
         ("chunk_size=range(64,257,64)", IntDistribution(64, 256, step=64)),
         ("chunk_size=64,128", CategoricalDistribution(["64", "128"])),
         ("model=choice(minilm,scratch)", CategoricalDistribution(["minilm", "scratch"])),
@@ -123,6 +122,10 @@ def test_a_search_killed_in_a_trial_goes_on_with_it(tiny: Path, corpus: Path, ou
     [
         (["hydra.sweeper.sampler=tpee", *SPACE], "hydra.sweeper.sampler=tpee: choose one of tpe, random, gp, qmc"),
         (["hydra.sweeper.pruner=x", *SPACE], "hydra.sweeper.pruner=x: choose one of median, hyperband, none"),
+        (
+            ["mlm_probability=interval(0.1,1.5)"],
+            "job 1 of the sweep (mlm_probability=1.5): mlm_probability=1.5: the share",
+        ),
         (["hydra.sweeper.n_trials=0", *SPACE], "hydra.sweeper.n_trials=0: must be at least 1"),
     ],
 )

@@ -276,7 +276,8 @@ def test_a_value_that_is_wrong_is_refused_before_any_job(
 ):
     for swept, reason in {
         "lr=1e-4,-1": "job 1 of the sweep (lr=-1): lr=-1: must be a number greater than 0",
-        "mlm_probability=interval(0.1,1.5)": "job 1 of the sweep (mlm_probability=1.5): mlm_probability=1.5: the share",
+        "mlm_probability=interval(0.1,1.5)": "mlm_probability=interval(0.1,1.5): an interval has no list of values; a "
+        "search takes it: hydra/sweeper=optuna",
     }.items():
         assert sweep(swept) == 2
         assert capsys.readouterr().err.startswith(f"mlmx: {reason}")

@@ -208,15 +208,16 @@ def flags_first(parsed: argparse.Namespace) -> list[str]:
     return [*flags, *parsed.overrides]
 
 
-def jobs(parsed: argparse.Namespace, params: Mapping[str, Any] | None = None) -> list[list[str]]:
+def jobs(parsed: argparse.Namespace, params: Mapping[str, Any] | None = None, grid: bool = True) -> list[list[str]]:
     """The overrides of each job, those of Hydra's own node first: one list without ``-m``, the basic sweeper's grid
     with it.
 
     Args:
         params: ``hydra.sweeper.params``, by which a config adds to the grid.
+        grid: the sweeper is Hydra's own, which takes lists only.
 
     Raises:
-        RequestError: more jobs than anyone means.
+        RequestError: more jobs than anyone means, or an interval without a search.
     """
     of_hydra = [o for o in parsed.overrides if o.lstrip("+~").startswith(("hydra.", "hydra/"))]
     overrides: list[str] = [o for o in parsed.overrides if o not in of_hydra]
@@ -224,7 +225,9 @@ def jobs(parsed: argparse.Namespace, params: Mapping[str, Any] | None = None) ->
         return [[*of_hydra, *overrides]]
     added = [f"{key}={value}" for key, value in (params or {}).items()]
     parsed_overrides = OverridesParser.create(_config_loader()).parse_overrides([*added, *overrides])
-    if any(o.is_sweep_override() and not o.is_discrete_sweep() for o in parsed_overrides):
+    intervals = [o.input_line for o in parsed_overrides if o.is_sweep_override() and not o.is_discrete_sweep()]
+    if intervals:
+        require(not grid, f"{intervals[0]}: an interval has no list of values; a search takes it: hydra/sweeper=optuna")
         return [[*of_hydra, *job] for job in _ends(parsed_overrides)]
     _require_few(parsed_overrides)
     return [[*of_hydra, *job] for batch in BasicSweeper.split_arguments(parsed_overrides, None) for job in batch]

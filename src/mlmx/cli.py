@@ -205,7 +205,7 @@ def _planned(parsed: argparse.Namespace, jobs: Sequence[Any]) -> sweeping.Plan:
 
     from mlmx import arguments, searching, sweeping
     from mlmx.composition import composed
-    from mlmx.hydra_node import sweep_folder, swept_params
+    from mlmx.hydra_node import is_grid, sweep_folder, swept_params
 
     path = _search_path(parsed)
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -216,7 +216,7 @@ def _planned(parsed: argparse.Namespace, jobs: Sequence[Any]) -> sweeping.Plan:
         named = any(override.startswith("hydra.sweep.dir=") for override in parsed.overrides)
     command = shlex.join(["python", "-m", "mlmx", "train", "-m", *parsed.overrides])
     fixed = arguments.fixed(parsed, swept)
-    number = len(jobs) if whole.hydra.sweeper._target_.endswith(".BasicSweeper") else 0
+    number = len(jobs) if is_grid(whole) else 0
     return sweeping.planned(jobs[0], command, fixed, swept, number, sweep_folder(whole), named)
 
 
@@ -278,14 +278,15 @@ def _composed(
     from mlmx.arguments import jobs
     from mlmx.composition import composed
     from mlmx.config import to_config
-    from mlmx.hydra_node import require_confined, swept_params
+    from mlmx.hydra_node import is_grid, require_confined, swept_params
 
     path = _search_path(parsed)
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        params = {}
+        params, grid = {}, True
         if parsed.multirun:
-            params = swept_params(command, composed(command, parsed.overrides, path, multirun=True))
-        for number, overrides in enumerate(jobs(parsed, params)):
+            whole = composed(command, parsed.overrides, path, multirun=True)
+            params, grid = swept_params(command, whole), is_grid(whole)
+        for number, overrides in enumerate(jobs(parsed, params, grid)):
             try:
                 found = composed(command, overrides, path)
                 require_confined(command, found, number, multirun=parsed.multirun)

@@ -90,6 +90,11 @@ def _targets(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield from _targets(inner, where)
 
 
+def is_grid(composed: DictConfig) -> bool:
+    """Whether the jobs of a sweep are all combinations of listed values, as by Hydra's own sweeper."""
+    return str(composed.hydra.sweeper._target_).endswith(".BasicSweeper")
+
+
 def sweep_folder(composed: DictConfig) -> Path:
     """Where Hydra would put the jobs of a sweep."""
     with _as_hydra_config(composed):
