@@ -226,9 +226,9 @@ def _markdown_line(values: Sequence[str], bold: bool = False) -> str:
 
 
 def _escaped(text: str) -> str:
-    for sign in ("\\", "|", "*", "_", "`", "<", "[", "]"):
+    for sign in ("\\", "|", "*", "_", "`", "[", "]"):
         text = text.replace(sign, "\\" + sign)
-    return text
+    return text.replace("<", "&lt;")
 
 
 def csv_text(table: Table) -> str:
