@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mlmx import charts
-from mlmx.comparison import Table, tabulate
+from mlmx.comparison import Table, plain_curves, tabulate
 from tests.made_runs import made
 
 
@@ -90,6 +90,8 @@ def test_only_runs_that_may_be_ranked_together_share_a_chart(tmp_path: Path):
         patch.setattr(charts, "_parallel", parallel)
         files = charts.draw(table, tmp_path / "charts")
     assert drawn == [["0", "1", "2"]]
+    assert [row.name for row in table.alike] == ["0", "1", "2"]
+    assert " x" not in plain_curves(table)
     assert "show the largest group only" in charts.report(table, "t", files)
 
 
