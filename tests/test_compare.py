@@ -341,6 +341,16 @@ def test_a_narrow_terminal_gets_fewer_columns_but_the_ones_that_matter(tmp_path:
     assert max(map(len, shown.getvalue().splitlines())) <= 90
 
 
+def test_a_terminal_has_a_line_per_run_also_where_runs_are_ranked_apart(tmp_path: Path):
+    runs = [made(tmp_path / "a", {"lr": 1e-5}), made(tmp_path / "b", loss=2.6), made(tmp_path / "c", loss=1.0, **OTHER)]
+    table, shown = tabulate([*runs, made(tmp_path / "d", status="FAILED")]), io.StringIO()
+    Console(file=shown, width=100).print(comparison.rich_table(table, 100))
+    lines = [line.strip() for line in shown.getvalue().splitlines() if line.strip()]
+    firsts = [line.split()[0] for line in lines]
+    assert firsts[0] == "run"
+    assert firsts[2:] == ["heldout-0123456789ab", "a", "b", "heldout-ffffffffffff", "c", "not", "d"]
+
+
 @pytest.mark.parametrize("value", [1e-9, 2.0, 31186.4, 1e300, -0.5, math.nan, math.inf])
 def test_numbers_are_short(value: float):
     assert len(number_text(value if abs(value) < 1e9 else math.inf)) < 12
