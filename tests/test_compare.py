@@ -351,6 +351,19 @@ def test_a_terminal_has_a_line_per_run_also_where_runs_are_ranked_apart(tmp_path
     assert firsts[2:] == ["heldout-0123456789ab", "a", "b", "heldout-ffffffffffff", "c", "not", "d"]
 
 
+def test_no_digit_is_cut_off_where_there_is_no_space(tmp_path: Path):
+    table, shown = tabulate([made(tmp_path / "a", {"lr": 1e-5}), made(tmp_path / "b", loss=2.6)]), io.StringIO()
+    Console(file=shown, width=60).print(comparison.rich_table(table, 60))
+    digits = [sign for sign in shown.getvalue() if sign.isdigit()]
+    names, kept = comparison.text.headings(table), ("run", "lr", "heldout/loss", comparison.text.DIFFERENCE)
+    for row in table.rows:
+        values = dict(zip(names, comparison.text.cells(table, row), strict=True))
+        for sign in "".join(values[name] for name in kept):
+            if sign.isdigit():
+                digits.remove(sign)
+    assert "…" not in shown.getvalue()
+
+
 @pytest.mark.parametrize("value", [1e-9, 2.0, 31186.4, 1e300, -0.5, math.nan, math.inf])
 def test_numbers_are_short(value: float):
     assert len(number_text(value if abs(value) < 1e9 else math.inf)) < 12

@@ -283,9 +283,10 @@ def rich_table(table: Table, width: int | None = None) -> rich.table.Table:
     drawn = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     labels = [title.partition(":")[0] for title, _ in parts_of(table)]  # a whole title would widen the first column
     columns = _fitting(table, width, labels)
+    fits = width is None or _needed(table, columns, labels) <= width  # else folded: no digit is cut off
     for name, _ in columns:
         side: Literal["left", "right"] = "left" if is_text(table, name) else "right"
-        drawn.add_column(Text(name), justify=side, overflow="fold", no_wrap=name not in table.keys)
+        drawn.add_column(Text(name), justify=side, overflow="fold", no_wrap=fits and name not in table.keys)
     for label, (title, rows) in zip(labels, parts_of(table), strict=True):
         if label:
             drawn.add_row(Text(label, style="italic"))
@@ -306,9 +307,13 @@ def _fitting(table: Table, width: int | None, labels: Sequence[str] = ()) -> lis
     """The columns, but for those that do not fit; ``labels`` stand in the first one as well."""
     columns = _columns(table)
     for least in WORTH_LEAST:
-        needed = [max([len(name), *(len(text(row)) for row in table.rows)]) + GAP for name, text in columns]
-        needed[0] = max([needed[0], *(len(label) + GAP for label in labels)])
-        if width is None or sum(needed) <= width:
+        if width is None or _needed(table, columns, labels) <= width:
             break
         columns = [column for column in columns if column[0] != least or least == table.sort]
     return columns
+
+
+def _needed(table: Table, columns: Sequence[Column], labels: Sequence[str]) -> int:
+    """Characters of a line."""
+    widths = [max([len(name), *(len(text(row)) for row in table.rows)]) + GAP for name, text in columns]
+    return sum(widths[1:]) + max([widths[0], *(len(label) + GAP for label in labels)])
