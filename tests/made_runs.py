@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def made(
             node = node[group]
         node[name] = value
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    rng = np.random.default_rng(abs(hash(str(loss))) % 2**32 if loss is not None else 0)
+    rng = np.random.default_rng(zlib.crc32(str(loss).encode()))
     last = {"eval/loss": 2.0, "eval/perplexity": 7.39, "train/loss": 2.2, "train/tokens_per_second": 2475.5}
     heldout: dict[str, float] = {}
     if loss is not None:
@@ -82,20 +83,25 @@ def made(
         rows.append({"step": 10 * epoch, "epoch": float(epoch), "train/loss": 2.2 + fading})
         own = {name: value + fading for name, value in heldout.items() if name == "heldout/loss"}
         rows.append({"step": 10 * epoch, "epoch": float(epoch), "eval/loss": 2.0 + fading, **own})
+    if status == "FINISHED":
+        rows[-1] |= last | heldout | dict(metrics or {})
     if status != "FAILED":
         for row in rows:
-            run.append_line("metrics.jsonl", row)
+            run.append_line("metrics.jsonl", {"time": "2026-01-01T00:00:00+00:00", **row})
     ended = {**last, **heldout, **(metrics or {})} if status == "FINISHED" else {}
     result = {"status": status, "resumable": status == "KILLED", "run_id": None, "run_name": "a name"}
     run.write_json(
         "result.json",
         {**result, "protocol": protocol if heldout else "none", "metrics": ended, "seconds": {"total": 90.0}},
     )
-    report: dict[str, Any] = {"eval": {"sha256": f"chunks of {config['chunk_size']}"}}
+    counts = {"source": "reviews", "documents": documents, "tokens": 2000, "chunks": 60}
+    report: dict[str, Any] = {"eval": {**counts, "sha256": f"chunks of {config['chunk_size']}"}}
     if heldout:
-        told = PARTS | dict(parts or {})
-        report["heldout"] = {"source": "reviews", "documents": documents, "protocol_parts": told}
+        report["heldout"] = {**counts, "sha256": "d1", "protocol_parts": PARTS | dict(parts or {})}
     run.write_json("data.json", report)
     run.write_json("inputs.json", {"precision": "fp32", "processes": 1})
-    run.write_json("mlflow.json", {"params": {"model": "minilm"}})
+    params = {"model": "minilm", "chunk_size": str(config["chunk_size"]), "lr": str(config["lr"])}
+    tags = {"mlmx.folder": str(folder), "mlmx.protocol": protocol}
+    told = {"name": "a name", "tags": tags, "params": params, "started": 1_700_000_000_000 + len(str(folder))}
+    run.write_json("mlflow.json", told | {"ended": None, "run_id": None})
     return run

@@ -118,8 +118,8 @@ def train(*arguments: str) -> list[str]:
 
 
 NAMES: list[Row] = [
-    (["trian"], ["trian", "did you mean train?", "evaluate, predict, ui"]),
-    (["compose"], ["compose: unknown command", "train, prepare, evaluate, predict, ui"]),
+    (["trian"], ["trian", "did you mean train?", "evaluate, predict, compare, ui"]),
+    (["compose"], ["compose: unknown command", "train, prepare, evaluate, predict, compare, ui"]),
     (train("chunk_sze=128"), ["chunk_sze", "did you mean chunk_size?", "--help"]),
     (train("+chunk_sze=128"), ["chunk_sze", "did you mean chunk_size?", "--help"]),
     (train("++zzz=1"), ["zzz: unknown key", "--help"]),

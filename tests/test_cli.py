@@ -84,7 +84,7 @@ def loaded_after(*command_lines: list[str], cwd: Path) -> list[tuple[int, set[st
 
 def test_help_and_mistyped_commands_load_nothing_but_the_standard_library(tmp_path: Path):
     helps = [[], ["--help"], ["-h"], ["--version"], *([command, "--help"] for command in COMMANDS)]
-    mistyped = [["trian"], ["--train"], ["compare", "x=1"]]
+    mistyped = [["trian"], ["--train"], ["compere", "x=1"]]
     endings = loaded_after(*helps, *mistyped, ["train", "chunk_size=0", "-h"], cwd=tmp_path)
     assert [code for code, _ in endings] == [0] * len(helps) + [2] * len(mistyped) + [0]
     assert {name for _, modules in endings for name in modules} - sys.stdlib_module_names == {"mlmx"}

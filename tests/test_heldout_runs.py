@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,6 +84,18 @@ def test_the_report_says_that_no_document_is_on_both_sides(tiny: Path, corpus: P
     assert {"64", "512"} <= set(report["corpus"]["chunks_per_chunk_size"])
     assert report["corpus"]["tokens_per_word"] > 1
     assert len(report["corpus"]["content_sha256"]) == 64
+
+
+def test_data_json_keeps_what_the_protocol_is_made_of(tiny: Path, corpus: Path):
+    def parts(*overrides: str) -> dict[str, Any]:
+        found: dict[str, Any] = train(tiny, corpus, *overrides).read_json("data.json")["heldout"]["protocol_parts"]
+        return found
+
+    plain = parts()
+    assert set(plain) == {"documents", "tokens", "special_tokens", "vocabulary", "rate", "shares", "version"}
+    assert parts("chunk_size=64", "mlm_probability=0.4") == plain
+    fewer = parts("heldout.documents=3")
+    assert {key for key in plain if plain[key] != fewer[key]} == {"documents", "tokens"}
 
 
 def test_prepare_reports_and_previews_without_a_run(

@@ -17,7 +17,7 @@ from datasets import Dataset
 from mlmx import data, masking, model
 from mlmx.config import RequestError
 from mlmx.data import heldout
-from mlmx.documents import DocumentSums, paired_difference
+from mlmx.documents import DocumentSums, paired_difference, resampled
 from mlmx.masking.yardstick import RATE, WholeWords, Yardstick
 from mlmx.scoring import bits_per_byte, numbers, score_documents
 
@@ -242,6 +242,20 @@ def test_only_the_same_targets_can_be_compared():
     tokens = np.array([5, 6])
     with pytest.raises(RequestError, match="did not score the same held-out targets"):
         paired_difference(sums_of(np.ones(2), tokens), sums_of(np.ones(2), tokens + 1))
+
+
+def test_pairs_drawn_together_are_the_pairs_drawn_alone_whatever_fits_into_memory(monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(2)
+    tokens = rng.integers(1, 9, 30)
+    runs = [sums_of(rng.normal(3, 1, 30), tokens) for _ in range(3)]
+    together = resampled(runs)
+    for one, other in itertools.combinations(range(3), 2):
+        assert together.difference(one, other) == paired_difference(runs[one], runs[other])
+    monkeypatch.setattr("mlmx.documents.MOST_AT_ONCE", 100)
+    assert np.array_equal(resampled(runs).samples, together.samples)
+    low, high = together.interval(0)
+    assert low < together.means[0] < high
+    assert not together.difference(1, 1).is_told_apart
 
 
 def test_document_sums_are_kept_without_pickle(tmp_path: Path):

@@ -162,15 +162,17 @@ def literal_texts(command: str, arguments: list[str]) -> list[str]:
 
 
 def literal_files(command: str, arguments: Sequence[str]) -> list[str]:
-    """``--out`` and single values of ``out=`` and ``runs=`` of ``compare``: files and runs as they stand.
+    """``--out``, single values of ``out=`` and ``runs=``, and ``experiment=`` of ``compare``, as they stand.
 
-    ``--out a.html out=b.csv runs=c`` → ``out=['a.html','b.csv'] runs=['c']``
+    ``--out a.html out=b.csv runs=c`` → ``out=['a.html','b.csv'] runs=['c']``; ``experiment=x``, which Hydra would take
+    for the group of that name, → ``tracking.experiment='x'``
 
     Raises:
-        RequestError: ``--out`` without a file.
+        RequestError: ``--out`` without a file, or an experiment beside runs or a sweep.
     """
     if command != "compare":
         return list(arguments)
+    _require_one_choice(arguments)
     found: dict[str, list[str]] = {"out": [], "runs": []}
     others, left = [], iter(arguments)
     for argument in left:
@@ -178,11 +180,24 @@ def literal_files(command: str, arguments: Sequence[str]) -> list[str]:
         if key == "--out":
             value = value if equals else next(left, "")
             require(bool(value), "--out: needs a file, such as --out report.html")
-        if key in ("--out", "out", "runs") and value and value[0] != "[":
+        is_plain = bool(value) and value[0] not in "[{'\""
+        if key in ("--out", "out", "runs") and is_plain:
             found[key.lstrip("-")].append(value)
+        elif key == "experiment":
+            others.append(f"tracking.experiment={quoted(value) if is_plain else value}")
         else:
             others.append(f"out={value}" if key == "--out" else argument)
     return [*others, *(f"{key}=[{','.join(map(quoted, values))}]" for key, values in found.items() if values)]
+
+
+def _require_one_choice(arguments: Sequence[str]) -> None:
+    """Refuse two answers to the question which runs are meant."""
+    given = [one for one in arguments if one.partition("=")[0] in ("runs", "sweep", "experiment")]
+    names = {one.partition("=")[0] for one in given}
+    require(
+        len(names) <= 1 or "experiment" not in names,
+        f"{' and '.join(given)}: each says which runs to compare; give one of them",
+    )
 
 
 def quoted(text: str) -> str:

@@ -1,7 +1,7 @@
 """Charts of several runs as PNG, and the page that holds them with their table.
 
 What is drawn is the loss that the table is judged by. Runs that may not be ranked together are not drawn together:
-all but the learning curves show the largest group.
+the charts show the largest group.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _plain_ticks(axes: Axes) -> None:
 
 
 def _curves(table: Table) -> list[tuple[Row, list[tuple[float, float]]]]:
-    finite = ((row, [(x, y) for x, y in row.curves.get(table.curve, []) if math.isfinite(y)]) for row in table.rows)
+    finite = ((row, [(x, y) for x, y in row.curves.get(table.curve, []) if math.isfinite(y)]) for row in table.alike)
     return [(row, points) for row, points in finite if points]
 
 
@@ -362,7 +362,7 @@ def report(table: Table, title: str, charts: Sequence[Path] = ()) -> str:
     figures = "".join(_html_figure(path) for path in charts)
     if len(table.groups) > 1 and charts:
         drawn = html.escape(group_title(table, table.groups[0]))
-        figures = f"<p>All charts but the learning curves show the largest group only: {drawn}.</p>{figures}"
+        figures = f"<p>The charts show the largest group only: {drawn}.</p>{figures}"
     return (
         f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n<body>\n'
@@ -386,5 +386,7 @@ def _html_table(table: Table, rows: Sequence[Row]) -> str:
 
 def _html_figure(path: Path) -> str:
     name = html.escape(path.stem.replace("_against_", " against ").replace("heldout_", "heldout/"))
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<figure><figcaption>{name}</figcaption><img alt="{name}" src="data:image/png;base64,{data}"></figure>\n'
+    contents = path.read_bytes()
+    width = int.from_bytes(contents[16:20]) * 96 // DPI  # as the PNG's header says, in the page's pixels
+    image = f'<img alt="{name}" width="{width}" src="data:image/png;base64,{base64.b64encode(contents).decode()}">'
+    return f"<figure><figcaption>{name}</figcaption>{image}</figure>\n"

@@ -32,10 +32,12 @@ def check(cfg: CompareConfig) -> None:
             path.absolute().parent.is_dir(), f"out={out}: there is no folder {path.absolute().parent}; make it first"
         )
         require(not path.is_dir(), f"out={out}: is a folder; give a file's name")
-    if cfg.tracking:
+    if cfg.tracking.get("name"):
         store_of(cfg)
-    else:
-        chosen(cfg)
+        return
+    for key in cfg.tracking:
+        require(key == "experiment", f"tracking.{key}: goes with tracking=server or tracking=local; add one of them")
+    chosen(cfg)
 
 
 def compare(cfg: CompareConfig, job: Job) -> None:
@@ -54,7 +56,7 @@ def compare(cfg: CompareConfig, job: Job) -> None:
 @contextlib.contextmanager
 def found(cfg: CompareConfig) -> Iterator[tuple[str, list[runs.Run]]]:
     """What is compared, in words, and its runs; those of an MLflow store lie in a folder for as long as the block."""
-    if not cfg.tracking:
+    if not cfg.tracking.get("name"):
         yield chosen(cfg)
         return
     from mlmx.tracking.fetched import fetch
@@ -75,10 +77,9 @@ def store_of(cfg: CompareConfig) -> Store:
     """The MLflow store that is to be read."""
     from mlmx import tracking
 
-    options = dict(cfg.tracking) | ({"experiment": cfg.experiment} if cfg.experiment else {})
-    if options.get("name") == "none":
+    if cfg.tracking["name"] == "none":
         raise RequestError("tracking=none: is no store to read runs from; leave it out for the run folders here")
-    store: Store = bind("tracking", options, tracking.TRACKINGS)[0]()
+    store: Store = bind("tracking", cfg.tracking, tracking.TRACKINGS)[0]()
     return store
 
 
@@ -90,8 +91,9 @@ def chosen(cfg: CompareConfig) -> tuple[str, list[runs.Run]]:
     """
     if cfg.runs:
         return "those named", [named(wanted) for wanted in cfg.runs]
-    if cfg.experiment:
-        return f"experiment {cfg.experiment}", of_experiment(cfg.experiment)
+    experiment = cfg.tracking.get("experiment")
+    if experiment:
+        return f"experiment {experiment}", of_experiment(str(experiment))
     everything = sweeps.all_sweeps() if cfg.sweep in (None, LAST) else [sweeps.Sweep(folder_of(str(cfg.sweep)))]
     if everything:
         those = everything[-1].runs()

@@ -22,7 +22,7 @@ def plain_curves(table: Table, width: int = WIDTH, height: int = HEIGHT) -> str:
 
     Empty where no run has two points.
     """
-    drawn = [(row, _finite(row.curves.get(table.curve, []))) for row in table.rows]
+    drawn = [(row, _finite(row.curves.get(table.curve, []))) for row in table.alike]
     drawn = [(row, points) for row, points in drawn if len(points) > 1]
     if not drawn:
         return ""

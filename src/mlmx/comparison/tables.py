@@ -88,6 +88,16 @@ class Table:
         return any(row is group.best for group in self.groups)
 
     @property
+    def alike(self) -> list[Row]:
+        """The rows whose curves may be drawn together: all that were measured as the largest group was."""
+        if not self.groups:
+            return self.rows
+        best = self.groups[0].best
+        if self.curve == YARDSTICK:
+            return [row for row in self.rows if row.protocol == best.protocol]
+        return [row for row in self.rows if row.validation == best.validation]
+
+    @property
     def curve(self) -> str:
         """The loss that learning curves are drawn of."""
         return YARDSTICK if any(YARDSTICK in row.curves for row in self.rows) else OWN

@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mlmx.comparison.readings import Row, shown
 from mlmx.comparison.tables import Group, Table
@@ -226,9 +226,9 @@ def _markdown_line(values: Sequence[str], bold: bool = False) -> str:
 
 
 def _escaped(text: str) -> str:
-    for sign in ("\\", "|", "*", "_", "`", "<", "[", "]"):
+    for sign in ("\\", "|", "*", "_", "`", "[", "]"):
         text = text.replace(sign, "\\" + sign)
-    return text
+    return text.replace("<", "&lt;")
 
 
 def csv_text(table: Table) -> str:
@@ -281,12 +281,15 @@ def rich_table(table: Table, width: int | None = None) -> rich.table.Table:
     from rich.text import Text
 
     drawn = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    columns = _fitting(table, width)
+    labels = [title.partition(":")[0] for title, _ in parts_of(table)]  # a whole title would widen the first column
+    columns = _fitting(table, width, labels)
+    fits = width is None or _needed(table, columns, labels) <= width  # else folded: no digit is cut off
     for name, _ in columns:
-        drawn.add_column(Text(name), justify="left" if is_text(table, name) else "right", overflow="fold")
-    for title, rows in parts_of(table):
-        if title:
-            drawn.add_row(Text(title, style="italic"))
+        side: Literal["left", "right"] = "left" if is_text(table, name) else "right"
+        drawn.add_column(Text(name), justify=side, overflow="fold", no_wrap=fits and name not in table.keys)
+    for label, (title, rows) in zip(labels, parts_of(table), strict=True):
+        if label:
+            drawn.add_row(Text(label, style="italic"))
         for row in rows:
             best = table.is_best(row)
             style = "bold green" if best else "dim" if title == UNRANKED else ""
@@ -300,12 +303,17 @@ def is_text(table: Table, column: str) -> bool:
     return column in ("run", "status", DIFFERENCE) or column in table.keys
 
 
-def _fitting(table: Table, width: int | None) -> list[Column]:
-    """The columns, but for those that do not fit."""
+def _fitting(table: Table, width: int | None, labels: Sequence[str] = ()) -> list[Column]:
+    """The columns, but for those that do not fit; ``labels`` stand in the first one as well."""
     columns = _columns(table)
     for least in WORTH_LEAST:
-        needed = [max([len(name), *(len(text(row)) for row in table.rows)]) + GAP for name, text in columns]
-        if width is None or sum(needed) <= width:
+        if width is None or _needed(table, columns, labels) <= width:
             break
         columns = [column for column in columns if column[0] != least or least == table.sort]
     return columns
+
+
+def _needed(table: Table, columns: Sequence[Column], labels: Sequence[str]) -> int:
+    """Characters of a line."""
+    widths = [max([len(name), *(len(text(row)) for row in table.rows)]) + GAP for name, text in columns]
+    return sum(widths[1:]) + max([widths[0], *(len(label) + GAP for label in labels)])

@@ -177,17 +177,14 @@ class CompareConfig:
 
     runs: list[str] = field(default_factory=list)
     sweep: str | None = None
-    experiment: str | None = None
     sort: str = "heldout/loss"
     out: list[str] = field(default_factory=list)
     tracking: Options = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        given = [name for name in ("runs", "sweep", "experiment") if getattr(self, name)]
         require(
-            len(given) <= 1,
-            f"{' and '.join(f'{name}={_listed(getattr(self, name))}' for name in given)}: each says which runs to "
-            "compare; give one of them",
+            not (self.runs and self.sweep),
+            f"runs=[{','.join(self.runs)}] and sweep={self.sweep}: each says which runs to compare; give one of them",
         )
         for path in self.out:
             suffix = Path(path).suffix.lower()
@@ -195,10 +192,6 @@ class CompareConfig:
                 suffix in OUT_SUFFIXES,
                 f"out={path}: cannot be written; the name ends with one of {', '.join(OUT_SUFFIXES)}",
             )
-
-
-def _listed(value: Any) -> str:
-    return f"[{','.join(value)}]" if isinstance(value, list) else str(value)
 
 
 Config = (

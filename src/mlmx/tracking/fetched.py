@@ -118,6 +118,8 @@ def _as_folder(client: MlflowClient, run: entities.Run, folder: Path) -> Run:
     except ValueError:
         result = {}
     about = {"run_id": run_id, "run_name": run.info.run_name, "protocol": run.data.tags.get("mlmx.protocol")}
+    kept = result.get("metrics")
+    metrics = (kept if isinstance(kept, dict) else {}) | metrics  # MLflow refuses some names
     made.write_json("result.json", result | about | {"status": run.info.status, "metrics": metrics})
     made.write_json(RUN_FILE, {"params": dict(run.data.params)})
     _write_histories(client, run, made)
