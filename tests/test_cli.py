@@ -8,12 +8,12 @@ import logging
 import os
 import pkgutil
 import random
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -45,7 +45,7 @@ def options_of(group: str) -> set[str]:
 def jobs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TrainConfig, Job]]:
     """The configs and jobs that a command line hands to `train`, which does not train here."""
     seen: list[tuple[TrainConfig, Job]] = []
-    monkeypatch.setattr("mlmx.train.train", lambda cfg, job: seen.append((cfg, job)))
+    monkeypatch.setattr("mlmx.train.train", lambda cfg, job, *more: seen.append((cfg, job)))
     return seen
 
 
@@ -234,13 +234,13 @@ def test_a_sweep_runs_what_was_checked_whatever_becomes_of_the_yaml(
     option.parent.mkdir(parents=True)
     option.write_text("name: scratch\nlayers: 1\n")
 
-    def train(config: TrainConfig, job: Job) -> None:
+    def train(config: TrainConfig, job: Job, *more: Any) -> None:
         ran.append((config.model["layers"], config.lr, job.folder.name))
         option.write_text("name: scratch\nlayers: 9\n")
 
     monkeypatch.setattr("mlmx.train.train", train)
     assert main(["train", "--config-dir", str(tmp_path / "conf"), "-m", *OURS, "lr=1,2,2"]) == 0
-    assert ran == [(1, 1.0, "0"), (1, 2.0, "1"), (1, 2.0, "2")]
+    assert ran == [(1, 1.0, "0"), (1, 2.0, "1"), (1, 2.0, "1")], "a value given twice is one run"
 
 
 def test_the_users_own_yaml_comes_in_through_config_dir(tmp_path: Path, jobs: list[tuple[TrainConfig, Job]]):
@@ -422,7 +422,7 @@ def test_every_ending_is_an_exit_code_and_at_most_one_line(
     capsys: pytest.CaptureFixture[str],
     outputs: Path,
 ):
-    def fails(cfg: TrainConfig, job: Job) -> None:
+    def fails(cfg: TrainConfig, job: Job, *more: Any) -> None:
         raise raised
 
     monkeypatch.setattr("mlmx.train.train", fails)
@@ -437,16 +437,20 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch):
         main(["train", "chunk_size=0"])
 
 
-def test_a_job_that_is_refused_while_running_is_named_and_leaves_nothing(
+def test_a_job_that_is_refused_while_running_is_named_and_ends_no_other(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], outputs: Path
 ):
-    def refuses(cfg: TrainConfig, job: Job) -> None:
-        raise RequestError("too few chunks")
+    def refuses(cfg: TrainConfig, job: Job, *more: Any) -> None:
+        raise RequestError(f"too few chunks for {cfg.seed}")
 
     monkeypatch.setattr("mlmx.train.train", refuses)
-    assert main(["train", "-m", *QUICK, "seed=1,2"]) == 2
-    assert re.fullmatch(r"mlmx: job 0 of the sweep \(.*\bseed=1\b.*\): too few chunks\n", capsys.readouterr().err)
-    assert list(outputs.rglob("*")) == []
+    assert main(["train", "-m", *QUICK, "seed=1,2"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "mlmx: job 0 of the sweep (seed=1): too few chunks for 1",
+        "mlmx: job 1 of the sweep (seed=2): too few chunks for 2",
+        "mlmx: 2 of 2 jobs failed; the same command again tries them anew",
+    ]
+    assert {path.parent.name for path in outputs.rglob("job.json")} == {"0", "1"}
 
 
 def test_the_process_is_left_as_it_was(jobs: list[tuple[TrainConfig, Job]], monkeypatch: pytest.MonkeyPatch):

@@ -186,6 +186,7 @@ def test_200_random_kills_lose_nothing(whole, dropping, corpus, outputs):
             kill(argv, outputs, folder, lambda: reached(folder, step) and (not saving or is_saving(folder)))  # noqa: B023
             argv, killed = ["train", f"resume={folder}"], killed + 1
         check_resumed(folder, wanted)
+        shutil.rmtree(folder)
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again_in_its_folder(whole, outputs):

@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from mlmx import searching, sweep_jobs
+from mlmx import searching
 from mlmx.cli import main
 from mlmx.config import TrainConfig
 from mlmx.sweeps import all_sweeps
@@ -47,7 +47,7 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
                 break
         return float(loss)
 
-    monkeypatch.setattr(sweep_jobs, "train", train)
+    monkeypatch.setattr("mlmx.train.train", train)
     return values
 
 

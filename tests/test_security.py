@@ -85,7 +85,7 @@ GOOD = ["model=scratch", "dataset=files", "dataset.path=good.txt", "chunk_size=1
 def ran(here: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[TrainConfig, Job]]:
     """What reached `train`, which does not train here."""
     seen: list[tuple[TrainConfig, Job]] = []
-    monkeypatch.setattr("mlmx.train.train", lambda cfg, job: seen.append((cfg, job)))
+    monkeypatch.setattr("mlmx.train.train", lambda cfg, job, *more: seen.append((cfg, job)))
     return seen
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from mlmx import alive, provenance, sweep_jobs, sweeping
+from mlmx import alive, provenance, sweeping
+from mlmx import train as command_module
 from mlmx.cli import main
 from mlmx.config import TrainConfig
 from mlmx.runs import Run, all_runs
@@ -45,13 +46,13 @@ def sweep(tiny: Path, corpus: Path) -> Sweeping:
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Learning rates of the runs that were really begun or gone on with, in order; no MLflow is asked."""
-    own, rates = sweep_jobs.train, []
+    own, rates = command_module.train, []
 
     def train(cfg: TrainConfig, *args: Any) -> float:
         rates.append(cfg.lr)
         return own(cfg, *args)
 
-    monkeypatch.setattr(sweep_jobs, "train", train)
+    monkeypatch.setattr("mlmx.train.train", train)
     return rates
 
 

@@ -232,7 +232,7 @@ def test_the_flag_trusts_warns_sets_the_revision_and_is_on_record(
 ):
     seen: list[tuple[TrainConfig, Job, TrustedCode | None, str]] = []
     monkeypatch.setattr(
-        "mlmx.train.train", lambda cfg, job: seen.append((cfg, job, trusted_code(), describe.command_line(job)))
+        "mlmx.train.train", lambda cfg, job, *more: seen.append((cfg, job, trusted_code(), describe.command_line(job)))
     )
     named = f"{REPO}@{COMMIT}"
     flag = ["--trust-remote-code", named] if split else [f"--trust-remote-code={named}"]

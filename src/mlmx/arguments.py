@@ -33,6 +33,7 @@ from mlmx.redaction import redact
 LONGEST_OVERRIDE = 10_000  # characters
 MOST_LEVELS = 30  # of brackets
 MOST_JOBS = 1_000  # of a sweep
+GROUPS_ELSEWHERE = {"experiment": "tracking.experiment", "sweep": "sweep_folder"}  # keys of compare, groups of train
 
 
 def parse(command: str, arguments: Sequence[str]) -> argparse.Namespace:
@@ -162,10 +163,10 @@ def literal_texts(command: str, arguments: list[str]) -> list[str]:
 
 
 def literal_files(command: str, arguments: Sequence[str]) -> list[str]:
-    """``--out``, single values of ``out=`` and ``runs=``, and ``experiment=`` of ``compare``, as they stand.
+    """``--out``, single values of ``out=`` and ``runs=``, ``experiment=`` and ``sweep=`` of ``compare``, as they stand.
 
-    ``--out a.html out=b.csv runs=c`` → ``out=['a.html','b.csv'] runs=['c']``; ``experiment=x``, which Hydra would take
-    for the group of that name, → ``tracking.experiment='x'``
+    ``--out a.html out=b.csv runs=c`` → ``out=['a.html','b.csv'] runs=['c']``. Two that Hydra would take for groups:
+    ``experiment=x`` → ``tracking.experiment='x'``, ``sweep=x`` → ``sweep_folder='x'``.
 
     Raises:
         RequestError: ``--out`` without a file, or an experiment beside runs or a sweep.
@@ -183,8 +184,8 @@ def literal_files(command: str, arguments: Sequence[str]) -> list[str]:
         is_plain = bool(value) and value[0] not in "[{'\""
         if key in ("--out", "out", "runs") and is_plain:
             found[key.lstrip("-")].append(value)
-        elif key == "experiment":
-            others.append(f"tracking.experiment={quoted(value) if is_plain else value}")
+        elif key in GROUPS_ELSEWHERE:
+            others.append(f"{GROUPS_ELSEWHERE[key]}={quoted(value) if is_plain else value}")
         else:
             others.append(f"out={value}" if key == "--out" else argument)
     return [*others, *(f"{key}=[{','.join(map(quoted, values))}]" for key, values in found.items() if values)]

@@ -212,7 +212,7 @@ def _planned(parsed: argparse.Namespace, jobs: Sequence[Any]) -> sweeping.Plan:
         whole = composed("train", parsed.overrides, path, multirun=True)
         swept = arguments.swept(parsed, swept_params("train", whole))
         if whole.hydra.sweeper._target_ == SEARCH:
-            searching.check(whole.hydra.sweeper)
+            searching.require_possible(whole.hydra.sweeper)
         named = any(override.startswith("hydra.sweep.dir=") for override in parsed.overrides)
     command = shlex.join(["python", "-m", "mlmx", "train", "-m", *parsed.overrides])
     fixed = arguments.fixed(parsed, swept)

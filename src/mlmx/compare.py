@@ -67,8 +67,8 @@ def found(cfg: CompareConfig) -> Iterator[tuple[str, list[runs.Run]]]:
     with tempfile.TemporaryDirectory(prefix="mlmx-compare-") as folder:
         those = [runs.Run(path_of("runs", run).resolve()) for run in local]
         if remote or not cfg.runs:
-            those += fetch(store, Path(folder), run_ids=remote, parent=cfg.sweep)
-        what = f"sweep {cfg.sweep}" if cfg.sweep else f"experiment {store.experiment}"
+            those += fetch(store, Path(folder), run_ids=remote, parent=cfg.sweep_folder)
+        what = f"sweep {cfg.sweep_folder}" if cfg.sweep_folder else f"experiment {store.experiment}"
         require(bool(those), f"{store.uri}: has no run of {what}")
         yield f"{store.uri}" if cfg.runs else f"{what} in {store.uri}", those
 
@@ -94,12 +94,16 @@ def chosen(cfg: CompareConfig) -> tuple[str, list[runs.Run]]:
     experiment = cfg.tracking.get("experiment")
     if experiment:
         return f"experiment {experiment}", of_experiment(str(experiment))
-    everything = sweeps.all_sweeps() if cfg.sweep in (None, LAST) else [sweeps.Sweep(folder_of(str(cfg.sweep)))]
+    everything = (
+        sweeps.all_sweeps() if cfg.sweep_folder in (None, LAST) else [sweeps.Sweep(folder_of(str(cfg.sweep_folder)))]
+    )
     if everything:
         those = everything[-1].runs()
         require(bool(those), f"{everything[-1].folder}: none of this sweep's jobs has begun")
         return f"the sweep in {everything[-1].folder}", those
-    require(cfg.sweep is None, f"sweep=last: there is no sweep below {outputs_dir() / 'train'}; make one by train -m")
+    require(
+        cfg.sweep_folder is None, f"sweep=last: there is no sweep below {outputs_dir() / 'train'}; make one by train -m"
+    )
     return of_last_experiment()
 
 

@@ -27,7 +27,7 @@ PRUNERS = ("median", "hyperband", "none")
 KILLED, PRUNED = "killed", "pruned"  # attributes of a trial
 
 
-def check(sweeper: DictConfig) -> None:
+def require_possible(sweeper: DictConfig) -> None:
     """Refuse options of ``hydra.sweeper`` that no search can be made with.
 
     Raises:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mlmx import alive, identity, provenance
+from mlmx import train as command
 from mlmx.config import Job, TrainConfig
 from mlmx.errors import explain
 from mlmx.parts import parts_of, reuse_of, texts_sha256
@@ -20,7 +21,6 @@ from mlmx.redaction import show_traceback
 from mlmx.runs import Run, discard_empty, log_to
 from mlmx.sweeps import Sweep, SweepJob, begin_job, fail_job
 from mlmx.tracking.sync import RUN_FILE
-from mlmx.train import train
 
 if TYPE_CHECKING:
     from mlmx.training.reporter import StopEarly
@@ -34,11 +34,11 @@ def run_job(cfg: TrainConfig, job: Job, number: int, stop_early: StopEarly | Non
     Args:
         job: with the sweep's folder, and the one that Hydra has made for it.
         number: Hydra's, for the line that says why it failed.
-        stop_early: as of `train`.
+        stop_early: as of `train.train`.
     """
     assert job.sweep is not None
     if os.environ.get("RANK", "0") != "0":  # of several processes one keeps the record
-        return train(cfg, job, stop_early)
+        return command.train(cfg, job, stop_early)
     with log_to():
         return _run_job(cfg, job, Sweep(job.sweep), number, stop_early)
 
@@ -60,7 +60,7 @@ def _run_job(cfg: TrainConfig, job: Job, sweep: Sweep, number: int, stop_early: 
         begin_job(folder, key, dials, identity.without_resume(job.overrides))
         resumed = {"run": str(folder), "allow": []} if (folder / "config.yaml").is_file() else cfg.resume
         parent = Run(sweep.folder).read_json(RUN_FILE).get("run_id")
-        return train(replace(cfg, resume=resumed), replace(job, folder=folder, parent=parent), stop_early)
+        return command.train(replace(cfg, resume=resumed), replace(job, folder=folder, parent=parent), stop_early)
     except Exception as error:
         error.add_note(f"job {number} of the sweep ({what})")
         _, line = explain(error, "train")

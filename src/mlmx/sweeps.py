@@ -73,7 +73,8 @@ class Sweep:
         """Its jobs that have begun, by number; of those with the same config the newest, made by newer code or data."""
         newest = {}
         for folder in self.folders():
-            told = _read(folder / JOB_FILE)
+            unnamed = {"dials": folder.name, "key": ""} if (folder / "result.json").is_file() else {}
+            told = _read(folder / JOB_FILE) or unnamed
             if told:
                 newest[told["dials"]] = SweepJob(folder, told["key"], told["dials"], told.get("error"))
         return sorted(newest.values(), key=lambda job: int(job.folder.name))

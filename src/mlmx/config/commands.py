@@ -47,7 +47,7 @@ class TrainConfig:
     example: str = "This is a great [MASK]."
     save_minutes: float | None = 15
     resume: Options = field(default_factory=lambda: dict(RESUME), metadata={"group": False})
-    sweep: Options = field(default_factory=lambda: {"reuse": True}, metadata={"group": False})
+    sweep: Options = field(default_factory=lambda: {"reuse": True})
     heldout: Options = field(default_factory=lambda: dict(HELDOUT), metadata={"group": False})
     model: Options = field(default_factory=dict)
     dataset: Options = field(default_factory=dict)
@@ -176,15 +176,16 @@ class CompareConfig:
     """Dials of ``compare``."""
 
     runs: list[str] = field(default_factory=list)
-    sweep: str | None = None
+    sweep_folder: str | None = None
     sort: str = "heldout/loss"
     out: list[str] = field(default_factory=list)
     tracking: Options = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(
-            not (self.runs and self.sweep),
-            f"runs=[{','.join(self.runs)}] and sweep={self.sweep}: each says which runs to compare; give one of them",
+            not (self.runs and self.sweep_folder),
+            f"runs=[{','.join(self.runs)}] and sweep={self.sweep_folder}: each says which runs to compare; give one of "
+            "them",
         )
         for path in self.out:
             suffix = Path(path).suffix.lower()
