@@ -6,6 +6,7 @@ from there to MLflow. Light to import: MLflow is loaded by `mlflow_run`, in the 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -21,6 +22,7 @@ from mlmx.config import require, table
 from mlmx.places import outputs_dir
 from mlmx.redaction import redacted
 from mlmx.runs import MetricsFile, Run
+from mlmx.tracking import stores
 from mlmx.tracking.sync import RUN_FILE, model_name, send, send_files, send_models
 from mlmx.tracking.writer import Writer, brief
 
@@ -53,6 +55,18 @@ def server(*, uri: str, experiment: str = "mlmx") -> Store:
 
 def none() -> None:
     """No MLflow; the run folder holds everything."""
+
+
+def prepare(store: Store | None) -> None:
+    """Make the store of jobs that are about to start together; what is wrong with it is theirs to say."""
+    if store is not None and store.artifacts is not None:
+        with contextlib.suppress(Exception):
+            stores.make(store)
+
+
+def reason(error: Exception, store: Store) -> str:
+    """Why a store did not take something, in one line: what can be seen of it, else what MLflow says."""
+    return stores.trouble(store) or brief(error)
 
 
 TRACKINGS: dict[str, Callable[..., Store | None]] = table(local, server, none)
@@ -195,4 +209,4 @@ def add_metrics(store: Store | None, run: Run, row: Mapping[str, Any]) -> None:
 
         add_points(store, told, row)
     except Exception as error:
-        log.warning("MLflow run %s did not get these numbers (%s)", told["run_id"], brief(error))
+        log.warning("MLflow run %s did not get these numbers (%s)", told["run_id"], reason(error, store))

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-from filelock import FileLock
-
+from mlmx.tracking.stores import make
 from mlmx.tracking.writer import brief
 
 if TYPE_CHECKING:
@@ -278,24 +277,29 @@ def add_points(store: Store, told: Mapping[str, Any], row: Mapping[str, Any]) ->
     mlflow.log([{name: value for name, value in row.items() if name != "epoch"}])
 
 
+def migrate(uri: str, artifacts: Path) -> None:
+    """Make the tables of a database that has none; nothing stays open."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    made = SqlAlchemyStore(uri, artifacts.as_uri())  # type: ignore[no-untyped-call]
+    made.engine.dispose()
+
+
 def connect(store: Store) -> tuple[MlflowClient, str]:
     """A client and the experiment's id; a local store and the experiment are made on first use."""
-    if store.artifacts is None:
-        client = MlflowClient(store.uri)
-        return client, _get_or_create(client, store)
-    store.artifacts.mkdir(parents=True, exist_ok=True)
-    # Without the lock, processes that start together on a fresh sqlite break each other's migrations.
-    with FileLock(store.artifacts.parent / ".mlflow.lock"):
-        client = MlflowClient(store.uri)
-        return client, _get_or_create(client, store)
-
-
-def _get_or_create(client: MlflowClient, store: Store) -> str:
+    make(store)
+    client = MlflowClient(store.uri)
     known = client.get_experiment_by_name(store.experiment)
     if known is not None:
-        return str(known.experiment_id)
+        return client, str(known.experiment_id)
     location = store.artifacts.as_uri() if store.artifacts else None
-    return str(client.create_experiment(store.experiment, artifact_location=location))
+    try:
+        return client, str(client.create_experiment(store.experiment, artifact_location=location))
+    except MlflowException:
+        known = client.get_experiment_by_name(store.experiment)
+        if known is None:
+            raise
+        return client, str(known.experiment_id)  # another process was faster
 
 
 def _dataset_input(split: Mapping[str, Any], name: str, context: str) -> entities.DatasetInput:
