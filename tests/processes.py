@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ def started(argv: list[str], outputs: Path, said: Path, environment: dict[str, s
 
 def _run(argv: list[str], outputs: str, said: str, environment: dict[str, str]) -> None:
     os.environ.update(environment, MLMX_OUTPUTS=outputs)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run behind a &, it would be ignored
     multiprocessing.set_start_method("fork", force=True)  # of what the command itself starts, as on a command line
     sys.stdout = sys.stderr = Path(said).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115
     from mlmx.cli import main

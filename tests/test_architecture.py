@@ -18,15 +18,19 @@ LAYERS = [
     ["places", "redaction"],
     ["config"],
     ["space"],
-    ["runs", "sources", "provenance", "draws", "memory", "interrupts", "identity"],
-    ["alive", "sweeps"],
+    ["runs", "sources", "provenance", "draws", "memory", "interrupts", "identity", "documents"],
+    ["alive"],
+    ["sweeps"],
+    ["comparison"],
+    ["charts"],
     ["data", "masking", "model", "training", "scoring", "tracking"],
     ["describe"],
     ["measure"],
     ["parts"],
-    ["train", "prepare", "evaluate", "predict", "ui", "doctor", "sync"],
+    ["train", "prepare", "evaluate", "predict", "ui", "doctor", "sync", "compare"],
     ["errors", "arguments", "hydra_node", "composition"],
-    ["resumption"],
+    ["resumption", "searching"],
+    ["sweep_jobs", "sweeping"],
     ["cli"],
     ["__main__"],
 ]
@@ -234,7 +238,7 @@ NO_WEIGHTS = ("AutoConfig.from_pretrained", "AutoTokenizer.from_pretrained")
 def test_only_what_runs_after_the_checks_imports_a_heavy_library_on_loading():
     heavy = {"torch", "transformers", "datasets", "mlflow", "accelerate", "matplotlib", "rich"}
     loading = {module for module, path in MODULES.items() if library_imports(TREES[path].body) & heavy}
-    after = {"scoring", "model.head", "tracking.mlflow_run", "tracking.plots"}
+    after = {"scoring", "model.head", "tracking.mlflow_run", "tracking.plots", "charts"}
     training = {"cpu", "engine", "flops", "guards", "out_of_memory", "progress", "reporter", "resumable"}
     assert loading <= after | {f"training.{part}" for part in training}
 

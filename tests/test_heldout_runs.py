@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mlmx import cli
+from mlmx.documents import DocumentSums, paired_difference
 from mlmx.runs import HELDOUT_FILE, Run, all_runs
-from mlmx.scoring import DocumentSums, paired_difference
 
 
 def train(tiny: Path, corpus: Path, *overrides: str) -> Run:

@@ -17,8 +17,9 @@ from datasets import Dataset
 from mlmx import data, masking, model
 from mlmx.config import RequestError
 from mlmx.data import heldout
+from mlmx.documents import DocumentSums, paired_difference
 from mlmx.masking.yardstick import RATE, WholeWords, Yardstick
-from mlmx.scoring import DocumentSums, bits_per_byte, numbers, paired_difference, score_documents
+from mlmx.scoring import bits_per_byte, numbers, score_documents
 
 CHUNK_SIZES = (64, 128, 256, 512)
 

@@ -121,11 +121,16 @@ def heard_seconds_ago(run: Run) -> float:
     return time.time() - max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
 
 
-def is_alive(run: Run) -> bool:
-    """Whether the process that makes a run is still there."""
+def is_alive(run: Run, running: bool | None = None) -> bool:
+    """Whether the process that makes a run is still there.
+
+    Args:
+        running: whether its files say so; None: as its ``result.json`` does.
+    """
     who, here = process_of(run), provenance.process()
+    running = run.status == "RUNNING" if running is None else running
     if not who:
-        return run.status == "RUNNING" and heard_seconds_ago(run) < SILENCE_SECONDS
+        return running and heard_seconds_ago(run) < SILENCE_SECONDS
     if is_gone(who, here):
         return False
     if _of_one_machine(who, here):
@@ -133,7 +138,7 @@ def is_alive(run: Run) -> bool:
     restarted = provenance.boot_time()
     if who.get("host") == here["host"] and restarted and time.time() - heard_seconds_ago(run) < restarted:
         return False  # not heard since this machine started anew; a later heartbeat is one of its namesake
-    return run.status == "RUNNING" and heard_seconds_ago(run) < SILENCE_SECONDS
+    return running and heard_seconds_ago(run) < SILENCE_SECONDS
 
 
 def is_gone(who: dict[str, Any], here: dict[str, Any]) -> bool:

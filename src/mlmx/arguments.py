@@ -6,7 +6,7 @@ import argparse
 import itertools
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,7 +15,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, RangeSweep
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 from mlmx.config import (
     CONFIGS,
@@ -44,7 +44,7 @@ def parse(command: str, arguments: Sequence[str]) -> argparse.Namespace:
     # Hydra's own parser refuses a key=value behind a flag (model=minilm -m lr=1,2); intermixed does not.
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
-    parsed = parser.parse_intermixed_args(literal_texts(command, list(arguments)))
+    parsed = parser.parse_intermixed_args(literal_texts(command, literal_files(command, arguments)))
     parsed.overrides = [_without_secret(override) for override in parsed.overrides]
     _refuse_secrets(command, parsed)
     if command == "train":
@@ -161,6 +161,30 @@ def literal_texts(command: str, arguments: list[str]) -> list[str]:
     return [*others, f"text=[{','.join(map(quoted, texts))}]"]
 
 
+def literal_files(command: str, arguments: Sequence[str]) -> list[str]:
+    """``--out`` and single values of ``out=`` and ``runs=`` of ``compare``: files and runs as they stand.
+
+    ``--out a.html out=b.csv runs=c`` → ``out=['a.html','b.csv'] runs=['c']``
+
+    Raises:
+        RequestError: ``--out`` without a file.
+    """
+    if command != "compare":
+        return list(arguments)
+    found: dict[str, list[str]] = {"out": [], "runs": []}
+    others, left = [], iter(arguments)
+    for argument in left:
+        key, equals, value = argument.partition("=")
+        if key == "--out":
+            value = value if equals else next(left, "")
+            require(bool(value), "--out: needs a file, such as --out report.html")
+        if key in ("--out", "out", "runs") and value and value[0] != "[":
+            found[key.lstrip("-")].append(value)
+        else:
+            others.append(f"out={value}" if key == "--out" else argument)
+    return [*others, *(f"{key}=[{','.join(map(quoted, values))}]" for key, values in found.items() if values)]
+
+
 def quoted(text: str) -> str:
     """A text as Hydra takes it literally, in single quotes."""
     return "'" + _escaped(text) + "'"
@@ -201,9 +225,45 @@ def jobs(parsed: argparse.Namespace, params: Mapping[str, Any] | None = None) ->
     added = [f"{key}={value}" for key, value in (params or {}).items()]
     parsed_overrides = OverridesParser.create(_config_loader()).parse_overrides([*added, *overrides])
     if any(o.is_sweep_override() and not o.is_discrete_sweep() for o in parsed_overrides):
-        return []  # a continuous interval: its values are known to its sweeper only
+        return [[*of_hydra, *job] for job in _ends(parsed_overrides)]
     _require_few(parsed_overrides)
     return [[*of_hydra, *job] for batch in BasicSweeper.split_arguments(parsed_overrides, None) for job in batch]
+
+
+def _ends(overrides: Sequence[Override]) -> list[list[str]]:
+    """Two jobs of a search in intervals, whose values are known to its sweeper only: at their lower and upper ends."""
+    ends: tuple[list[str], list[str]] = ([], [])
+    for override in overrides:
+        if not override.is_sweep_override():
+            values = [str(override.input_line)] * 2
+        elif override.is_discrete_sweep():
+            values = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        else:
+            interval = override.value()
+            assert isinstance(interval, IntervalSweep)
+            values = [f"{override.get_key_element()}={value}" for value in (interval.start, interval.end)]
+        require(bool(values), f"{override.input_line}: holds no value, so the sweep would make no run")
+        for job, value in zip(ends, (values[0], values[-1]), strict=True):
+            job.append(value)
+    return list(ends)
+
+
+def swept(parsed: argparse.Namespace, params: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """The keys of which a sweep tries several values, with what stands behind them: ``{"lr": "2e-5,5e-5"}``."""
+    added = [f"{key}={value}" for key, value in (params or {}).items()]
+    overrides = OverridesParser.create(_config_loader()).parse_overrides([*added, *parsed.overrides])
+    return {o.key_or_group: str(o.input_line).partition("=")[2] for o in overrides if o.is_sweep_override()}
+
+
+def fixed(parsed: argparse.Namespace, keys: Iterable[str]) -> list[str]:
+    """The overrides that hold for every job of a sweep over these keys; Hydra's own node is no part of a job."""
+    keys = set(keys)
+    return [
+        override
+        for override in parsed.overrides
+        if not override.lstrip("+~").startswith(("hydra.", "hydra/"))
+        and override.lstrip("+~").partition("=")[0].partition("@")[0] not in keys
+    ]
 
 
 def _config_loader() -> ConfigLoader | None:

@@ -8,13 +8,14 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import difflib
 import importlib
 import io
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -26,15 +27,19 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
+    from mlmx import sweeping
+
 COMMANDS = {
     "train": "adapt an encoder to a text collection by masked language modelling; -m sweeps",
     "prepare": "fetch model and data ahead of time, report on the data, preview the masking",
     "evaluate": "score a finished run, or any masked-LM folder, on held-out text",
     "predict": 'fill the mask in a text: predict text="This is a great [MASK]."',
+    "compare": "table and curves of runs: what differs, which is better, by how much",
     "ui": "open the MLflow UI on the runs made here, on this machine only",
     "doctor": "look after runs that ended without saying so: mark them, clear up, say how to go on",
     "sync": "send to MLflow what it did not get of a run, because it was away or the run was killed",
 }
+SEARCH = "hydra_plugins.mlmx_optuna.sweeper.OptunaSweeper"
 HELP_FLAGS = ("-h", "--help")
 
 
@@ -167,22 +172,65 @@ def _run(command: str, arguments: list[str]) -> int:
         if parsed.cfg or parsed.info:
             _check_composition(command, parsed)
         elif not (parsed.hydra_help or parsed.shell_completion):
-            _check_jobs(command, parsed)
+            checked = _check_jobs(command, parsed)
             if code is not None:
                 print(f"mlmx: the code of {code} is run, with all your rights", file=sys.stderr)
+            if command == "train" and parsed.multirun:
+                return _sweep(parsed, checked)
         _hand_over(command, flags_first(parsed))
     return 0
+
+
+def _sweep(parsed: argparse.Namespace, jobs: Sequence[Any]) -> int:
+    """``train -m``: the jobs under their parent, in a folder that is known before Hydra makes it."""
+    from mlmx import sweeping
+    from mlmx.arguments import flags_first, quoted
+
+    plan = _planned(parsed, jobs)
+    with sweeping.recorded(plan):
+        parsed.overrides = [o for o in parsed.overrides if not o.startswith("hydra.sweep.dir=")]
+        parsed.overrides.append(f"hydra.sweep.dir={quoted(str(plan.sweep.folder))}")
+        _hand_over("train", flags_first(parsed))
+    failed = sweeping.failures(plan.sweep)
+    if failed:
+        print(
+            f"mlmx: {len(failed)} of {len(plan.sweep.jobs())} jobs failed; the same command again tries them anew",
+            file=sys.stderr,
+        )
+    return 1 if failed else 0
+
+
+def _planned(parsed: argparse.Namespace, jobs: Sequence[Any]) -> sweeping.Plan:
+    from hydra import initialize_config_dir
+
+    from mlmx import arguments, searching, sweeping
+    from mlmx.composition import composed
+    from mlmx.hydra_node import sweep_folder, swept_params
+
+    path = _search_path(parsed)
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        whole = composed("train", parsed.overrides, path, multirun=True)
+        swept = arguments.swept(parsed, swept_params("train", whole))
+        if whole.hydra.sweeper._target_ == SEARCH:
+            searching.check(whole.hydra.sweeper)
+        named = any(override.startswith("hydra.sweep.dir=") for override in parsed.overrides)
+    command = shlex.join(["python", "-m", "mlmx", "train", "-m", *parsed.overrides])
+    fixed = arguments.fixed(parsed, swept)
+    number = len(jobs) if whole.hydra.sweeper._target_.endswith(".BasicSweeper") else 0
+    return sweeping.planned(jobs[0], command, fixed, swept, number, sweep_folder(whole), named)
 
 
 def _hand_over(command: str, arguments: list[str]) -> None:
     """Hydra runs the job or jobs; errors come to us whole, and we turn them into one line."""
     import hydra
 
+    from mlmx.composition import composed_once
+
     argv_before, sys.argv = sys.argv, ["mlmx", *arguments]
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        with contextlib.redirect_stderr(_WithoutJobLine(sys.stderr)), _composed_once():
+        with contextlib.redirect_stderr(_WithoutJobLine(sys.stderr)), composed_once():
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)(_task)()
     finally:
         sys.argv = argv_before
@@ -190,29 +238,6 @@ def _hand_over(command: str, arguments: list[str]) -> None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = before
-
-
-@contextlib.contextmanager
-def _composed_once() -> Iterator[None]:
-    """Inside the block a job of a sweep gets the config that Hydra's sweeper has composed to check it.
-
-    Its launcher would compose it again: a tenth of a second for every job, and of YAML that may have changed since.
-    """
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-
-    own, checked = ConfigLoaderImpl.load_sweep_config, dict[tuple[str, ...], Any]()
-
-    def load(loader: ConfigLoaderImpl, master_config: DictConfig, sweep_overrides: list[str]) -> Any:
-        key = tuple(sweep_overrides)
-        if key not in checked:
-            checked[key] = own(loader, master_config, sweep_overrides)
-        return copy.deepcopy(checked[key])  # each job's own: Hydra writes its number into it
-
-    ConfigLoaderImpl.load_sweep_config = load  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        ConfigLoaderImpl.load_sweep_config = own  # type: ignore[method-assign]
 
 
 class _WithoutJobLine:
@@ -238,11 +263,9 @@ def _take_up(parsed: argparse.Namespace) -> None:
     resumption.take_up(parsed, own)
 
 
-def _check_jobs(command: str, parsed: argparse.Namespace) -> None:
-    """Compose and check every job of the request before a folder is made or a library is loaded."""
-    module = importlib.import_module(f"mlmx.{command}")
-    for _ in _composed(command, parsed, module.check):
-        pass
+def _check_jobs(command: str, parsed: argparse.Namespace) -> list[Any]:
+    """Compose and check every job of the request before a folder is made or a library is loaded; their configs."""
+    return list(_composed(command, parsed, importlib.import_module(f"mlmx.{command}").check))
 
 
 def _composed(
@@ -297,7 +320,7 @@ def _task(composed: DictConfig) -> Any:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from mlmx.config import Job, RequestError, register_schemas, to_config
+    from mlmx.config import Job, RequestError, TrainConfig, register_schemas, to_config
     from mlmx.hydra_node import require_folder
     from mlmx.runs import discard_empty, register_resolvers
 
@@ -308,9 +331,21 @@ def _task(composed: DictConfig) -> Any:
     folder = Path(hydra_config.runtime.output_dir)
     require_folder(command, "hydra.runtime.output_dir", str(folder))
     job = Job(folder, tuple(hydra_config.overrides.task), dict(hydra_config.runtime.choices))
+    if command == "train" and hydra_config.mode == RunMode.MULTIRUN:
+        from mlmx.sweep_jobs import run_job
+
+        cfg = to_config(command, composed)
+        assert isinstance(cfg, TrainConfig)
+        sweep, number, stop_early = Path(hydra_config.sweep.dir), int(hydra_config.job.num), None
+        if hydra_config.sweeper._target_ == SEARCH:
+            from mlmx.searching import stop_early as of_trial
+
+            sweeper = hydra_config.sweeper
+            stop_early = of_trial(sweep, number, sweeper.pruner, sweeper.startup_trials)
+        return run_job(cfg, replace(job, sweep=sweep), number, stop_early)
     try:
         result = getattr(importlib.import_module(f"mlmx.{command}"), command)(to_config(command, composed), job)
-        if command != "train" and hydra_config.mode == RunMode.MULTIRUN:
+        if hydra_config.mode == RunMode.MULTIRUN:
             discard_empty(folder)  # Hydra makes one for each job of a sweep
         return result
     except Exception as error:

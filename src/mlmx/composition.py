@@ -7,11 +7,13 @@ digits), and YAML can be small and mean gigabytes (an anchor repeated in a list 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -66,6 +68,27 @@ def _breaks(command: str, overrides: list[str], multirun: bool) -> bool:
     except Exception:
         return True
     return False
+
+
+@contextlib.contextmanager
+def composed_once() -> Iterator[None]:
+    """Inside the block a job of a sweep gets the config that Hydra's sweeper has composed to check it.
+
+    Its launcher would compose it again: a tenth of a second for every job, and of YAML that may have changed since.
+    """
+    own, checked = ConfigLoaderImpl.load_sweep_config, dict[tuple[str, ...], Any]()
+
+    def load(loader: ConfigLoaderImpl, master_config: DictConfig, sweep_overrides: list[str]) -> Any:
+        key = tuple(sweep_overrides)
+        if key not in checked:
+            checked[key] = own(loader, master_config, sweep_overrides)
+        return copy.deepcopy(checked[key])  # each job's own: Hydra writes its number into it
+
+    ConfigLoaderImpl.load_sweep_config = load  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        ConfigLoaderImpl.load_sweep_config = own  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from mlmx.config import TRUST_FLAG, Job, TrainConfig, trusted_code
 from mlmx.data import Chunks
 from mlmx.masking import IGNORED, Masker
 from mlmx.runs import Run
+from mlmx.sweeps import PARENT
 from mlmx.tracking import Store
 
 SHOWN_TARGETS = 12
@@ -135,6 +136,10 @@ def tags(cfg: TrainConfig, job: Job, report: Mapping[str, Mapping[str, Any]], pr
         "mlmx.folder": str(job.folder),
         "mlflow.note.content": note,
     }
+    if job.sweep is not None:
+        found["mlmx.sweep"] = str(job.sweep)
+    if job.parent is not None:
+        found[PARENT] = job.parent
     if job.choices.get("experiment"):
         found["mlmx.experiment"] = str(job.choices["experiment"])
     return found

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlmx import alive, provenance, runs, tracking
+from mlmx import alive, provenance, runs, sweeps, tracking
 from mlmx.config import DoctorConfig, Job, RequestError, bind
 from mlmx.places import outputs_dir
 from mlmx.space import RESERVE_FILE
@@ -41,6 +41,7 @@ def doctor(cfg: DoctorConfig, job: Job) -> None:
     """Look after every run below outputs/train, the token cache and the MLflow store."""
     with runs.log_to():
         dead = alive.mark_dead()
+        sweeps.mark_dead()
         found = runs.all_runs()
         counts = Counter(str(run.status).lower() for run in found)
         listed = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
@@ -49,6 +50,11 @@ def doctor(cfg: DoctorConfig, job: Job) -> None:
             if run.status != "FINISHED":
                 log.info("%s", describe(run, run in dead))
                 clear(run)
+        for sweep in sweeps.all_sweeps():
+            told = sweep.about()
+            if told.get("status") in ("KILLED", "FAILED"):
+                again = f"the same command keeps what is done: {told.get('command')}"
+                log.info("%-9s%s: a sweep; %s", told["status"].lower(), sweep.folder, again)
         clear_cache(outputs_dir() / "cache")
         settle(examined(cfg))
 
@@ -134,7 +140,12 @@ def _settle(one: OpenRun, store: tracking.Store) -> None:
     from mlmx.tracking.sync import send
 
     run = runs.Run(Path(one.tags.get("mlmx.folder", "")))
-    if is_of(one, run):
+    sweep = sweeps.Sweep(run.folder).about()
+    if sweep and is_of(one, run):
+        if sweep.get("status") in ("FINISHED", "FAILED", "KILLED"):
+            close(store, one.run_id, sweep["status"])
+            log.info("mlflow   sweep %s of %s said RUNNING, is %s now", one.run_id, run.folder, sweep["status"])
+    elif is_of(one, run):
         if run.status == "RUNNING":
             return
         try:

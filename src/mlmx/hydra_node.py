@@ -5,6 +5,7 @@ Checked for every job as Hydra will compose it, before it makes its first folder
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -89,17 +90,30 @@ def _targets(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield from _targets(inner, where)
 
 
+def sweep_folder(composed: DictConfig) -> Path:
+    """Where Hydra would put the jobs of a sweep."""
+    with _as_hydra_config(composed):
+        return Path(str(OmegaConf.select(composed, "hydra.sweep.dir"))).absolute()
+
+
+@contextlib.contextmanager
+def _as_hydra_config(composed: DictConfig) -> Iterator[None]:
+    """Inside the block ``${hydra:…}`` is of this composition."""
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(composed)
+    try:
+        yield
+    finally:
+        HydraConfig.instance().cfg = before
+
+
 def _require_folders(command: str, composed: DictConfig, number: int) -> None:
     """The folders that Hydra would make for this job lie below outputs/."""
-    before = HydraConfig.instance().cfg
     with open_dict(composed):
         composed.hydra.job.num = number
         composed.hydra.job.id = str(number)
-    try:
-        HydraConfig.instance().set_config(composed)  # for ${hydra:…} in a folder's name
+    with _as_hydra_config(composed):  # for ${hydra:…} in a folder's name
         run, sweep, subdir = (str(OmegaConf.select(composed, f"hydra.{key}")) for key in FOLDERS)
-    finally:
-        HydraConfig.instance().cfg = before
     require_folder(command, "hydra.run.dir", run)
     require_below_outputs("hydra.sweep.dir", sweep)
     require_below_outputs("hydra.sweep.subdir", str(Path(sweep) / subdir), subdir)

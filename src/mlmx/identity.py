@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -9,7 +12,7 @@ from typing import Any
 from mlmx.config import RequestError, TrainConfig, did_you_mean, require
 
 # Keys of `train` that change neither what is learnt nor what is measured. The precision counts as it was resolved.
-WITHOUT_EFFECT = ("run_name", "note", "example", "tracking", "resume", "save_minutes", "precision")
+WITHOUT_EFFECT = ("run_name", "note", "example", "tracking", "resume", "save_minutes", "precision", "sweep")
 TRAINER_WITHOUT_EFFECT = (
     "use_cpu",
     "dataloader_num_workers",
@@ -23,13 +26,25 @@ TRAINER_WITHOUT_EFFECT = (
     "save_strategy",
     "save_total_limit",
 )
+MOST_KEYS = 10_000
 INPUTS = ("data", "tokenizer", "precision", "processes")
 
 
 def dials(cfg: TrainConfig) -> dict[str, Any]:
     """The keys that make a run what it is, flat: ``{"lr": 5e-5, "model.path": …}``."""
-    kept = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in WITHOUT_EFFECT}
-    flat = dict(_flat("", kept))
+    return recorded_dials({f.name: getattr(cfg, f.name) for f in fields(cfg)})
+
+
+def recorded_dials(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of plain values, also of a config that this version does not know.
+
+    Raises:
+        ValueError: more keys than any config has.
+    """
+    kept = {key: value for key, value in values.items() if key not in WITHOUT_EFFECT}
+    flat = dict(itertools.islice(_flat("", kept), MOST_KEYS + 1))
+    if len(flat) > MOST_KEYS:
+        raise ValueError(f"holds more than {MOST_KEYS:,} keys")
     return {key: value for key, value in flat.items() if key.removeprefix("trainer.") not in TRAINER_WITHOUT_EFFECT}
 
 
@@ -39,6 +54,15 @@ def _flat(path: str, value: Any) -> Iterable[tuple[str, Any]]:
             yield from _flat(f"{path}.{key}" if path else str(key), inner)
     else:
         yield path, value
+
+
+def fingerprint(*parts: Mapping[str, Any] | str) -> str:
+    """A short name for what a run's numbers come from: 16 hexadecimal digits of the sha256 of its parts.
+
+    >>> fingerprint({"lr": 1e-4, "seed": 2}) == fingerprint({"seed": 2, "lr": 1e-4}) != fingerprint({"lr": 1e-4}, "x")
+    True
+    """
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -55,7 +55,8 @@ def handled() -> Iterator[None]:
     try:
         yield
     finally:
-        _asked.number = None
+        if before:  # else they are another block's, around this one
+            _asked.number = None
         for number, handler in before.items():
             signal.signal(number, handler)
 

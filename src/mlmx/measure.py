@@ -16,12 +16,11 @@ import numpy as np
 
 from mlmx import data, masking, model
 from mlmx.config import TrainConfig, WorkError, bind, load_option, require
+from mlmx.documents import DocumentSums, Sums
 from mlmx.masking import yardstick
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from mlmx.scoring import DocumentSums
 
 Found = TypeVar("Found")
 log = logging.getLogger("mlmx")
@@ -82,19 +81,35 @@ def protocol_id(rows: data.HeldoutChunks, tokenizer: Any) -> str:
 
     Only runs of one id scored the same targets; runs of different ids are never ranked together.
     """
-    digest = hashlib.sha256()
-    offsets = rows.tokens.offsets
-    for number in np.argsort(rows.keys):
-        digest.update(rows.tokens.ids[offsets[number] : offsets[number + 1]].astype("<i4").tobytes() + b"|")
     what = [
         np.sort(rows.keys).tolist(),
-        digest.hexdigest(),
+        _tokens_sha256(rows),
         sorted(tokenizer.all_special_ids),
         len(tokenizer),
         [yardstick.RATE, *yardstick.SHARES],
         YARDSTICK_VERSION,
     ]
     return "heldout-" + hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+
+
+def protocol_parts(rows: data.HeldoutChunks, tokenizer: Any) -> dict[str, Any]:
+    """What `protocol_id` is made of, part by part, so that two ids can be told apart in words."""
+    return {
+        "documents": hashlib.sha256(np.sort(rows.keys).astype("<u8").tobytes()).hexdigest()[:12],
+        "tokens": _tokens_sha256(rows)[:12],
+        "special_tokens": sorted(tokenizer.all_special_ids),
+        "vocabulary": len(tokenizer),
+        "rate": yardstick.RATE,
+        "shares": list(yardstick.SHARES),
+        "version": YARDSTICK_VERSION,
+    }
+
+
+def _tokens_sha256(rows: data.HeldoutChunks) -> str:
+    digest, offsets = hashlib.sha256(), rows.tokens.offsets
+    for number in np.argsort(rows.keys):
+        digest.update(rows.tokens.ids[offsets[number] : offsets[number + 1]].astype("<i4").tobytes() + b"|")
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -188,10 +203,10 @@ class Measure:
         score = partial(scoring.score_groups, trained, self.heldout, groups, collate, masked_logits=model.masked_logits)
         with _fast(trained):
             found = self._within_memory(lambda: score(batch_size=self.batch_size))
-        named: dict[str, scoring.Sums] = {}
+        named: dict[str, Sums] = {}
         for group, sums in found.items():
             for name in (list(data.BANDS)[group // 2], data.PIECES[group % 2]):
-                named[name] = named.get(name, scoring.Sums()) + sums
+                named[name] = named.get(name, Sums()) + sums
         return {
             f"final/heldout_{metric}_{name}": value
             for name in [*data.BANDS, *data.PIECES]

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from mlmx import data, identity, masking, model, tracking, training
+from mlmx import data, identity, masking, model, sweeps, tracking, training
 from mlmx.config import TrainConfig, bind, require
-from mlmx.measure import HeldoutSource, Material, heldout_source
+from mlmx.measure import HeldoutSource, Material, heldout_source, protocol_parts
 from mlmx.places import outputs_dir
 from mlmx.runs import Run
 
@@ -77,10 +77,26 @@ def resume_of(cfg: TrainConfig) -> tuple[str | None, list[str]]:
     return found
 
 
+def reuse_of(cfg: TrainConfig) -> bool:
+    """Whether a sweep that is issued again takes up what it has."""
+    found: bool = bind("sweep", {"name": "sweep_dials", **cfg.sweep}, {"sweep_dials": sweeps.sweep_dials})[0]()
+    return found
+
+
+def texts_sha256(parts: Parts) -> dict[str, str | None]:
+    """Hashes of the texts that a run would be trained and measured on, as in data.json's ``content_sha256``."""
+    texts = parts.heldout.split(parts.source())
+    return {
+        "corpus": data.content_sha256(texts.train),
+        "heldout": None if texts.heldout is None else data.content_sha256(texts.heldout),
+    }
+
+
 def check_training(cfg: TrainConfig) -> None:
     """Everything that can be judged before torch is imported and anything is written."""
     parts = parts_of(cfg)
     resume_of(cfg)
+    reuse_of(cfg)
     require(
         cfg.on_nan == "stop" or cfg.trainer["name"] != "stock",
         f"on_nan={cfg.on_nan}: trainer.name=stock takes every step as the library does and can only stop; leave on_nan "
@@ -116,4 +132,6 @@ def gather(cfg: TrainConfig, parts: Parts, source_name: str, cache: data.TokenCa
     heldout = None if texts.heldout is None else data.heldout_chunks(texts.heldout, tokenizer, cfg.chunk_size, cache)
     splits = {"train": train_chunks, "eval": eval_chunks}
     report = data.data_report(source_name, texts, tokenizer, parts.chunking, chunks, splits, heldout)
+    if heldout is not None:
+        report["heldout"]["protocol_parts"] = protocol_parts(heldout, tokenizer)
     return Material(tokenizer, mask, train_chunks, eval_chunks, heldout, report)

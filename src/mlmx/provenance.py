@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import socket
@@ -26,7 +27,7 @@ def tags() -> dict[str, str]:
 
     return {
         "mlmx.version": mlmx.__version__,
-        **{tag: str(value) for tag, value in zip(PROCESS_TAGS, process().values(), strict=True) if value is not None},
+        **process_tags(),
         "mlmx.hardware": hardware(),
         "mlmx.python": platform.python_version(),
         "mlflow.source.name": "mlmx",
@@ -34,6 +35,11 @@ def tags() -> dict[str, str]:
         "mlflow.user": os.environ.get("USER") or os.environ.get("LOGNAME") or "unknown",
         **code(),
     }
+
+
+def process_tags() -> dict[str, str]:
+    """Those that say which process is at a run."""
+    return {tag: str(value) for tag, value in zip(PROCESS_TAGS, process().values(), strict=True) if value is not None}
 
 
 @cache  # asked once: this process runs the code that it has loaded
@@ -46,6 +52,18 @@ def code() -> Mapping[str, str]:
         found["mlflow.source.git.commit"] = commit
         found["mlmx.git_dirty"] = str(bool(_git(checkout, "status", "--porcelain"))).lower()
     return found
+
+
+@cache
+def code_version() -> str:
+    """Version of mlmx and a hash of its source: a change that was not committed is another version, too."""
+    import mlmx
+
+    package = Path(__file__).parent
+    sources = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        sources.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
+    return f"{mlmx.__version__}+{sources.hexdigest()[:12]}"
 
 
 def process() -> dict[str, Any]:

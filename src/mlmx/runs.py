@@ -360,7 +360,10 @@ class _LogFile(logging.FileHandler):
 
 @contextlib.contextmanager
 def log_to() -> Iterator[None]:
-    """Lines of the ``mlmx`` logger on stdout inside the block."""
+    """Lines of the ``mlmx`` logger on stdout inside the block, once also where it is within another."""
+    if any(isinstance(handler, _Stdout) for handler in log.handlers):
+        yield
+        return
     first = os.environ.get("RANK", "0") == "0"  # of several processes, one speaks
     handler = _Stdout() if first else logging.NullHandler()
     with _handled(handler):

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
-from mlmx.config import require, table
+from mlmx.config import table
+from mlmx.documents import DocumentSums, Sums
 
 Batch = dict[str, torch.Tensor]
 IGNORED = -100
@@ -44,24 +43,6 @@ METRICS: dict[str, Metric] = table(loss, accuracy)
 
 
 # ----------------------------------------------------------------------------------------- sums
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Additive parts of a score.
-
-    Attributes:
-        tokens: number of targets.
-        totals: Σ over targets of each metric, float64.
-    """
-
-    tokens: int = 0
-    totals: Mapping[str, float] = field(default_factory=dict)
-
-    def __add__(self, other: Sums) -> Sums:
-        names = [*self.totals, *(name for name in other.totals if name not in self.totals)]
-        totals = {name: self.totals.get(name, 0.0) + other.totals.get(name, 0.0) for name in names}
-        return Sums(self.tokens + other.tokens, totals)
 
 
 def numbers(sums: Sums) -> dict[str, float]:
@@ -107,37 +88,6 @@ def score(model: torch.nn.Module, batches: Iterable[Batch], masked_logits: Maske
     for rows, found in values(model, batches, masked_logits):
         sums += Sums(len(rows), {name: float(value.sum()) for name, value in found.items()})
     return sums
-
-
-@dataclass(frozen=True)
-class DocumentSums:
-    """Additive parts per held-out document: what two runs can be compared by, pair by pair.
-
-    Attributes:
-        keys: uint64[D], each document's key.
-        tokens: int64[D], number of targets.
-        totals: float64[D] per metric, Σ over the document's targets.
-    """
-
-    keys: NDArray[np.uint64]
-    tokens: NDArray[np.int64]
-    totals: dict[str, NDArray[np.float64]]
-
-    def sums(self) -> Sums:
-        """All documents together."""
-        return Sums(int(self.tokens.sum()), {name: float(total.sum()) for name, total in self.totals.items()})
-
-    def save(self, path: Path) -> None:
-        """One small .npz; no pickle."""
-        arrays: dict[str, Any] = {"keys": self.keys, "tokens": self.tokens, **self.totals}
-        np.savez_compressed(path, allow_pickle=False, **arrays)
-
-    @classmethod
-    def load(cls, path: Path) -> DocumentSums:
-        """What `save` wrote."""
-        with np.load(path, allow_pickle=False) as file:
-            totals = {name: file[name] for name in file.files if name not in ("keys", "tokens")}
-            return cls(file["keys"], file["tokens"], totals)
 
 
 def score_documents(
@@ -192,40 +142,6 @@ def bits_per_byte(words: DocumentSums, word_bytes: NDArray[np.int64]) -> float:
     """Σ bits of all chosen words ÷ Σ their UTF-8 bytes: comparable between tokenizers; NaN without words."""
     total = int(word_bytes.sum())
     return float(words.totals["loss"].sum()) / math.log(2) / total if total else math.nan
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean loss per target of one run minus another's, with a bootstrap interval over documents."""
-
-    mean: float
-    low: float
-    high: float
-    documents: int
-
-
-def paired_difference(
-    one: DocumentSums, other: DocumentSums, *, level: float = 0.95, draws: int = 2000, seed: int = 0
-) -> Difference:
-    """How much more loss ``one`` has than ``other`` on the same held-out targets (nats per target).
-
-    Documents are drawn with replacement, both runs on the same draw: documents differ far more than runs do, and
-    targets of one document are no independent observations (Koehn 2004, paired bootstrap).
-
-    Raises:
-        RequestError: the two did not score the same targets.
-    """
-    same = np.array_equal(one.keys, other.keys) and np.array_equal(one.tokens, other.tokens)
-    require(same, "these runs did not score the same held-out targets; only runs of one protocol can be compared")
-    difference = one.totals["loss"] - other.totals["loss"]
-    rng = np.random.default_rng(seed)
-    means = np.empty(draws)
-    for draw in range(draws):
-        picked = rng.integers(0, len(difference), len(difference))
-        means[draw] = difference[picked].sum() / max(one.tokens[picked].sum(), 1)
-    tail = (1 - level) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Difference(float(difference.sum() / one.tokens.sum()), float(low), float(high), len(difference))
 
 
 @contextlib.contextmanager

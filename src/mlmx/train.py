@@ -38,6 +38,8 @@ from mlmx.training import checkpoints
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
+    from mlmx.training.reporter import StopEarly
+
 log = logging.getLogger("mlmx")
 LONGEST_UNIT = 32  # tokens of one word or span
 
@@ -57,12 +59,16 @@ def check(cfg: TrainConfig) -> None:
     check_training(cfg)
 
 
-def train(cfg: TrainConfig, job: Job) -> float:
-    """One run, from the baseline to the saved model; returns its last ``heldout/loss``."""
+def train(cfg: TrainConfig, job: Job, stop_early: StopEarly | None = None) -> float:
+    """One run, from the baseline to the saved model; returns its last ``heldout/loss``.
+
+    Args:
+        stop_early: is given each epoch and its scores, and says whether that was enough.
+    """
     if os.environ.get("RANK", "0") != "0":
         return follow(cfg, job)
     dead = [run for run in alive.mark_dead() if run.folder != job.folder]
-    return lead(cfg, job, dead)
+    return lead(cfg, job, dead, stop_early)
 
 
 def follow(cfg: TrainConfig, job: Job) -> float:
@@ -72,7 +78,7 @@ def follow(cfg: TrainConfig, job: Job) -> float:
         return lead(replace(cfg, tracking={"name": "none"}, resume={}), replace(job, folder=Path(folder)))
 
 
-def lead(cfg: TrainConfig, job: Job, dead: Sequence[runs.Run] = ()) -> float:
+def lead(cfg: TrainConfig, job: Job, dead: Sequence[runs.Run] = (), stop_early: StopEarly | None = None) -> float:
     """A run with its record.
 
     Args:
@@ -92,7 +98,7 @@ def lead(cfg: TrainConfig, job: Job, dead: Sequence[runs.Run] = ()) -> float:
             tracker.settle([run for run in dead if store_of(run) == parts.store])
             fills = partial(describe.fills, ready.model, ready.material.tokenizer, cfg.example, model.fill_masks)
             before = fills()
-            fit(cfg, ready, run, tracker)
+            fit(cfg, ready, run, tracker, stop_early)
             clock.lap("train")
             log.info("before training  %s\nafter training   %s", before, fills())
             conclude(ready, run, tracker)
@@ -189,7 +195,7 @@ def announce(cfg: TrainConfig, job: Job, ready: Ready, tracker: tracking.Tracker
     )
 
 
-def fit(cfg: TrainConfig, ready: Ready, run: runs.Run, tracker: tracking.Tracker) -> None:
+def fit(cfg: TrainConfig, ready: Ready, run: runs.Run, tracker: tracking.Tracker, stop_early: StopEarly | None) -> None:
     """Train from the baseline to the last epoch and save the model."""
     from mlmx.training.engine import make_trainer, run_and_save
 
@@ -207,6 +213,7 @@ def fit(cfg: TrainConfig, ready: Ready, run: runs.Run, tracker: tracking.Tracker
         scores=ready.measure,
         recorder=tracker,
         on_nan=cfg.on_nan,
+        stop_early=stop_early,
     )
     trainer.save_seconds = math.inf if cfg.save_minutes is None else cfg.save_minutes * 60
     checkpoint = checkpoints.newest_whole(run.checkpoints)

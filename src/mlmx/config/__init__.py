@@ -8,6 +8,7 @@ the other, so a function's signature is its schema. Nothing here imports torch, 
 
 from mlmx.config.commands import (
     CONFIGS,
+    CompareConfig,
     Config,
     DoctorConfig,
     EvaluateConfig,
@@ -32,6 +33,7 @@ from mlmx.config.trust import TRUST_FLAG, TrustedCode, require_trusted_model, tr
 __all__ = [
     "CONFIGS",
     "TRUST_FLAG",
+    "CompareConfig",
     "Config",
     "DoctorConfig",
     "EvaluateConfig",

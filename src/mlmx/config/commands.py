@@ -22,6 +22,7 @@ from mlmx.places import conf_dir
 Options = dict[str, Any]
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ON_NAN = ("stop", "skip", "rollback")  # what becomes of a training step whose loss or gradient is not finite
+OUT_SUFFIXES = (".html", ".png", ".csv", ".md")
 MOST_EPOCHS = 1_000_000
 MOST_ROWS = 1_000_000  # of a batch
 RESUME: Options = {"run": None, "allow": []}
@@ -46,6 +47,7 @@ class TrainConfig:
     example: str = "This is a great [MASK]."
     save_minutes: float | None = 15
     resume: Options = field(default_factory=lambda: dict(RESUME), metadata={"group": False})
+    sweep: Options = field(default_factory=lambda: {"reuse": True}, metadata={"group": False})
     heldout: Options = field(default_factory=lambda: dict(HELDOUT), metadata={"group": False})
     model: Options = field(default_factory=dict)
     dataset: Options = field(default_factory=dict)
@@ -169,7 +171,39 @@ class SyncConfig:
     tracking: Options = field(default_factory=dict)
 
 
-Config = TrainConfig | PrepareConfig | EvaluateConfig | PredictConfig | UiConfig | DoctorConfig | SyncConfig
+@dataclass
+class CompareConfig:
+    """Dials of ``compare``."""
+
+    runs: list[str] = field(default_factory=list)
+    sweep: str | None = None
+    experiment: str | None = None
+    sort: str = "heldout/loss"
+    out: list[str] = field(default_factory=list)
+    tracking: Options = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("runs", "sweep", "experiment") if getattr(self, name)]
+        require(
+            len(given) <= 1,
+            f"{' and '.join(f'{name}={_listed(getattr(self, name))}' for name in given)}: each says which runs to "
+            "compare; give one of them",
+        )
+        for path in self.out:
+            suffix = Path(path).suffix.lower()
+            require(
+                suffix in OUT_SUFFIXES,
+                f"out={path}: cannot be written; the name ends with one of {', '.join(OUT_SUFFIXES)}",
+            )
+
+
+def _listed(value: Any) -> str:
+    return f"[{','.join(value)}]" if isinstance(value, list) else str(value)
+
+
+Config = (
+    TrainConfig | PrepareConfig | EvaluateConfig | PredictConfig | UiConfig | DoctorConfig | SyncConfig | CompareConfig
+)
 CONFIGS: dict[str, type[Config]] = {
     "train": TrainConfig,
     "prepare": PrepareConfig,
@@ -178,6 +212,7 @@ CONFIGS: dict[str, type[Config]] = {
     "ui": UiConfig,
     "doctor": DoctorConfig,
     "sync": SyncConfig,
+    "compare": CompareConfig,
 }
 
 
@@ -188,6 +223,8 @@ class Job:
     folder: Path
     overrides: tuple[str, ...] = ()
     choices: Mapping[str, str] = field(default_factory=dict)
+    sweep: Path | None = None  # the folder of the sweep that it is a job of
+    parent: str | None = None  # and that sweep's MLflow run
 
 
 def register_schemas() -> None:

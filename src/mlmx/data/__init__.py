@@ -8,6 +8,7 @@
 
 from mlmx.data.cache import TokenCache, token_cache
 from mlmx.data.chunks import CHUNKINGS, Chunks, concat, document, require_amounts, rows_sha256, split_chunks
+from mlmx.data.content import content_sha256
 from mlmx.data.heldout import (
     BANDS,
     PIECES,
@@ -36,6 +37,7 @@ __all__ = [
     "Tokens",
     "choose",
     "concat",
+    "content_sha256",
     "data_report",
     "dataset_heldout",
     "document",

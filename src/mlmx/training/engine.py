@@ -25,7 +25,7 @@ from mlmx.training.cpu import CpuKernels
 from mlmx.training.guards import GuardedTrainer, RollBack
 from mlmx.training.out_of_memory import Batch, brief, is_out_of_memory
 from mlmx.training.progress import Progress
-from mlmx.training.reporter import Recorder, Reporter
+from mlmx.training.reporter import Recorder, Reporter, StopEarly
 
 MaskedLogits = Callable[[torch.nn.Module, Batch, int | None], tuple[torch.Tensor, torch.Tensor]]
 Scores = Callable[[PreTrainedModel], dict[str, float]]
@@ -162,15 +162,17 @@ def make_trainer(
     scores: Scores,
     recorder: Recorder,
     on_nan: str = "stop",
+    stop_early: StopEarly | None = None,
 ) -> CountedTrainer:
     """A trainer of the named arithmetic, reporting to ``recorder`` and showing its progress.
 
     Args:
         on_nan: what becomes of a step whose loss or gradient is not finite: ``stop``, ``skip`` or ``rollback``.
+        stop_early: is given each epoch and its scores, and says whether training ends there.
     """
     parts: dict[str, Any] = {"model": model, "args": arguments, "processing_class": tokenizer}
     parts |= {"scores": scores, "recorder": recorder, "on_nan": on_nan}
-    reporter = Reporter(recorder, mlm_probability)  # projecting the other positions is no useful work
+    reporter = Reporter(recorder, mlm_probability, stop_early)  # projecting the other positions is no useful work
     trainer: CountedTrainer
     if name == "stock":
         trainer = CountedTrainer(

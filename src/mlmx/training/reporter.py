@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
@@ -13,6 +15,10 @@ from mlmx.training.flops import flops_per_token, matmul_peak
 
 if TYPE_CHECKING:
     from mlmx.training.engine import CountedTrainer
+
+
+log = logging.getLogger("mlmx")
+StopEarly = Callable[[float, Mapping[str, float]], bool]  # the epoch and its scores → whether that is enough
 
 
 class Recorder(Protocol):
@@ -29,8 +35,9 @@ class Reporter(TrainerCallback):
     TIMINGS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
     NAMES: ClassVar = {"loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/learning_rate"}
 
-    def __init__(self, recorder: Recorder, scored_share: float) -> None:
+    def __init__(self, recorder: Recorder, scored_share: float, stop_early: StopEarly | None = None) -> None:
         self.recorder = recorder
+        self.stop_early = stop_early
         self.scored_share = scored_share  # of the positions, by the head
         self.trainer: CountedTrainer
         self.since = 0.0
@@ -73,6 +80,10 @@ class Reporter(TrainerCallback):
         again = state.global_step < self.trainer.repeats_until  # these steps, and what they logged, were there before
         if metrics and state.is_world_process_zero and not again:
             self.recorder.log(state.global_step, state.epoch or 0.0, metrics)
+        is_scored = "heldout/loss" in metrics or "eval/loss" in metrics
+        if is_scored and self.stop_early is not None and self.stop_early(state.epoch or 0.0, metrics):
+            log.info("epoch %g  no better than other trials were by then: ended early", state.epoch or 0.0)
+            control.should_training_stop = True
 
     def _speed(self, args: TrainingArguments) -> dict[str, float]:
         """How fast the steps since the last log were, and the whole training so far.
