@@ -19,7 +19,7 @@ LAYERS = [
     ["config"],
     ["space"],
     ["runs", "sources", "provenance", "draws", "memory", "interrupts", "identity", "documents"],
-    ["alive"],
+    ["alive", "lineage"],
     ["sweeps"],
     ["comparison"],
     ["charts"],

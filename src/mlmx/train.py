@@ -22,6 +22,7 @@ from mlmx import (
     describe,
     identity,
     interrupts,
+    lineage,
     memory,
     model,
     provenance,
@@ -93,7 +94,7 @@ def lead(cfg: TrainConfig, job: Job, dead: Sequence[runs.Run] = (), stop_early: 
             until_its_end.enter_context(alive.held(job.folder))
             run = opened(cfg, job, ready)
             cache.keep()
-        with runs.log_to_file(run), recorded(run, parts.store, clock) as tracker:
+        with runs.log_to_file(run), recorded(run, parts.store, clock) as tracker, lineage.kept(run):
             announce(cfg, job, ready, tracker)
             tracker.settle([run for run in dead if store_of(run) == parts.store])
             fills = partial(describe.fills, ready.model, ready.material.tokenizer, cfg.example, model.fill_masks)
@@ -277,6 +278,8 @@ def end(tracker: tracking.Tracker, status: str, clock: Clock, retry: bool) -> No
     """
     resumable = status != "FINISHED" and (retry or bool(checkpoints.all_of(tracker.run.checkpoints)))
     try:
+        numbers = tracker.first, tracker.last
+        tracker.annotate(describe.outcome(tracker.run, status, resumable, *numbers, tracker.store))
         tracker.finish(status, clock.seconds, resumable)
     except Exception as error:
         if status == "FINISHED" and space.is_full(error):

@@ -18,6 +18,7 @@ from mlmx.tracking import stores
 if TYPE_CHECKING:
     from mlmx.tracking import Store
     from mlmx.tracking.mlflow_run import MlflowRun
+    from mlmx.tracking.system import Sample
 
 log = logging.getLogger("mlmx")
 
@@ -51,6 +52,7 @@ class Writer:
         self.resumed = False
         self.mlflow: MlflowRun | None = None
         self.file: tuple[int, int] | None = None  # of a local store
+        self.samples: deque[Sample] = deque()  # of the machine
         self.deeds: deque[tuple[str, Deed]] = deque()
         self.refused: list[tuple[str, Deed]] = []  # to be tried once more at the end
         self.sent_bytes = 0
@@ -151,6 +153,10 @@ class Writer:
             self.heard = time.monotonic()
         if self.mlflow.has:  # a file that was lost in part, or put back from a copy, has its later steps to repeat
             self.mlflow.has = {point for point in self.mlflow.has if point[1] >= self.mlflow.epoch_at}
+        if samples := list(self.samples):
+            self.mlflow.log_samples(samples)
+            for _ in samples:
+                self.samples.popleft()
         for _ in range(due):
             self._do(self.mlflow, *self.deeds[0])
             self.deeds.popleft()
