@@ -26,7 +26,7 @@ LAYERS = [
     ["data", "masking", "model", "training", "scoring", "tracking"],
     ["describe"],
     ["measure"],
-    ["parts"],
+    ["parts", "examples"],
     ["train", "prepare", "evaluate", "predict", "ui", "doctor", "sync", "compare"],
     ["errors", "arguments", "hydra_node", "composition"],
     ["resumption", "searching"],

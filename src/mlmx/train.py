@@ -32,6 +32,7 @@ from mlmx import (
     training,
 )
 from mlmx.config import Job, TrainConfig
+from mlmx.examples import Fills
 from mlmx.measure import Material, Measure
 from mlmx.parts import Parts, check_training, gather, parts_of, resume_of, store_of, token_cache
 from mlmx.training import checkpoints
@@ -212,6 +213,7 @@ def fit(cfg: TrainConfig, ready: Ready, run: runs.Run, tracker: tracking.Tracker
         masked_logits=model.masked_logits,
         most_targets=most_targets(cfg, ready.material.mask.rates),
         scores=ready.measure,
+        fills=Fills(ready.material.examples, ready.material.tokenizer, ready.material.mask.vocabulary),
         recorder=tracker,
         on_nan=cfg.on_nan,
         stop_early=stop_early,

@@ -37,7 +37,8 @@ RECORDS = (
     "mlflow.json",
     "process.json",
 )  # who makes the run, of what, and what MLflow was told
-FILES = ["config.yaml", "data.json", "metrics.jsonl", "overrides.yaml", "packages.txt", "result.json", "train.log"]
+FILES = ["config.yaml", "data.json", "examples.json", "metrics.jsonl", "overrides.yaml", "packages.txt"]
+FILES += ["result.json", "train.log"]
 IN_A_DIRTY_CHECKOUT = {"git.diff"}
 FOLDERS = ["checkpoints", "model", "plots"]
 TEXT = "This is a great [MASK]."

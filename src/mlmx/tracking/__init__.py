@@ -7,6 +7,7 @@ from there to MLflow. Light to import: MLflow is loaded by `mlflow_run`, in the 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import threading
@@ -15,19 +16,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlmx import provenance
 from mlmx.config import require, table
 from mlmx.places import outputs_dir
 from mlmx.redaction import redact, redacted
-from mlmx.runs import MetricsFile, Run
+from mlmx.runs import EXAMPLES_FILE, MetricsFile, Run
 from mlmx.tracking import stores
 from mlmx.tracking.sync import RUN_FILE, model_name, send, send_files, send_models
 from mlmx.tracking.system import SystemMetrics
 from mlmx.tracking.writer import Writer, brief
 
+if TYPE_CHECKING:
+    from mlmx.tracking.mlflow_run import MlflowRun
+
 log = logging.getLogger("mlmx")
+TABLES = "mlflow.loggedArtifacts"  # those that it shows side by side with other runs
 NOTE = "mlflow.note.content"  # what MLflow shows as a run's description, in markdown
 
 
@@ -156,6 +161,24 @@ class Tracker:
         shown = "  ".join(f"{name} {value:,.5g}" for name, value in metrics.items() if not name.startswith("final/"))
         if shown:
             log.info("epoch %g  step %d  %s", round(epoch, 2), step, shown)
+
+    def fills(self, step: int, epoch: float, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows of the example table; those of a step that was there before are put in its place."""
+        before = self.run.read_json(EXAMPLES_FILE)
+        columns = ["step", "epoch", *rows[0]]
+        kept = [row for row in before.get("data", []) if row[0] != step] if before.get("columns") == columns else []
+        table = sorted([*kept, *([step, round(epoch, 6), *row.values()] for row in rows)], key=lambda row: row[0])
+        text = json.dumps(redacted({"columns": columns, "data": table}), ensure_ascii=False)
+        self.run.write_text(EXAMPLES_FILE, text)
+        if TABLES not in self.told["tags"]:
+            self.told["tags"][TABLES] = json.dumps([{"path": EXAMPLES_FILE, "type": "table"}])
+            self._write()
+        if self.writer is not None:
+            self.writer.do(EXAMPLES_FILE, self._send_fills)
+
+    def _send_fills(self, mlflow: MlflowRun) -> None:
+        mlflow.add_file(self.run.folder / EXAMPLES_FILE)
+        mlflow.describe({})
 
     def annotate(self, text: str) -> None:
         """Put this below the opening of the MLflow run's description; one that a person has edited stays."""
