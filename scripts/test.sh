@@ -6,18 +6,21 @@ bash scripts/setup.sh
 
 # The browser tests drive a system browser and are skipped without one. It is installed here only where that
 # asks nobody: as root on Debian (containers, CI).
+# So is PostgreSQL, for the test of an MLflow server on it.
 has() { command -v "$1" >/dev/null 2>&1; }
-if ! has chromium && ! has chromium-browser && ! has google-chrome && ! has google-chrome-stable &&
-  has apt-get && [ "$(id -u)" = 0 ]; then
-  echo "test: installing chromium for the browser tests" >&2
+install() { # package, what for
+  { has apt-get && [ "$(id -u)" = 0 ]; } || return 0
+  echo "test: installing $1 for the $2 tests" >&2
   log=$(mktemp)
-  if ! { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } \
+  if ! { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$1"; } \
     >"$log" 2>&1 </dev/null; then
     tail -n 5 "$log" >&2
-    echo "test: chromium could not be installed; the browser tests will be skipped" >&2
+    echo "test: $1 could not be installed; the $2 tests will be skipped" >&2
   fi
   rm -f "$log"
-fi
+}
+has chromium || has chromium-browser || has google-chrome || has google-chrome-stable || install chromium browser
+has postgres || ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || install postgresql PostgreSQL
 
 unset PYTHONHOME PYTHONPATH
 [ $# -eq 0 ] || exec .venv/bin/python -m pytest "$@"

@@ -85,10 +85,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, imdb) -> Path:
 @pytest.fixture(scope="session")
 def _store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from mlmx.tracking import Store
-    from mlmx.tracking.mlflow_run import connect
+    from mlmx.tracking.stores import make
 
     folder = tmp_path_factory.mktemp("store")
-    connect(Store(f"sqlite:///{folder / 'mlflow.db'}", "unused", folder / "mlartifacts"))
+    make(Store(f"sqlite:///{folder / 'mlflow.db'}", "unused", folder / "mlartifacts"))
+    assert not (folder / "mlflow.db-wal").exists(), "a copy of the file alone would lack something"
     return folder / "mlflow.db"
 
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -31,12 +32,18 @@ def free_port() -> int:
 
 
 class Server:
-    """``mlflow server`` on loopback, with its database and artifacts in a folder that outlives it."""
+    """``mlflow server`` on loopback, with its database and artifacts in a folder that outlives it.
 
-    def __init__(self, folder: Path, migrated: Path) -> None:
+    Args:
+        migrated: a database to begin with a copy of; or the address of one elsewhere.
+    """
+
+    def __init__(self, folder: Path, migrated: Path | str) -> None:
         self.folder, self.port = folder, free_port()
         self.database, self.artifacts = folder / "mlflow.db", folder / "artifacts"
-        shutil.copy(migrated, self.database)  # migrating one takes seconds
+        self.backend = migrated if isinstance(migrated, str) else f"sqlite:///{self.database}"
+        if isinstance(migrated, Path):
+            shutil.copy(migrated, self.database)  # migrating one takes seconds
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -46,7 +53,7 @@ class Server:
     def start(self) -> None:
         """From here on it answers."""
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.database}"]
+        command += ["--workers", "1", "--backend-store-uri", self.backend]
         command += ["--artifacts-destination", str(self.artifacts)]
         with (self.folder / "server.log").open("ab") as out:
             self.process = subprocess.Popen(
@@ -74,7 +81,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, migrated: Path) -> Iterator[Server]:
+def serving(folder: Path, migrated: Path | str) -> Iterator[Server]:
     """A server from when it answers; killed at the end."""
     server = Server(folder, migrated)
     try:
@@ -82,6 +89,44 @@ def serving(folder: Path, migrated: Path) -> Iterator[Server]:
         yield server
     finally:
         server.kill()
+
+
+POSTGRES_FOLDERS = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda folder: float(folder.parent.name))
+
+
+def postgres_program(name: str) -> str | None:
+    """Debian keeps most of them off the path."""
+    return shutil.which(name, path=os.pathsep.join([*map(str, reversed(POSTGRES_FOLDERS)), os.environ["PATH"]]))
+
+
+@contextlib.contextmanager
+def postgres() -> Iterator[str]:
+    """An empty PostgreSQL database on loopback, in a folder of its own; its address for MLflow."""
+    initdb, server, ready = (postgres_program(name) or name for name in ("initdb", "postgres", "pg_isready"))
+    # It does not run as root, nor below pytest's folders, which are root's alone.
+    user = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
+    folder, port = Path(tempfile.mkdtemp(prefix="mlmx-postgres-")), free_port()
+    process: subprocess.Popen[bytes] | None = None
+    try:
+        if user:
+            shutil.chown(folder, "postgres", "postgres")
+        make = [initdb, "-D", str(folder / "data"), "-U", "mlmx", "-A", "trust", "-E", "UTF8", "--locale=C", "-N"]
+        subprocess.run(make, check=True, capture_output=True, cwd=folder, **user)
+        serve = [server, "-D", str(folder / "data"), "-p", str(port), "-k", str(folder), "-c", "fsync=off"]
+        serve += ["-c", "listen_addresses=127.0.0.1"]
+        with (folder / "log").open("ab") as out:
+            process = subprocess.Popen(serve, stdout=out, stderr=out, cwd=folder, **user)
+        end = time.monotonic() + PATIENCE_SECONDS
+        while subprocess.run([ready, "-q", "-h", "127.0.0.1", "-p", str(port)], check=False).returncode != 0:
+            if process.poll() is not None or time.monotonic() > end:
+                raise AssertionError((folder / "log").read_text())
+            time.sleep(0.1)
+        yield f"postgresql+psycopg2://mlmx@127.0.0.1:{port}/postgres"
+    finally:
+        if process is not None:
+            process.send_signal(signal.SIGINT)  # its fast way of shutting down
+            process.wait(60)
+        shutil.rmtree(folder)
 
 
 class Way:

@@ -162,6 +162,30 @@ def scores(found: Mapping[str, float], report: Mapping[str, Mapping[str, Any]], 
     return "\n".join([*lines, f"protocol {protocol}"])
 
 
+def outcome(
+    run: Run,
+    status: str,
+    resumable: bool,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    store: Store | None,
+) -> str:
+    """How a run ended, its numbers before training and after it, and what to do next, in markdown."""
+    folder = shlex.quote(str(run.folder))
+    rows = [
+        f"| {name} | {before[name]:,.5g} | {after[name]:,.5g} |"
+        for name in after
+        if name in before and name.startswith(("eval/", "heldout/"))
+    ]
+    table = ["| | before training | after |", "|---|---|---|", *rows, ""] if rows else []
+    commands = [f"python -m mlmx train resume={folder}"] if resumable else []
+    if status == "FINISHED":
+        where = "" if store is None or store.artifacts is not None else f"tracking=server tracking.uri={store.uri} "
+        commands += [f"python -m mlmx predict run={folder} 'text=This is a great [MASK].'"]
+        commands += [f"python -m mlmx compare {where}experiment={shlex.quote(store.experiment)}"] if store else []
+    return "\n".join([f"**{status}**", "", *table, *(f"    {command}" for command in commands)]).strip()
+
+
 def ending(run: Run, metrics: Mapping[str, float], seconds: Mapping[str, float], store: Store | None) -> str:
     """The last lines: numbers, folder, what to do next."""
     numbers = "  ".join(

@@ -119,14 +119,14 @@ def _remove(paths: Iterable[Path]) -> None:
 
 def settle(store: tracking.Store | None) -> None:
     """Tell MLflow how runs ended of which it still says RUNNING."""
-    if store is None or (store.artifacts is not None and not (store.artifacts.parent / "mlflow.db").is_file()):
+    if store is None or (store.artifacts is not None and not (store.artifacts.parent / "mlflow.db").exists()):
         return
     from mlmx.tracking.left_open import open_runs
 
     try:
         found = open_runs(store)
     except Exception as error:
-        log.warning("mlflow   %s cannot be looked at (%s)", store.uri, brief(error))
+        log.warning("mlflow   %s cannot be looked at (%s)", store.uri, tracking.reason(error, store))
         return
     for one in found:
         try:

@@ -122,6 +122,7 @@ class Material:
     eval_chunks: data.Chunks
     heldout: data.HeldoutChunks | None
     report: dict[str, dict[str, Any]]
+    examples: tuple[data.Example, ...] = ()
 
 
 class Measure:
@@ -151,7 +152,7 @@ class Measure:
 
     def __call__(self, trained: PreTrainedModel) -> dict[str, float]:
         """``eval/loss eval/perplexity eval/accuracy``, the same of ``heldout/``, and ``heldout/bits_per_byte``."""
-        with _fast(trained):
+        with fast_kernels(trained):
             return self._within_memory(lambda: self._scores(trained))
 
     def _within_memory(self, scored: Callable[[], Found]) -> Found:
@@ -201,7 +202,7 @@ class Measure:
         per_token = data.token_groups(self.heldout.tokens, training)
         groups, collate = partial(_groups_of, per_token), yardstick.Yardstick(self.vocabulary)
         score = partial(scoring.score_groups, trained, self.heldout, groups, collate, masked_logits=model.masked_logits)
-        with _fast(trained):
+        with fast_kernels(trained):
             found = self._within_memory(lambda: score(batch_size=self.batch_size))
         named: dict[str, Sums] = {}
         for group, sums in found.items():
@@ -216,7 +217,7 @@ class Measure:
         }
 
 
-def _fast(trained: PreTrainedModel) -> contextlib.AbstractContextManager[Any]:
+def fast_kernels(trained: PreTrainedModel) -> contextlib.AbstractContextManager[Any]:
     """The kernels that training uses on the CPU."""
     from mlmx.training.cpu import CpuKernels
 

@@ -134,4 +134,5 @@ def gather(cfg: TrainConfig, parts: Parts, source_name: str, cache: data.TokenCa
     report = data.data_report(source_name, texts, tokenizer, parts.chunking, chunks, splits, heldout)
     if heldout is not None:
         report["heldout"]["protocol_parts"] = protocol_parts(heldout, tokenizer)
-    return Material(tokenizer, mask, train_chunks, eval_chunks, heldout, report)
+    examples = () if texts.heldout is None else data.choose_examples(texts.heldout, tokenizer)
+    return Material(tokenizer, mask, train_chunks, eval_chunks, heldout, report, examples)

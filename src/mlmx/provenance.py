@@ -28,7 +28,7 @@ def tags() -> dict[str, str]:
     return {
         "mlmx.version": mlmx.__version__,
         **process_tags(),
-        "mlmx.hardware": hardware(),
+        **machine(),
         "mlmx.python": platform.python_version(),
         "mlflow.source.name": "mlmx",
         "mlflow.source.type": "LOCAL",
@@ -46,12 +46,18 @@ def process_tags() -> dict[str, str]:
 def code() -> Mapping[str, str]:
     """Versions of what computes, and the commit of this code; an installed wheel has none."""
     found = {"mlmx.packages": " ".join(f"{name}=={version(name)}" for name in PACKAGES)}
-    checkout = Path(__file__).resolve().parents[2]
-    commit = _git(checkout, "rev-parse", "HEAD") if (checkout / ".git").exists() else None
-    if commit:
+    source = checkout()
+    commit = git(source, "rev-parse", "HEAD") if source else None
+    if source and commit:
         found["mlflow.source.git.commit"] = commit
-        found["mlmx.git_dirty"] = str(bool(_git(checkout, "status", "--porcelain"))).lower()
+        found["mlmx.git_dirty"] = str(bool(git(source, "status", "--porcelain"))).lower()
     return found
+
+
+def checkout() -> Path | None:
+    """Where this code is under git; None of an installed wheel."""
+    folder = Path(__file__).resolve().parents[2]
+    return folder if (folder / ".git").exists() else None
 
 
 @cache
@@ -101,11 +107,49 @@ def boot_time() -> float | None:
         return None
 
 
+def machine() -> dict[str, str]:
+    """Tags of what a run computes on: in words, and number by number, to filter by."""
+    memory = memory_bytes()
+    gpus = [bytes_ for _, bytes_ in _gpus()]
+    return {
+        "mlmx.hardware": hardware(),
+        "mlmx.cores": str(_usable_cores()),
+        **({"mlmx.memory_gib": _gib(memory)} if memory else {}),
+        **({"mlmx.gpus": str(len(gpus)), "mlmx.gpu_memory_gib": _gib(min(gpus))} if gpus else {}),
+    }
+
+
 def hardware() -> str:
-    """``2 × AMD EPYC`` or ``NVIDIA H100 · 8 × …``, as far as the system tells."""
+    """``2 × AMD EPYC · 31 GiB`` or ``NVIDIA H100 (79 GiB) · 8 × …``, as far as the system tells."""
+    memory = memory_bytes()
+    gpus = [f"{name} ({bytes_ / 2**30:.0f} GiB)" for name, bytes_ in _gpus()]
+    own = [f"{_usable_cores()} × {_processor()}", *([f"{memory / 2**30:.0f} GiB"] if memory else [])]
+    return " · ".join([*gpus, *own])
+
+
+def _gib(bytes_: int) -> str:
+    return f"{bytes_ / 2**30:.1f}"
+
+
+def _gpus() -> list[tuple[str, int]]:
+    """Name and bytes of each, where torch is loaded."""
     torch = sys.modules.get("torch")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
-    return " · ".join([*gpus, f"{_usable_cores()} × {_processor()}"])
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if torch else []
+    return [(str(gpu.name), int(gpu.total_memory)) for gpu in found]
+
+
+def memory_bytes() -> int | None:
+    """Main memory that this process may use: the machine's, or what a container is given of it."""
+    try:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            there = min(there, int(Path(limit).read_text(encoding="ascii")))
+        except (OSError, ValueError):  # "max"
+            continue
+    return there
 
 
 def _usable_cores() -> int:
@@ -121,7 +165,8 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def git(folder: Path, *arguments: str) -> str | None:
+    """What git says; None where it fails, or is not there."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=5, check=True

@@ -30,6 +30,7 @@ from mlmx.redaction import RedactedStream, redact, redacted
 
 log = logging.getLogger("mlmx")
 FIRST_FILES = ("overrides.yaml", "inputs.json", "result.json", "config.yaml")
+EXAMPLES_FILE = "examples.json"  # a table of what a run puts into the same held-out sentences after each epoch
 HELDOUT_FILE = "heldout.npz"  # per-document sums of the last scoring, by which pairs of runs are compared
 
 

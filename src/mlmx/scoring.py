@@ -144,6 +144,19 @@ def bits_per_byte(words: DocumentSums, word_bytes: NDArray[np.int64]) -> float:
     return float(words.totals["loss"].sum()) / math.log(2) / total if total else math.nan
 
 
+@torch.no_grad()
+def likeliest(
+    model: torch.nn.Module, batch: Batch, masked_logits: MaskedLogits, top: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+    """Of each target the likeliest ids, int64[M, top], their probabilities, and that of the right id, float32[M]."""
+    device = next(model.parameters()).device
+    with evaluating(model), torch.autocast(device.type, enabled=False), full_fp32():
+        logits, labels = masked_logits(model, {name: value.to(device) for name, value in batch.items()})
+        probabilities = logits.float().softmax(-1)
+        found, own = probabilities.topk(top), probabilities.gather(1, labels[:, None])[:, 0]
+    return found.indices.cpu().numpy(), found.values.cpu().numpy(), own.cpu().numpy()
+
+
 @contextlib.contextmanager
 def full_fp32() -> Iterator[None]:
     """No TF32 inside the block: a score is the same whether or not training uses it."""

@@ -8,7 +8,6 @@ from mlmx import alive, runs, tracking
 from mlmx.config import Job, RequestError, SyncConfig, WorkError, bind, require
 from mlmx.parts import store_of
 from mlmx.places import outputs_dir
-from mlmx.tracking.writer import brief
 
 log = logging.getLogger("mlmx")
 
@@ -95,7 +94,8 @@ def sent(run: runs.Run, store: tracking.Store) -> str:
         except RequestError as error:
             return str(error)
         except Exception as error:
-            raise WorkError(f"{run.folder}: {store.uri} did not take it ({brief(error)})") from error
+            why = tracking.reason(error, store)
+            raise WorkError(f"{run.folder}: {store.uri} did not take it ({why})") from error
     counts = ", ".join(f"{count:,} {what if count > 1 else what[:-1]}" for what, count in missing.items() if count)
     return f"{counts} sent to {store.uri}" if counts else f"{store.uri} has all of it"
 

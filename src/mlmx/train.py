@@ -22,6 +22,7 @@ from mlmx import (
     describe,
     identity,
     interrupts,
+    lineage,
     memory,
     model,
     provenance,
@@ -31,6 +32,7 @@ from mlmx import (
     training,
 )
 from mlmx.config import Job, TrainConfig
+from mlmx.examples import Fills
 from mlmx.measure import Material, Measure
 from mlmx.parts import Parts, check_training, gather, parts_of, resume_of, store_of, token_cache
 from mlmx.training import checkpoints
@@ -93,7 +95,7 @@ def lead(cfg: TrainConfig, job: Job, dead: Sequence[runs.Run] = (), stop_early: 
             until_its_end.enter_context(alive.held(job.folder))
             run = opened(cfg, job, ready)
             cache.keep()
-        with runs.log_to_file(run), recorded(run, parts.store, clock) as tracker:
+        with runs.log_to_file(run), recorded(run, parts.store, clock) as tracker, lineage.kept(run):
             announce(cfg, job, ready, tracker)
             tracker.settle([run for run in dead if store_of(run) == parts.store])
             fills = partial(describe.fills, ready.model, ready.material.tokenizer, cfg.example, model.fill_masks)
@@ -211,6 +213,7 @@ def fit(cfg: TrainConfig, ready: Ready, run: runs.Run, tracker: tracking.Tracker
         masked_logits=model.masked_logits,
         most_targets=most_targets(cfg, ready.material.mask.rates),
         scores=ready.measure,
+        fills=Fills(ready.material.examples, ready.material.tokenizer, ready.material.mask.vocabulary),
         recorder=tracker,
         on_nan=cfg.on_nan,
         stop_early=stop_early,
@@ -277,6 +280,8 @@ def end(tracker: tracking.Tracker, status: str, clock: Clock, retry: bool) -> No
     """
     resumable = status != "FINISHED" and (retry or bool(checkpoints.all_of(tracker.run.checkpoints)))
     try:
+        numbers = tracker.first, tracker.last
+        tracker.annotate(describe.outcome(tracker.run, status, resumable, *numbers, tracker.store))
         tracker.finish(status, clock.seconds, resumable)
     except Exception as error:
         if status == "FINISHED" and space.is_full(error):

@@ -15,6 +15,7 @@ from typing import Any
 
 from mlmx import tracking
 from mlmx.config import Job, RequestError, UiConfig, bind, require
+from mlmx.tracking import stores
 
 ANY = ("0.0.0.0", "::")  # all addresses of this machine
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -25,13 +26,15 @@ def store_of(cfg: UiConfig) -> tracking.Store:
     bound: partial[Any] = bind("tracking", cfg.tracking, tracking.TRACKINGS)[0]
     store: tracking.Store | None = bound()
     if store is None or store.artifacts is None:
-        address = f"; open {store.uri} instead" if store else ""
+        address = f"; {stores.trouble(store) or f'open {store.uri} instead'}" if store else ""
         raise RequestError(f"tracking={cfg.tracking.get('name')}: ui shows the local store{address}")
     path = store.artifacts.parent / "mlflow.db"
     require(
-        path.is_file(),
+        path.exists(),
         f"no MLflow store at {path} yet; train something first: python -m mlmx train experiment=demo",
     )
+    wrong = stores.trouble(store)
+    require(wrong is None, wrong or "")
     return store
 
 

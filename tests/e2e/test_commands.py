@@ -37,7 +37,9 @@ RECORDS = (
     "mlflow.json",
     "process.json",
 )  # who makes the run, of what, and what MLflow was told
-FILES = ["config.yaml", "data.json", "metrics.jsonl", "overrides.yaml", "result.json", "train.log"]
+FILES = ["config.yaml", "data.json", "examples.json", "metrics.jsonl", "overrides.yaml", "packages.txt"]
+FILES += ["result.json", "train.log"]
+IN_A_DIRTY_CHECKOUT = {"git.diff"}
 FOLDERS = ["checkpoints", "model", "plots"]
 TEXT = "This is a great [MASK]."
 METRICS = {
@@ -137,7 +139,7 @@ def test_demo_learns(demo: Done) -> None:
 
 
 def test_demo_folder(demo: Done) -> None:
-    names = sorted(path.name for path in demo.folder.iterdir())
+    names = sorted({path.name for path in demo.folder.iterdir()} - IN_A_DIRTY_CHECKOUT)
     assert names == sorted([*FILES, *RECORDS, "heldout.npz", *FOLDERS])
     assert {path.name for path in (demo.folder / "plots").iterdir()} == {"loss.png", "perplexity.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (demo.folder / "plots").iterdir())
@@ -243,7 +245,7 @@ def test_mlflow_artifacts(demo: Done) -> None:
     def listed(folder: str | None = None) -> set[str]:
         return {artifact.path.rpartition("/")[2] for artifact in client.list_artifacts(run_id, folder)}
 
-    assert listed() == {*FILES, "heldout.npz", "checkpoints", "plots"}
+    assert listed() - IN_A_DIRTY_CHECKOUT == {*FILES, "heldout.npz", "checkpoints", "plots"}
     assert listed("plots") == {"loss.png", "perplexity.png"}
     assert listed("checkpoints") == {"epoch-1", "epoch-2"}
     store = Path(client.get_run(run_id).info.artifact_uri.removeprefix("file://"))

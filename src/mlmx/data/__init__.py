@@ -9,6 +9,7 @@
 from mlmx.data.cache import TokenCache, token_cache
 from mlmx.data.chunks import CHUNKINGS, Chunks, concat, document, require_amounts, rows_sha256, split_chunks
 from mlmx.data.content import content_sha256
+from mlmx.data.examples import Example, choose_examples
 from mlmx.data.heldout import (
     BANDS,
     PIECES,
@@ -31,11 +32,13 @@ __all__ = [
     "DATASETS",
     "PIECES",
     "Chunks",
+    "Example",
     "HeldoutChunks",
     "Split",
     "TokenCache",
     "Tokens",
     "choose",
+    "choose_examples",
     "concat",
     "content_sha256",
     "data_report",

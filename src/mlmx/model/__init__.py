@@ -252,6 +252,12 @@ def masked_logits(
     return head.masked_logits(model, batch, room)
 
 
+def holds(loaded: PreTrainedModel, length: int) -> bool:
+    """Whether a text of so many tokens, special ones included, fits into the model."""
+    longest = _longest_input(loaded.config.to_dict())
+    return longest is None or length <= longest
+
+
 def _longest_input(config: dict[str, Any]) -> int | None:
     positions, kind = config.get("max_position_embeddings"), config.get("model_type")
     if not isinstance(positions, int) or positions < 1 or kind in RELATIVE_POSITIONS:

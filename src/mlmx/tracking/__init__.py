@@ -6,53 +6,79 @@ from there to MLflow. Light to import: MLflow is loaded by `mlflow_run`, in the 
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlmx import provenance
 from mlmx.config import require, table
 from mlmx.places import outputs_dir
-from mlmx.redaction import redacted
-from mlmx.runs import MetricsFile, Run
+from mlmx.redaction import redact, redacted
+from mlmx.runs import EXAMPLES_FILE, MetricsFile, Run
+from mlmx.tracking import stores
 from mlmx.tracking.sync import RUN_FILE, model_name, send, send_files, send_models
+from mlmx.tracking.system import SystemMetrics
 from mlmx.tracking.writer import Writer, brief
 
+if TYPE_CHECKING:
+    from mlmx.tracking.mlflow_run import MlflowRun
+
 log = logging.getLogger("mlmx")
+TABLES = "mlflow.loggedArtifacts"  # those that it shows side by side with other runs
+NOTE = "mlflow.note.content"  # what MLflow shows as a run's description, in markdown
 
 
 @dataclass(frozen=True)
 class Store:
-    """An MLflow store: its absolute address, the experiment, and where local artifacts lie (None: the server's)."""
+    """An MLflow store: its absolute address, the experiment, and where local artifacts lie (None: the server's).
+
+    Attributes:
+        system_metrics: whether a run samples the machine for it.
+    """
 
     uri: str
     experiment: str
     artifacts: Path | None
+    system_metrics: bool = field(default=False, compare=False)
 
 
-def local(*, experiment: str = "mlmx") -> Store:
+def local(*, experiment: str = "mlmx", system_metrics: bool = False) -> Store:
     """sqlite and files below outputs/, at an absolute address."""
     outputs = outputs_dir()
-    return Store(f"sqlite:///{outputs / 'mlflow.db'}", experiment, outputs / "mlartifacts")
+    return Store(f"sqlite:///{outputs / 'mlflow.db'}", experiment, outputs / "mlartifacts", system_metrics)
 
 
-def server(*, uri: str, experiment: str = "mlmx") -> Store:
+def server(*, uri: str, experiment: str = "mlmx", system_metrics: bool = False) -> Store:
     """A running MLflow server, for example ``tracking=server tracking.uri=http://127.0.0.1:5000``."""
     require(
         uri.startswith(("http://", "https://")),
         f"tracking.uri={uri}: must be the address of an MLflow server, http://… or https://…",
     )
-    return Store(uri, experiment, None)
+    return Store(uri, experiment, None, system_metrics)
 
 
 def none() -> None:
     """No MLflow; the run folder holds everything."""
+
+
+def prepare(store: Store | None) -> None:
+    """Make the store of jobs that are about to start together; what is wrong with it is theirs to say."""
+    if store is not None and store.artifacts is not None:
+        with contextlib.suppress(Exception):
+            stores.make(store)
+
+
+def reason(error: Exception, store: Store) -> str:
+    """Why a store did not take something, in one line: what can be seen of it, else what MLflow says."""
+    return stores.trouble(store) or brief(error)
 
 
 TRACKINGS: dict[str, Callable[..., Store | None]] = table(local, server, none)
@@ -72,12 +98,15 @@ class Tracker:
         rows = run.metrics()
         self.had = {(row["step"], name): row[name] for row in rows for name in row if "/" in name}
         self.last: dict[str, float] = {name: row[name] for row in rows for name in row if "/" in name}
+        self.first = {name: value for (step, name), value in self.had.items() if step == 0}  # before training
         self.latest: tuple[int, float] = (rows[-1]["step"], rows[-1]["epoch"]) if rows else (0, 0.0)
         self.told: dict[str, Any] = run.read_json(RUN_FILE)
         self.run_id: str | None = self.told.get("run_id")
         self.status, self.resumable = "RUNNING", False
         self.about: dict[str, Any] = {}
         self.seconds: Mapping[str, float] = {}
+        self.opening = ""  # what the MLflow run's description begins with
+        self.system: SystemMetrics | None = None
         self.writing = threading.Lock()  # files are written again by the writer's thread, with the id
         self.writer = Writer(store, self.lines.path, self._opened) if store is not None else None
 
@@ -108,9 +137,12 @@ class Tracker:
             started = int(time.time() * 1000)
             self.told = {"name": name, "tags": dict(tags), "params": texts, "started": started, "run_id": None}
         self.told["ended"] = None
+        self.opening = tags.get(NOTE, "")
+        self._replace_note(self.opening)
         self._write()
         if self.writer is not None:
             self.writer.start(self.told, resumed)
+            self._sample()
             self.writer.do("params and datasets", lambda mlflow: mlflow.describe(report))
             self._send_files()
             if resumed:
@@ -122,12 +154,49 @@ class Tracker:
         new = {name: value for name, value in metrics.items() if self._is_new((step, name), value)}
         if new:
             self.last = self.last | new
+            self.first = self.first | new if step == 0 else self.first
             self.lines.append(step, epoch, new)
             if self.writer is not None:
                 self.writer.log()
         shown = "  ".join(f"{name} {value:,.5g}" for name, value in metrics.items() if not name.startswith("final/"))
         if shown:
             log.info("epoch %g  step %d  %s", round(epoch, 2), step, shown)
+
+    def fills(self, step: int, epoch: float, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows of the example table; those of a step that was there before are put in its place."""
+        before = self.run.read_json(EXAMPLES_FILE)
+        columns = ["step", "epoch", *rows[0]]
+        kept = [row for row in before.get("data", []) if row[0] != step] if before.get("columns") == columns else []
+        table = sorted([*kept, *([step, round(epoch, 6), *row.values()] for row in rows)], key=lambda row: row[0])
+        text = json.dumps(redacted({"columns": columns, "data": table}), ensure_ascii=False)
+        self.run.write_text(EXAMPLES_FILE, text)
+        if TABLES not in self.told["tags"]:
+            self.told["tags"][TABLES] = json.dumps([{"path": EXAMPLES_FILE, "type": "table"}])
+            self._write()
+        if self.writer is not None:
+            self.writer.do(EXAMPLES_FILE, self._send_fills)
+
+    def _send_fills(self, mlflow: MlflowRun) -> None:
+        mlflow.add_file(self.run.folder / EXAMPLES_FILE)
+        mlflow.describe({})
+
+    def annotate(self, text: str) -> None:
+        """Put this below the opening of the MLflow run's description; one that a person has edited stays."""
+        if self.told:
+            self._replace_note(redact(f"{self.opening}\n\n{text}"))
+            if self.writer is not None:
+                self.writer.do("its description", lambda mlflow: mlflow.describe({}))
+
+    def _replace_note(self, note: str) -> None:
+        before = self.told["tags"].get(NOTE)
+        if before not in (None, note):
+            self.told["notes"] = [*self.told.get("notes", []), before]
+        self.told["tags"][NOTE] = note
+
+    def _sample(self) -> None:
+        if self.store is not None and self.store.system_metrics and self.writer is not None:
+            self.system = SystemMetrics(self.told["started"], self.writer.log)
+            self.writer.samples = self.system.waiting
 
     def _is_new(self, point: tuple[int, str], value: float) -> bool:
         """Whether a point was not there before, or only as a step that failed and was mended since."""
@@ -155,6 +224,8 @@ class Tracker:
         ended = int(time.time() * 1000)
         self.status, self.seconds, self.resumable = status, dict(seconds), resumable
         self.lines.close()
+        if self.system is not None:
+            self.system.stop()
         if self.told:
             self.told["ended"] = ended
         try:
@@ -195,4 +266,4 @@ def add_metrics(store: Store | None, run: Run, row: Mapping[str, Any]) -> None:
 
         add_points(store, told, row)
     except Exception as error:
-        log.warning("MLflow run %s did not get these numbers (%s)", told["run_id"], brief(error))
+        log.warning("MLflow run %s did not get these numbers (%s)", told["run_id"], reason(error, store))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlmx.config import RequestError, WorkError, did_you_mean, require
 from mlmx.runs import HELDOUT_FILE, Run
+from mlmx.tracking import stores
 from mlmx.tracking.sync import RUN_FILE
 from mlmx.tracking.writer import brief
 
@@ -45,7 +46,9 @@ def fetch(store: Store, folder: Path, *, run_ids: Sequence[str] = (), parent: st
 
     if store.artifacts is not None:
         path = store.artifacts.parent / "mlflow.db"
-        require(path.is_file(), f"tracking=local: no MLflow store at {path} yet; train something first")
+        require(path.exists(), f"tracking=local: no MLflow store at {path} yet; train something first")
+        if wrong := stores.trouble(store):  # MLflow would try long, or migrate it
+            raise WorkError(wrong)
     client = MlflowClient(store.uri)
     try:
         found = _chosen(client, store, run_ids, parent)
@@ -54,7 +57,7 @@ def fetch(store: Store, folder: Path, *, run_ids: Sequence[str] = (), parent: st
     except (RequestError, WorkError):
         raise
     except Exception as error:  # of many kinds, from MLflow's and the network's
-        raise WorkError(f"{store.uri}: cannot be read ({brief(error)})") from error
+        raise WorkError(f"{store.uri}: cannot be read ({stores.trouble(store) or brief(error)})") from error
 
 
 def _chosen(client: MlflowClient, store: Store, run_ids: Sequence[str], parent: str | None) -> list[entities.Run]:

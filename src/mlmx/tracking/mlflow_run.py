@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-from filelock import FileLock
-
+from mlmx.tracking.stores import make
 from mlmx.tracking.writer import brief
 
 if TYPE_CHECKING:
     from mlmx.tracking import Store
+    from mlmx.tracking.system import Sample
 
 # Before MLflow is imported: nothing is sent to its makers or printed, and a call that fails does so in seconds and
 # only once, for the writer tries again itself.
@@ -48,6 +48,8 @@ WEIGHTS = ".safetensors"
 GROWING = (".jsonl", ".log")  # while the run goes on
 MOST_POINTS, MOST_PARAMS = 1000, 100  # that MLflow takes in one call
 LONGEST_TAG = 8000  # characters; it cuts longer ones
+SYSTEM = "system/"  # metrics of the machine, by MLflow's own prefix
+NOTE = "mlflow.note.content"
 ENDED_EARLY = ("KILLED", "FAILED")
 RESUMABLE = "resumable"  # the tag of a run that ended early
 
@@ -102,7 +104,8 @@ class MlflowRun:
         return [run for run in same if run.data.tags.get("mlmx.folder") == self.told["tags"].get("mlmx.folder")]
 
     def _points_there(self, run: entities.Run) -> set[Point]:
-        histories = (self.client.get_metric_history(self.run_id, name) for name in run.data.metrics)
+        own = (name for name in run.data.metrics if not name.startswith(SYSTEM))
+        histories = (self.client.get_metric_history(self.run_id, name) for name in own)
         return {as_kept(point.key, point.step, point.value) for history in histories for point in history}
 
     def reopen(self) -> None:
@@ -123,8 +126,11 @@ class MlflowRun:
         for start in range(0, len(params), MOST_PARAMS):
             self.client.log_batch(self.run_id, params=params[start : start + MOST_PARAMS])
         wanted, there = {key: value[:LONGEST_TAG] for key, value in self.told["tags"].items()}, run.data.tags
-        # A note may have been edited in MLflow since: only our own tags are put right.
-        wrong = [key for key in wanted if key not in there or (key.startswith("mlmx.") and there[key] != wanted[key])]
+        # A note may have been edited in MLflow since: only our own tags are put right, and a note that is still ours.
+        ours = {note[:LONGEST_TAG] for note in self.told.get("notes", ())}
+        differs = [key for key in wanted if key in there and there[key] != wanted[key]]
+        wrong = [key for key in differs if key.startswith("mlmx.") or (key == NOTE and there[key] in ours)]
+        wrong += [key for key in wanted if key not in there]
         tags = [entities.RunTag(key, wanted[key]) for key in wrong]
         self.client.log_batch(self.run_id, tags=tags)
         known = {(one.dataset.name, one.dataset.digest) for one in (run.inputs.dataset_inputs if run.inputs else [])}
@@ -148,6 +154,16 @@ class MlflowRun:
         sent = sum(self._log_points(points[at : at + MOST_POINTS]) for at in range(0, len(points), MOST_POINTS))
         self.epoch_at = step_at
         return sent
+
+    def log_samples(self, samples: Sequence[Sample]) -> None:
+        """What the machine did, by the names of MLflow's page of system metrics."""
+        points = [
+            entities.Metric(f"{SYSTEM}{name}", value, milliseconds, step)
+            for step, milliseconds, values in samples
+            for name, value in values.items()
+        ]
+        for at in range(0, len(points), MOST_POINTS):
+            self._log_points(points[at : at + MOST_POINTS])
 
     def _log_points(self, points: list[entities.Metric]) -> int:
         """Points in one call; of those that MLflow refuses for what they are, only the rest."""
@@ -279,24 +295,29 @@ def add_points(store: Store, told: Mapping[str, Any], row: Mapping[str, Any]) ->
     mlflow.log([{name: value for name, value in row.items() if name != "epoch"}])
 
 
+def migrate(uri: str, artifacts: Path) -> None:
+    """Make the tables of a database that has none; nothing stays open."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    made = SqlAlchemyStore(uri, artifacts.as_uri())  # type: ignore[no-untyped-call]
+    made.engine.dispose()
+
+
 def connect(store: Store) -> tuple[MlflowClient, str]:
     """A client and the experiment's id; a local store and the experiment are made on first use."""
-    if store.artifacts is None:
-        client = MlflowClient(store.uri)
-        return client, _get_or_create(client, store)
-    store.artifacts.mkdir(parents=True, exist_ok=True)
-    # Without the lock, processes that start together on a fresh sqlite break each other's migrations.
-    with FileLock(store.artifacts.parent / ".mlflow.lock"):
-        client = MlflowClient(store.uri)
-        return client, _get_or_create(client, store)
-
-
-def _get_or_create(client: MlflowClient, store: Store) -> str:
+    make(store)
+    client = MlflowClient(store.uri)
     known = client.get_experiment_by_name(store.experiment)
     if known is not None:
-        return str(known.experiment_id)
+        return client, str(known.experiment_id)
     location = store.artifacts.as_uri() if store.artifacts else None
-    return str(client.create_experiment(store.experiment, artifact_location=location))
+    try:
+        return client, str(client.create_experiment(store.experiment, artifact_location=location))
+    except MlflowException:
+        known = client.get_experiment_by_name(store.experiment)
+        if known is None:
+            raise
+        return client, str(known.experiment_id)  # another process was faster
 
 
 def _dataset_input(split: Mapping[str, Any], name: str, context: str) -> entities.DatasetInput:

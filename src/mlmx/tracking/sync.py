@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlmx.config import RequestError
-from mlmx.runs import HELDOUT_FILE, Run, rows_of
+from mlmx.lineage import DIFF_FILE, PACKAGES_FILE, resumed_name
+from mlmx.runs import EXAMPLES_FILE, HELDOUT_FILE, Run, rows_of
 from mlmx.tracking.writer import batches
 
 if TYPE_CHECKING:
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from mlmx.tracking.mlflow_run import MlflowRun
 
 RUN_FILE = "mlflow.json"  # {"name", "tags", "params", "started", "ended", "run_id"}: all that makes the MLflow run
-FILES = ("config.yaml", "overrides.yaml", "data.json", "metrics.jsonl", "result.json", "train.log", HELDOUT_FILE)
+RECORDS = ("config.yaml", "overrides.yaml", "data.json", "metrics.jsonl", "result.json", "train.log")
+LINEAGE = (PACKAGES_FILE, resumed_name(PACKAGES_FILE), DIFF_FILE, resumed_name(DIFF_FILE))
+FILES = (*RECORDS, *LINEAGE, EXAMPLES_FILE, HELDOUT_FILE)
 
 
 def send(run: Run, store: Store, own: bool = True) -> dict[str, int]:

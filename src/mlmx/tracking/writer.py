@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlmx.runs import rows_of
+from mlmx.tracking import stores
 
 if TYPE_CHECKING:
     from mlmx.tracking import Store
     from mlmx.tracking.mlflow_run import MlflowRun
+    from mlmx.tracking.system import Sample
 
 log = logging.getLogger("mlmx")
 
@@ -49,6 +51,8 @@ class Writer:
         self.told: Mapping[str, Any] | None = None
         self.resumed = False
         self.mlflow: MlflowRun | None = None
+        self.file: tuple[int, int] | None = None  # of a local store
+        self.samples: deque[Sample] = deque()  # of the machine
         self.deeds: deque[tuple[str, Deed]] = deque()
         self.refused: list[tuple[str, Deed]] = []  # to be tried once more at the end
         self.sent_bytes = 0
@@ -141,13 +145,18 @@ class Writer:
             if self.resumed:
                 mlflow.reopen()
             self.opened(mlflow.run_id)
-            self.mlflow = mlflow
+            self.mlflow, self.file = mlflow, stores.file_of(self.store)
+        stores.require_still(self.store, self.file)
         for lines in batches(self.metrics, self.sent_bytes):
             self.mlflow.log(rows_of(lines))
             self.sent_bytes += sum(map(len, lines))
             self.heard = time.monotonic()
         if self.mlflow.has:  # a file that was lost in part, or put back from a copy, has its later steps to repeat
             self.mlflow.has = {point for point in self.mlflow.has if point[1] >= self.mlflow.epoch_at}
+        if samples := list(self.samples):
+            self.mlflow.log_samples(samples)
+            for _ in samples:
+                self.samples.popleft()
         for _ in range(due):
             self._do(self.mlflow, *self.deeds[0])
             self.deeds.popleft()
@@ -175,6 +184,7 @@ class Writer:
         self.failures += 1
         self.reason = brief(error)
         if self.failures == 2:  # the first one may be a connection that had gone stale
+            self.reason = stores.trouble(self.store) or self.reason
             away = "MLflow cannot be reached (%s); the run goes on, every number is in %s and is sent when it is back"
             log.warning(away, self.reason, self.metrics)
 

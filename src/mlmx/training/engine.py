@@ -29,6 +29,7 @@ from mlmx.training.reporter import Recorder, Reporter, StopEarly
 
 MaskedLogits = Callable[[torch.nn.Module, Batch, int | None], tuple[torch.Tensor, torch.Tensor]]
 Scores = Callable[[PreTrainedModel], dict[str, float]]
+Fills = Callable[[PreTrainedModel], list[dict[str, Any]]]
 
 
 class CountedTrainer(GuardedTrainer):
@@ -63,9 +64,10 @@ class CountedTrainer(GuardedTrainer):
         self.scored_step = self.state.global_step
         return found
 
-    def __init__(self, *, scores: Scores, **kwargs: Any) -> None:
+    def __init__(self, *, scores: Scores, fills: Fills | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.scores = scores
+        self.fills = fills
 
     def scored(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         found = super().evaluate(*args, **kwargs)
@@ -74,10 +76,18 @@ class CountedTrainer(GuardedTrainer):
     def own_scores(self) -> dict[str, float]:
         """Our scores, logged, by the names the library knows metrics by: ``eval/loss`` → ``eval_loss``."""
         model = cast(PreTrainedModel, self.model)
+        step, epoch, rows = self.state.global_step, self.state.epoch or 0.0, None
         with in_full_precision(model):
             found = self.scores(model)
+            if self.fills is not None and self.is_world_process_zero() and (epoch % 1 == 0 or self._is_over()):
+                rows = self.fills(model)
         self.log(dict(found))
+        if rows:
+            self.recorder.fills(step, epoch, rows)
         return {("" if name.startswith("eval/") else "eval_") + name.replace("/", "_"): v for name, v in found.items()}
+
+    def _is_over(self) -> bool:
+        return self.state.global_step >= self.state.max_steps
 
 
 class CorrectedTrainer(CountedTrainer):
@@ -160,6 +170,7 @@ def make_trainer(
     masked_logits: MaskedLogits,
     most_targets: int | None = None,
     scores: Scores,
+    fills: Fills | None = None,
     recorder: Recorder,
     on_nan: str = "stop",
     stop_early: StopEarly | None = None,
@@ -167,11 +178,12 @@ def make_trainer(
     """A trainer of the named arithmetic, reporting to ``recorder`` and showing its progress.
 
     Args:
+        fills: the rows of the example table, made before training and after each epoch.
         on_nan: what becomes of a step whose loss or gradient is not finite: ``stop``, ``skip`` or ``rollback``.
         stop_early: is given each epoch and its scores, and says whether training ends there.
     """
     parts: dict[str, Any] = {"model": model, "args": arguments, "processing_class": tokenizer}
-    parts |= {"scores": scores, "recorder": recorder, "on_nan": on_nan}
+    parts |= {"scores": scores, "fills": fills, "recorder": recorder, "on_nan": on_nan}
     reporter = Reporter(recorder, mlm_probability, stop_early)  # projecting the other positions is no useful work
     trainer: CountedTrainer
     if name == "stock":

@@ -28,6 +28,8 @@ class Recorder(Protocol):
 
     def checkpoint(self, folder: Path, step: int, epoch: float) -> None: ...
 
+    def fills(self, step: int, epoch: float, rows: list[dict[str, Any]]) -> None: ...
+
 
 class Reporter(TrainerCallback):
     """Names the library's numbers as ours and hands them, and each checkpoint, to the recorder."""
