@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from mlmx import data, masking, model, tracking
 from mlmx.cli import main
 from mlmx.examples import Fills
+from mlmx.measure import Measure
 from mlmx.runs import Run
 from tests.processes import ended, reached, started, wait_until
 from tests.test_resume import WEIGHTS, command, history, same
@@ -92,7 +94,8 @@ def test_sentences_without_a_word_to_ask_for_are_left_out(tokenizer: Any):
 
 @pytest.fixture
 def fills(examples: Any, tokenizer: Any) -> Fills:
-    return Fills(examples, tokenizer, masking.vocabulary(tokenizer))
+    mask = masking.masker(partial(masking.MASKINGS["token"]), tokenizer, 0.15, 42)
+    return Fills(examples, tokenizer, Measure(tokenizer, mask, None, 32))
 
 
 def test_fills_are_those_of_predict(fills: Fills, tiny: Path, tokenizer: Any):
@@ -116,6 +119,15 @@ def test_filling_leaves_no_trace(fills: Fills, tiny: Path, tokenizer: Any):
     assert fills(loaded) == first
     assert torch.equal(torch.random.get_rng_state(), before)
     assert loaded.training
+
+
+def test_fewer_rows_at_once_fill_the_same(fills: Fills, tiny: Path, tokenizer: Any):
+    loaded = model.load_model(model.pretrained(path=str(tiny)), tokenizer, seed=0)
+    together = fills(loaded)
+    fills.measure.batch_size = 3
+    apart = fills(loaded)
+    names = ["sentence", "target", "fill_1"]
+    assert [[row[name] for name in names] for row in apart] == [[row[name] for name in names] for row in together]
 
 
 def test_what_a_model_cannot_hold_is_left_out(fills: Fills, examples: Any, tokenizer: Any):

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlmx import masking, model
 from mlmx.data import Example
-from mlmx.measure import fast_kernels
+from mlmx.measure import Measure, fast_kernels
 
 if TYPE_CHECKING:
     import torch
@@ -24,34 +24,42 @@ TOP = 5
 
 @dataclass(frozen=True)
 class Fills:
-    """Fills the gaps of the examples with a model; in one batch, in fp32, without drawing a random number."""
+    """Fills the gaps of the examples with a model, in fp32, without drawing a random number.
+
+    Args:
+        measure: says how many rows fit into memory at once, mostly all of them.
+    """
 
     examples: Sequence[Example]
     tokenizer: PreTrainedTokenizerBase
-    vocabulary: masking.Vocabulary
+    measure: Measure
 
     def __call__(self, trained: PreTrainedModel) -> list[dict[str, Any]]:
         """A row per example that the model can hold: sentence, the word that stood there, and the likeliest ones."""
+        held = [example for example in self.examples if model.holds(trained, len(example.input_ids))]
+        with fast_kernels(trained):
+            return self.measure.within_memory(lambda: self._filled(trained, held))
+
+    def _filled(self, trained: PreTrainedModel, held: Sequence[Example]) -> list[dict[str, Any]]:
         from mlmx import scoring
 
-        held = [example for example in self.examples if model.holds(trained, len(example.input_ids))]
-        if not held:
-            return []
-        with fast_kernels(trained):
-            found = scoring.likeliest(trained, self._batch(held), model.masked_logits, min(TOP, len(self.tokenizer)))
-        return [
-            {
-                "sentence": example.sentence,
-                "target": example.target,
-                "target_probability": round(own, 4),
-                **{f"fill_{n}": str(self.tokenizer.decode([token])).strip() for n, token in enumerate(ids, start=1)},
-                "probabilities": " ".join(f"{probability:.4f}" for probability in probabilities),
-            }
-            for example, ids, probabilities, own in zip(held, *(part.tolist() for part in found), strict=True)
-        ]
+        rows, size = [], self.measure.batch_size
+        for some in (held[first : first + size] for first in range(0, len(held), size)):
+            found = scoring.likeliest(trained, self._batch(some), model.masked_logits, min(TOP, len(self.tokenizer)))
+            rows += [self._row(*parts) for parts in zip(some, *(part.tolist() for part in found), strict=True)]
+        return rows
 
-    def _batch(self, held: Sequence[Example]) -> dict[str, torch.Tensor]:
-        rows = [{"input_ids": np.array(example.input_ids, np.int64), "word_starts": None} for example in held]
-        ids, _, real = masking.pad(rows, self.vocabulary.pad_id)
-        at = np.arange(len(held)) * ids.shape[1] + np.array([example.position for example in held])
-        return masking.batch(ids, at, self.vocabulary.mask_id, real)
+    def _row(self, example: Example, ids: list[int], probabilities: list[float], own: float) -> dict[str, Any]:
+        return {
+            "sentence": example.sentence,
+            "target": example.target,
+            "target_probability": round(own, 4),
+            **{f"fill_{n}": str(self.tokenizer.decode([token])).strip() for n, token in enumerate(ids, start=1)},
+            "probabilities": " ".join(f"{probability:.4f}" for probability in probabilities),
+        }
+
+    def _batch(self, some: Sequence[Example]) -> dict[str, torch.Tensor]:
+        rows = [{"input_ids": np.array(example.input_ids, np.int64), "word_starts": None} for example in some]
+        ids, _, real = masking.pad(rows, self.measure.vocabulary.pad_id)
+        at = np.arange(len(some)) * ids.shape[1] + np.array([example.position for example in some])
+        return masking.batch(ids, at, self.measure.vocabulary.mask_id, real)

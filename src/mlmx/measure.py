@@ -153,9 +153,9 @@ class Measure:
     def __call__(self, trained: PreTrainedModel) -> dict[str, float]:
         """``eval/loss eval/perplexity eval/accuracy``, the same of ``heldout/``, and ``heldout/bits_per_byte``."""
         with fast_kernels(trained):
-            return self._within_memory(lambda: self._scores(trained))
+            return self.within_memory(lambda: self._scores(trained))
 
-    def _within_memory(self, scored: Callable[[], Found]) -> Found:
+    def within_memory(self, scored: Callable[[], Found]) -> Found:
         """What ``scored`` gives, with as many rows at once as fit."""
         from mlmx.training.out_of_memory import brief, is_out_of_memory, release
 
@@ -203,7 +203,7 @@ class Measure:
         groups, collate = partial(_groups_of, per_token), yardstick.Yardstick(self.vocabulary)
         score = partial(scoring.score_groups, trained, self.heldout, groups, collate, masked_logits=model.masked_logits)
         with fast_kernels(trained):
-            found = self._within_memory(lambda: score(batch_size=self.batch_size))
+            found = self.within_memory(lambda: score(batch_size=self.batch_size))
         named: dict[str, Sums] = {}
         for group, sums in found.items():
             for name in (list(data.BANDS)[group // 2], data.PIECES[group % 2]):

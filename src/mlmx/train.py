@@ -213,7 +213,7 @@ def fit(cfg: TrainConfig, ready: Ready, run: runs.Run, tracker: tracking.Tracker
         masked_logits=model.masked_logits,
         most_targets=most_targets(cfg, ready.material.mask.rates),
         scores=ready.measure,
-        fills=Fills(ready.material.examples, ready.material.tokenizer, ready.material.mask.vocabulary),
+        fills=Fills(ready.material.examples, ready.material.tokenizer, ready.measure),
         recorder=tracker,
         on_nan=cfg.on_nan,
         stop_early=stop_early,
