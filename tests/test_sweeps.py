@@ -186,7 +186,7 @@ def test_children_made_while_mlflow_was_away_are_nested_at_the_end(
 
     monkeypatch.setattr(sweeping, "_parent", away_at_first)
     assert sweep("lr=1e-4,1e-3") == 0
-    assert "MLflow cannot be reached (ConnectionError: nobody there)" in capsys.readouterr().out
+    assert "nobody there" in capsys.readouterr().out
     parent, children = told(outputs)
     assert parent.info.status == "FINISHED"
     assert len(children) == 2

@@ -128,7 +128,8 @@ def _opened(plan: Plan) -> MlflowRun | None:
     try:
         return _parent(plan, plan.store)
     except Exception as error:  # of many kinds, from MLflow's and its database's
-        log.warning("MLflow cannot be reached (%s); the sweep goes on without its parent there", brief(error))
+        why = tracking.reason(error, plan.store)
+        log.warning("MLflow does not take the sweep (%s); it goes on without its parent there", why)
         return None
 
 

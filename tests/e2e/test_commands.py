@@ -457,7 +457,9 @@ def test_multirun_numbers_its_jobs(
     client = mlflow_client(outputs)
     (experiment,) = client.search_experiments(filter_string="name = 'mlmx'")
     runs = client.search_runs([experiment.experiment_id])
-    assert {run.info.run_id for run in runs} == {result["run_id"] for result in results}
+    children = {run.info.run_id for run in runs if "mlflow.parentRunId" in run.data.tags}
+    assert children == {result["run_id"] for result in results}
+    assert len(runs) == 3, "and the sweep"
     assert "Error" not in capsys.readouterr().err
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from mlmx import cli
 from mlmx.cli import COMMANDS
 from tests.fuzz.harness import Bench, complaint, examples
 from tests.fuzz.strategies import LOCAL, request_of, requests, values
@@ -22,6 +23,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """Commands that are composed and checked as ever, and then do nothing."""
     for name in COMMANDS:
         monkeypatch.setattr(importlib.import_module(f"mlmx.{name}"), name, lambda config, job: None)
+    monkeypatch.setattr(cli, "_sweep", lambda parsed, jobs: cli._planned(parsed, jobs) and 0)
     folder = tmp_path / "work"
     (folder / "conf").mkdir(parents=True)
     (folder / "good.txt").write_text("A film.\n" * 30, encoding="utf-8")
