@@ -18,7 +18,7 @@ LAYERS = [
     ["places", "redaction"],
     ["config"],
     ["space"],
-    ["runs", "sources", "provenance", "draws", "memory", "interrupts", "identity"],
+    ["runs", "sources", "provenance", "draws", "memory", "interrupts", "identity", "retention"],
     ["alive", "sweeps"],
     ["data", "masking", "model", "training", "scoring", "tracking"],
     ["describe"],

@@ -75,7 +75,7 @@ def offline(store: Path, tiny: Path, corpus: Path, outputs: Path, monkeypatch, c
 def test_a_run_that_mlflow_missed_is_sent_whole_and_only_once(offline: Path, outputs: Path, capsys):
     assert main(["sync", "run=last"]) == 0
     assert "1 run" in (said := capsys.readouterr().out)
-    assert "4 models" in said
+    assert "5 models" in said
     client, run = of(outputs)
     assert run.info.status == "FINISHED"
     assert run.data.params["chunk_size"] == "24"
