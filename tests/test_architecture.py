@@ -18,7 +18,7 @@ LAYERS = [
     ["places", "redaction"],
     ["config"],
     ["space"],
-    ["runs", "sources", "provenance", "draws", "memory", "interrupts", "identity", "documents"],
+    ["runs", "sources", "provenance", "draws", "memory", "interrupts", "identity", "documents", "retention"],
     ["alive", "lineage"],
     ["sweeps"],
     ["comparison"],

@@ -25,21 +25,19 @@ Usage = namedtuple("Usage", "total used free")
 # --------------------------------------------------------------------------------------- the estimate
 
 
-@pytest.mark.parametrize("linked", [False, True])
 @pytest.mark.parametrize(("saves", "limit"), [(0, 1), (1, None), (3, None), (3, 1), (10, 2)])
-def test_the_estimate_covers_every_moment_of_a_run(saves: int, limit: int | None, linked: bool):
-    """Saved by saved: the new checkpoint is whole before the oldest goes; MLflow's links keep the weights of all."""
+def test_the_estimate_covers_every_moment_of_a_run(saves: int, limit: int | None):
+    """Saved by saved: the new checkpoint is whole before the oldest goes, whose weights MLflow lets go of later."""
     weights, optimizer = 10 * MB, 20 * MB
     kept = min(saves, limit or saves)
-    most = there = saved = 0
-    for _ in range(saves):
-        saved += 1
-        deleted = linked * max(saved - 1 - (limit or saves), 0)
+    most = there = 0
+    for saved in range(1, saves + 1):
+        deleted = saved - 1 > (limit or saves)
         most = max(most, (there + 1) * (weights + optimizer) + deleted * weights)
         there = min(there + 1, limit or saves)
     assert there == kept
-    most = max(most, there * (weights + optimizer) + linked * (saved - there) * weights + weights)
-    needed = space.needed_bytes(weights, optimizer, saves, kept, linked) - space.OTHER_BYTES
+    most = max(most, there * (weights + optimizer) + weights)
+    needed = space.needed_bytes(weights, optimizer, kept) - space.OTHER_BYTES
     assert needed >= most
     assert needed <= most + 1 * (weights + optimizer) + weights, "and not much more: a checkpoint that a signal saves"
 
@@ -129,7 +127,7 @@ def test_a_run_without_enough_space_is_refused_and_leaves_nothing(
     monkeypatch.setattr(space.shutil, "disk_usage", usage)
     assert main(request(tiny, corpus, "epochs=3")) == 2
     error = capsys.readouterr().err
-    for words in ("will take up to", "20 MB are free", "trainer.save_total_limit=1", "MLMX_OUTPUTS=<folder>"):
+    for words in ("will take up to", "20 MB are free", "keep=1", "MLMX_OUTPUTS=<folder>"):
         assert words in error
     assert error.count("\n") == 1
     assert not outputs.exists()
@@ -142,7 +140,7 @@ def test_the_limit_is_where_the_estimate_is(monkeypatch: pytest.MonkeyPatch, tmp
     space.require_free(tmp_path / "not" / "there", 1000, kept=1)
     with pytest.raises(RequestError, match="up to 1 kB, and 1 kB are free") as refused:
         space.require_free(tmp_path, 1001, kept=1)
-    assert "save_total_limit" not in str(refused.value), "one is the least"
+    assert "keep=" not in str(refused.value), "one is the least"
 
 
 def test_checkpoints_that_are_there_are_not_asked_for_again(

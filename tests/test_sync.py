@@ -75,7 +75,7 @@ def offline(store: Path, tiny: Path, corpus: Path, outputs: Path, monkeypatch, c
 def test_a_run_that_mlflow_missed_is_sent_whole_and_only_once(offline: Path, outputs: Path, capsys):
     assert main(["sync", "run=last"]) == 0
     assert "1 run" in (said := capsys.readouterr().out)
-    assert "4 models" in said
+    assert "5 models" in said
     client, run = of(outputs)
     assert run.info.status == "FINISHED"
     assert run.data.params["chunk_size"] == "24"
@@ -138,13 +138,13 @@ def test_a_server_that_is_away_is_said_in_one_line(offline: Path, capsys):
 # ------------------------------------------------------------------------------ a tracker without a training
 
 
-def opened(folder: Path) -> tracking.Tracker:
+def opened(folder: Path, protocol: str = "heldout-1", **more: Any) -> tracking.Tracker:
     """The tracker of a run of the local store, new or resumed."""
     if not (folder / "config.yaml").exists():
         begin(folder, TrainConfig(tracking={"name": "local"}), (), {})
     made = tracking.Tracker(Run(folder), tracking.local())
     tags = {"mlmx.command": "python -m mlmx train", "mlmx.folder": str(folder), "mlflow.note.content": "a note"}
-    made.start("a name", "heldout-1", {"lr": 1e-5}, tags, REPORT)
+    made.start("a name", protocol, {"lr": 1e-5}, tags | {"mlmx.protocol": protocol}, REPORT, **more)
     return made
 
 

@@ -121,11 +121,14 @@ def test_weights_are_linked_into_the_store_and_resuming_files_are_not(store: Pat
         (saved / name).write_text(name)
     made.checkpoint(saved, 7, 1.0)
     made.finish("FINISHED", {})
-    listed = {
-        Path(f.path).name for f in MlflowClient(tracking.local().uri).list_artifacts(made.run_id, "checkpoints/epoch-1")
-    }
-    assert listed == {"model.safetensors", "config.json", "tokenizer.json"}
-    (linked,) = (outputs / "mlartifacts").glob("*/artifacts/checkpoints/epoch-1/model.safetensors")
+    client = MlflowClient(tracking.local().uri)
+    [output] = client.get_run(made.run_id).outputs.model_outputs
+    one = client.get_logged_model(output.model_id)
+    assert (one.name, output.step, str(one.status)) == ("epoch-1", 7, "READY")
+    folders = ("model", "components/tokenizer")
+    listed = [Path(f.path).name for at in folders for f in client.list_logged_model_artifacts(one.model_id, at)]
+    assert sorted(listed) == ["config.json", "model.safetensors", "tokenizer.json"]
+    (linked,) = (outputs / "mlartifacts").glob(f"models/{one.model_id}/artifacts/model/model.safetensors")
     assert linked.samefile(saved / "model.safetensors"), "weights take their space once"
 
 

@@ -85,7 +85,7 @@ def test_files_come_after_the_numbers_before_them(store: Path, outputs: Path, mo
     monkeypatch.setattr(
         MlflowRun,
         "add_model",
-        lambda self, at, to: (happened.append(("saved", int(at.name))), add_model(self, at, to))[1],
+        lambda self, at, to: (happened.append(("saved", int(at.folder.name))), add_model(self, at, to))[1],
     )
     monkeypatch.setattr(MlflowRun, "finish", lambda self, *how: (happened.append(("end", 0)), finish(self, *how))[1])
     made = tracker(outputs / "run", tracking.local())
@@ -184,7 +184,7 @@ def test_numbers_that_keep_coming_keep_no_checkpoint_waiting(store: Path, output
     (folder / "config.json").write_text("{}")
     log_steps(made, range(1, 2))
     made.checkpoint(folder, 1, 1.0)
-    until(lambda: any((outputs / "mlartifacts").glob("*/artifacts/checkpoints/epoch-1/config.json")))
+    until(lambda: any((outputs / "mlartifacts").glob("models/*/artifacts/model/config.json")))
     assert next(calls) < 40, "it waited until nothing more came"
     list(calls)  # the training is over
     made.finish("FINISHED", {})
@@ -221,27 +221,26 @@ def test_a_metric_that_mlflow_does_not_take_holds_up_nothing(store: Path, output
 
 
 def test_what_was_refused_is_tried_again_at_the_end(store: Path, outputs: Path, said, monkeypatch):
-    from mlmx.tracking.mlflow_run import MlflowRun
+    from mlmx.tracking import artifacts
 
     made = tracker(outputs / "run", tracking.local())
     (folder := outputs / "saved").mkdir()
     (folder / "config.json").write_text("{}")
-    add_file, full = MlflowRun.add_file, [True]
+    place, full = artifacts.place, [True]
 
-    def added(self: MlflowRun, path: Path, to: str | None = None) -> None:
-        if full[0] and to is not None:
+    def placed(path: Path, target: Path) -> None:
+        if full[0] and "models" in target.parts:
             raise OSError(28, "No space left on device")
-        add_file(self, path, to)
+        place(path, target)
 
-    monkeypatch.setattr(MlflowRun, "add_file", added)
+    monkeypatch.setattr(artifacts, "place", placed)
     made.checkpoint(folder, 1, 1.0)
     until(lambda: made.writer is not None and bool(made.writer.refused))
     assert "MLflow did not take saved (OSError: [Errno 28] No space left on device); it is tried again" in said.text
     full[0] = False
     made.finish("FINISHED", {})
-    assert [path.name for path in (outputs / "mlartifacts").glob("*/artifacts/checkpoints/epoch-1/*")] == [
-        "config.json"
-    ]
+    [kept] = (outputs / "mlartifacts").glob("models/*/artifacts/model/*")
+    assert kept.name == "config.json"
     assert "did not get" not in said.text
 
 

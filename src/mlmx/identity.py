@@ -12,7 +12,18 @@ from typing import Any
 from mlmx.config import RequestError, TrainConfig, did_you_mean, require
 
 # Keys of `train` that change neither what is learnt nor what is measured. The precision counts as it was resolved.
-WITHOUT_EFFECT = ("run_name", "note", "example", "tracking", "resume", "save_minutes", "precision", "sweep")
+WITHOUT_EFFECT = (
+    "run_name",
+    "note",
+    "example",
+    "tracking",
+    "resume",
+    "save_minutes",
+    "keep",
+    "register",
+    "precision",
+    "sweep",
+)
 TRAINER_WITHOUT_EFFECT = (
     "use_cpu",
     "dataloader_num_workers",

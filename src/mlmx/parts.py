@@ -102,6 +102,11 @@ def check_training(cfg: TrainConfig) -> None:
         f"on_nan={cfg.on_nan}: trainer.name=stock takes every step as the library does and can only stop; leave on_nan "
         "out, or choose trainer=default",
     )
+    require(
+        cfg.register is None or parts.store is not None,
+        f"register={cfg.register}: the registry is MLflow's, and tracking=none leaves it out; choose tracking=local or "
+        "tracking=server",
+    )
     require("[MASK]" in cfg.example, f"example={cfg.example!r}: holds no [MASK] to fill")
     data.require_amounts(**parts.split.keywords)
     model.require_fit(parts.encoder, cfg.chunk_size)

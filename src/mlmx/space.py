@@ -26,18 +26,17 @@ class DiskFullError(WorkError):
 # ----------------------------------------------------------------------------------------- before a run
 
 
-def needed_bytes(weights: int, optimizer: int, saves: int, kept: int, linked: bool) -> int:
+def needed_bytes(weights: int, optimizer: int, kept: int) -> int:
     """The most that a run takes at any time, without what it reads.
 
     Args:
         weights, optimizer: bytes of the model, and of the optimizer's state of it.
-        saves: checkpoints written in all.
-        kept: of these, how many there are at the end.
-        linked: the MLflow store is local; it holds the weights of every save, also of those that are deleted.
+        kept: the most checkpoints that are there when one has been saved; MLflow's links to them take no space.
     """
     checkpoint = weights + optimizer
     aside = checkpoint  # the one that is being written, or that a signal saves
-    return kept * checkpoint + aside + weights + (saves - kept) * weights * linked + OTHER_BYTES
+    # The final model comes when none is written; until then its place is that of weights that MLflow lets go of late.
+    return kept * checkpoint + aside + weights + OTHER_BYTES
 
 
 def require_free(folder: Path, needed: int, kept: int) -> None:
@@ -47,7 +46,7 @@ def require_free(folder: Path, needed: int, kept: int) -> None:
         RequestError: what is needed, what is free and what to do.
     """
     free = free_bytes(folder)
-    fewer = "keep fewer checkpoints (trainer.save_total_limit=1), " if kept > 1 else ""
+    fewer = "keep fewer checkpoints (keep=1), " if kept > 1 else ""
     require(
         needed <= free,
         f"{folder}: the run will take up to {in_words(needed)}, and {in_words(free)} are free there; make space, "

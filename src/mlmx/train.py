@@ -32,6 +32,7 @@ from mlmx import (
     training,
 )
 from mlmx.config import Job, TrainConfig
+from mlmx.config.commands import KEEP_ALL
 from mlmx.examples import Fills
 from mlmx.measure import Material, Measure
 from mlmx.parts import Parts, check_training, gather, parts_of, resume_of, store_of, token_cache
@@ -91,7 +92,7 @@ def lead(cfg: TrainConfig, job: Job, dead: Sequence[runs.Run] = (), stop_early: 
     with runs.log_to(), contextlib.ExitStack() as until_its_end:
         with token_cache() as cache:
             ready = make_ready(cfg, job, parts, clock, cache)
-            require_space(job, ready, parts.store)
+            require_space(job, ready, cfg.keep)
             until_its_end.enter_context(alive.held(job.folder))
             run = opened(cfg, job, ready)
             cache.keep()
@@ -128,14 +129,13 @@ def opened(cfg: TrainConfig, job: Job, ready: Ready) -> runs.Run:
     return runs.reopen(run, cfg, job.overrides, inputs, drift)
 
 
-def require_space(job: Job, ready: Ready, store: tracking.Store | None) -> None:
+def require_space(job: Job, ready: Ready, keep: str) -> None:
     """Refuse a run that the disk has no place for."""
     if not ready.arguments.should_save:
         return
     weights = sum(parameter.numel() * parameter.element_size() for parameter in ready.model.parameters())
-    saves, kept = training.saves(ready.arguments, len(ready.material.train_chunks))
-    linked = store is not None and store.artifacts is not None
-    needed = space.needed_bytes(weights, training.optimizer_bytes(ready.arguments, weights), saves, kept, linked)
+    _, kept = training.saves(ready.arguments, len(ready.material.train_chunks), keep)
+    needed = space.needed_bytes(weights, training.optimizer_bytes(ready.arguments, weights), kept)
     there = space.bytes_below(runs.Run(job.folder).checkpoints)  # of a run that is gone on with
     space.require_free(job.folder, needed - there, kept)
 
@@ -194,6 +194,8 @@ def announce(cfg: TrainConfig, job: Job, ready: Ready, tracker: tracking.Tracker
         describe.params(cfg, job, ready.arguments, ready.model, ready.material.report),
         describe.tags(cfg, job, ready.material.report, ready.measure.protocol) | provenance.tags(),
         ready.material.report,
+        cfg.register,
+        rotates=cfg.keep != KEEP_ALL or bool(ready.arguments.save_total_limit),
     )
 
 
@@ -218,11 +220,13 @@ def fit(cfg: TrainConfig, ready: Ready, run: runs.Run, tracker: tracking.Tracker
         on_nan=cfg.on_nan,
         stop_early=stop_early,
     )
+    trainer.keep = cfg.keep
     trainer.save_seconds = math.inf if cfg.save_minutes is None else cfg.save_minutes * 60
     checkpoint = checkpoints.newest_whole(run.checkpoints)
     if checkpoint is not None:
         log.info("resume   from %s", checkpoint)
     run_and_save(trainer, run.model, checkpoint)
+    tracker.model(run.model)
 
 
 def most_targets(cfg: TrainConfig, rates: Sequence[float]) -> int:

@@ -23,6 +23,7 @@ Options = dict[str, Any]
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ON_NAN = ("stop", "skip", "rollback")  # what becomes of a training step whose loss or gradient is not finite
 OUT_SUFFIXES = (".html", ".png", ".csv", ".md")
+KEEP_ALL, BEST_AND_LAST = "all", "best+last"  # or a whole number: which checkpoints stay
 MOST_EPOCHS = 1_000_000
 MOST_ROWS = 1_000_000  # of a batch
 RESUME: Options = {"run": None, "allow": []}
@@ -46,6 +47,8 @@ class TrainConfig:
     note: str | None = None
     example: str = "This is a great [MASK]."
     save_minutes: float | None = 15
+    keep: str = KEEP_ALL
+    register: str | None = None
     resume: Options = field(default_factory=lambda: dict(RESUME), metadata={"group": False})
     sweep: Options = field(default_factory=lambda: {"reuse": True})
     heldout: Options = field(default_factory=lambda: dict(HELDOUT), metadata={"group": False})
@@ -89,6 +92,26 @@ class TrainConfig:
             self.save_minutes is None or 0 < self.save_minutes < math.inf,
             f"save_minutes={self.save_minutes}: must be greater than 0, or null for none; the default is 15",
         )
+        require_keep(self.keep, self.trainer)
+        require(
+            self.register is None or bool(re.fullmatch(r"\w[\w .\-]{0,199}", self.register)),
+            f"register={self.register!r}: is no name for a registered model; use letters, digits, spaces and . _ -, "
+            "at most 200 characters, the first a letter or digit",
+        )
+
+
+def require_keep(keep: str, trainer: Mapping[str, Any]) -> None:
+    """Refuse a ``keep`` that says nothing, or another thing than ``trainer.save_total_limit``."""
+    choices = (BEST_AND_LAST, KEEP_ALL)
+    require(
+        keep in choices or (keep.isascii() and keep.isdecimal() and 1 <= int(keep) <= MOST_EPOCHS),
+        f"keep={keep}: choose {BEST_AND_LAST}, {KEEP_ALL}, or how many of the newest checkpoints stay, a whole number "
+        f"from 1{did_you_mean(keep, choices)}",
+    )
+    require(
+        keep == KEEP_ALL or trainer.get("save_total_limit") is None,
+        f"keep={keep}: trainer.save_total_limit={trainer.get('save_total_limit')} says it another way; leave that out",
+    )
 
 
 @dataclass

@@ -24,7 +24,9 @@ from mlmx.places import outputs_dir
 from mlmx.redaction import redact, redacted
 from mlmx.runs import EXAMPLES_FILE, MetricsFile, Run
 from mlmx.tracking import stores
-from mlmx.tracking.sync import RUN_FILE, model_name, send, send_files, send_models
+from mlmx.tracking.models import Saved, Scores
+from mlmx.tracking.registry import register
+from mlmx.tracking.sync import RUN_FILE, saved_models, send, send_files, send_models
 from mlmx.tracking.system import SystemMetrics
 from mlmx.tracking.writer import Writer, brief
 
@@ -100,6 +102,7 @@ class Tracker:
         self.last: dict[str, float] = {name: row[name] for row in rows for name in row if "/" in name}
         self.first = {name: value for (step, name), value in self.had.items() if step == 0}  # before training
         self.latest: tuple[int, float] = (rows[-1]["step"], rows[-1]["epoch"]) if rows else (0, 0.0)
+        self.scores = Scores(rows)
         self.told: dict[str, Any] = run.read_json(RUN_FILE)
         self.run_id: str | None = self.told.get("run_id")
         self.status, self.resumable = "RUNNING", False
@@ -117,12 +120,16 @@ class Tracker:
         params: Mapping[str, Any],
         tags: Mapping[str, str],
         report: Mapping[str, Mapping[str, Any]],
+        registered: str | None = None,
+        rotates: bool = False,
     ) -> None:
         """Write what is known before training, and ask for the MLflow run.
 
         Args:
             protocol: id of what the scores are measured on.
             report: the data report; its splits become the MLflow run's datasets.
+            registered: by what name its best and last models go into MLflow's registry when it has finished.
+            rotates: older checkpoints are deleted as new ones come, and so are their models in MLflow.
         """
         name, params, tags, report = (redacted(given) for given in (name, params, tags, report))
         self.about = {"run_name": name, "command": tags.get("mlmx.command"), "protocol": protocol}
@@ -136,7 +143,7 @@ class Tracker:
         else:
             started = int(time.time() * 1000)
             self.told = {"name": name, "tags": dict(tags), "params": texts, "started": started, "run_id": None}
-        self.told["ended"] = None
+        self.told |= {"ended": None, "register": registered, "kept": self._kept() if rotates else None}
         self.opening = tags.get(NOTE, "")
         self._replace_note(self.opening)
         self._write()
@@ -146,7 +153,7 @@ class Tracker:
             self.writer.do("params and datasets", lambda mlflow: mlflow.describe(report))
             self._send_files()
             if resumed:
-                self.writer.do("earlier checkpoints", lambda mlflow: send_models(mlflow, self.run))
+                self.writer.do("earlier checkpoints", self._send_earlier)
 
     def log(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
         """Numbers of an optimizer step: a line of metrics.jsonl, from there points in MLflow; said aloud as well."""
@@ -155,7 +162,7 @@ class Tracker:
         if new:
             self.last = self.last | new
             self.first = self.first | new if step == 0 else self.first
-            self.lines.append(step, epoch, new)
+            self.scores.add(self.lines.append(step, epoch, new))
             if self.writer is not None:
                 self.writer.log()
         shown = "  ".join(f"{name} {value:,.5g}" for name, value in metrics.items() if not name.startswith("final/"))
@@ -206,8 +213,32 @@ class Tracker:
     def checkpoint(self, folder: Path, step: int, epoch: float) -> None:
         """The weights, configuration and tokenizer of a saved checkpoint; its optimizer stays local."""
         log.info("epoch %g  step %d  checkpoint %s", round(epoch, 2), step, folder)
+        rotates = self.told.get("kept") is not None
+        if rotates:
+            self.told["kept"] = self._kept()
+            self._write()
         if self.writer is not None:
-            self.writer.do(folder.name, lambda mlflow: mlflow.add_model(folder, model_name(epoch)))
+            saved, scores = Saved(folder, step, epoch), self.scores.at.get(step, {})
+            self.writer.do(folder.name, partial(_add_model, saved, scores, rotates))
+            if rotates:
+                kept = self.told["kept"]
+                self.writer.do("what is kept", lambda mlflow: mlflow.models.keep(kept))
+
+    def model(self, folder: Path) -> None:
+        """The model that the run ends with, at its last step."""
+        step, epoch = self.latest
+        if self.writer is not None and folder.is_dir():
+            scores = self.scores.at.get(step, {})
+            self.writer.do("its model", partial(_add_model, Saved(folder, step, epoch, final=True), scores, False))
+
+    def _kept(self) -> list[str]:
+        """The checkpoints that are there."""
+        return sorted(path.name for path in self.run.checkpoints.glob("checkpoint-*"))
+
+    def _send_earlier(self, mlflow: MlflowRun) -> None:
+        send_models(mlflow, self.run, self.scores, final=False)
+        if self.told["kept"] is not None:
+            mlflow.models.keep(self.told["kept"])
 
     def settle(self, ended: Sequence[Run]) -> None:
         """Bring MLflow up to date on other runs of its store that have ended without telling it."""
@@ -233,7 +264,12 @@ class Tracker:
         finally:
             if self.writer is not None:
                 self._send_files()
+                if status == "FINISHED" and self.told.get("register"):
+                    self.writer.do(f"the versions of {self.told['register']}", partial(self._register, ended))
                 self.writer.finish(status, resumable, ended)
+
+    def _register(self, ended: int, mlflow: MlflowRun) -> None:
+        register(mlflow, self.told["register"], saved_models(self.run, final=True), self.scores, ended)
 
     def _opened(self, run_id: str) -> None:
         self.run_id = self.told["run_id"] = run_id
@@ -249,6 +285,14 @@ class Tracker:
     def _send_files(self) -> None:
         assert self.writer is not None
         self.writer.do("its files", lambda mlflow: send_files(mlflow, self.run))
+
+
+def _add_model(saved: Saved, scores: Mapping[str, Any], rotates: bool, mlflow: MlflowRun) -> None:
+    try:
+        mlflow.add_model(saved, scores)
+    except FileNotFoundError:
+        if not rotates or saved.folder.exists():
+            raise  # else it was let go of before MLflow came to it, and so is what MLflow has of it
 
 
 def _send(run: Run, store: Store, _: Any) -> None:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import filecmp
 import json
 import logging
 import math
 import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlparse
-from urllib.request import url2pathname
 
+from mlmx.tracking import artifacts
+from mlmx.tracking.models import Models, Saved
+from mlmx.tracking.models import Point as Score
 from mlmx.tracking.stores import make
 from mlmx.tracking.writer import brief
 
@@ -42,10 +39,7 @@ from mlflow.exceptions import MlflowException
 
 log = logging.getLogger("mlmx")
 
-# What makes a checkpoint loadable; the optimizer, scheduler and random states are for resuming, and stay local.
-NOT_THE_MODEL = ("optimizer.safetensors", "trainer_state.json", "state.json", "manifest.json")
-WEIGHTS = ".safetensors"
-GROWING = (".jsonl", ".log")  # while the run goes on
+CONTEXTS = {"train": "training", "eval": "validation", "heldout": "testing"}  # of the splits, as MLflow calls them
 MOST_POINTS, MOST_PARAMS = 1000, 100  # that MLflow takes in one call
 LONGEST_TAG = 8000  # characters; it cuts longer ones
 SYSTEM = "system/"  # metrics of the machine, by MLflow's own prefix
@@ -82,12 +76,12 @@ class MlflowRun:
         run = found or client.create_run(experiment, told["started"], dict(told["tags"]), told["name"])
         self.run_id: str = run.info.run_id
         self.deleted = run.info.lifecycle_stage == "deleted"
-        artifacts = urlparse(run.info.artifact_uri)
-        # Files of a local store are linked, not copied: a checkpoint takes its space once.
-        self.local_artifacts = Path(url2pathname(artifacts.path)) if artifacts.scheme in ("", "file") else None
+        self.local_artifacts = artifacts.local_folder(run.info.artifact_uri)
         self.has = self._points_there(found) if found else set()  # what need not be sent again
         self.epoch_at = -1  # the last step whose epoch has been sent
         self.refused: set[str] = set()  # names of metrics that MLflow does not take
+        self.datasets: dict[str, tuple[str, str]] = {}  # name and digest, once it has been described
+        self.models = Models(self)
 
     def _found(self) -> entities.Run | None:
         if self.told.get("run_id"):
@@ -134,12 +128,12 @@ class MlflowRun:
         tags = [entities.RunTag(key, wanted[key]) for key in wrong]
         self.client.log_batch(self.run_id, tags=tags)
         known = {(one.dataset.name, one.dataset.digest) for one in (run.inputs.dataset_inputs if run.inputs else [])}
-        contexts = {"train": "training", "eval": "validation", "heldout": "testing"}
-        inputs = [_dataset_input(report[name], name, context) for name, context in contexts.items() if name in report]
-        inputs = [made for made in inputs if (made.dataset.name, made.dataset.digest) not in known]
-        if inputs:
-            self.client.log_inputs(self.run_id, inputs)
-        return {"params": len(params), "tags": len(tags), "datasets": len(inputs)}
+        inputs = {name: _dataset_input(report[name], name, to) for name, to in CONTEXTS.items() if name in report}
+        self.datasets = {name: (one.dataset.name, one.dataset.digest) for name, one in inputs.items()}
+        lacking = [one for one in inputs.values() if (one.dataset.name, one.dataset.digest) not in known]
+        if lacking:
+            self.client.log_inputs(self.run_id, lacking)
+        return {"params": len(params), "tags": len(tags), "datasets": len(lacking)}
 
     def log(self, rows: Sequence[Mapping[str, Any]]) -> int:
         """Rows of metrics.jsonl as points, each at its own step and time, the epoch once per step; returns how many
@@ -195,27 +189,17 @@ class MlflowRun:
 
     # ----------------------------------------------------------------------------------------- files
 
-    def add_model(self, folder: Path, name: str) -> None:
-        """A saved model's folder as artifact ``name``, without what only resuming needs."""
-        for path in model_files(folder):
-            self.add_file(path, name)
+    def add_model(self, saved: Saved, scores: Mapping[str, Score]) -> bool:
+        """A saved model, without what only resuming needs; returns whether any of it was not there."""
+        return self.models.add(saved, scores)
 
     def add_file(self, path: Path, folder: str | None = None) -> None:
-        """One file as an artifact: a hard link where the store is on the same disk."""
+        """One file as an artifact of the run."""
         if self.local_artifacts is None:
-            with _at_rest(path) as still:
+            with artifacts.at_rest(path) as still:
                 self.client.log_artifact(self.run_id, str(still), folder)
-            return
-        target = self.local_artifacts / (folder or "") / path.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
-        try:
-            # Only weights are linked: they are written once, under a new name; small files may be rewritten.
-            if path.suffix != WEIGHTS:
-                raise OSError("copied")
-            os.link(path, target)
-        except OSError:
-            shutil.copy2(path, target)
+        else:
+            artifacts.place(path, self.local_artifacts / (folder or "") / path.name)
 
     def lacking(self, paths: Sequence[Path], folder: str | None = None) -> list[Path]:
         """Of these files, those that the artifacts in ``folder`` do not have as they are.
@@ -224,7 +208,7 @@ class MlflowRun:
         """
         if self.local_artifacts is not None:  # looked at; to be told by MLflow takes 20 ms
             there = self.local_artifacts / (folder or "")
-            return [path for path in paths if not _is_copied(path, there / path.name)]
+            return [path for path in paths if not artifacts.is_placed(path, there / path.name)]
         listed = self.client.list_artifacts(self.run_id, folder)
         sizes = {PurePosixPath(artifact.path).name: artifact.file_size for artifact in listed}
         return [path for path in paths if sizes.get(path.name) != path.stat().st_size]
@@ -256,13 +240,6 @@ class MlflowRun:
         return there != (status, ended, tag)
 
 
-def _is_copied(path: Path, target: Path) -> bool:
-    """Whether a file is there as it is; weights, which are never rewritten, are not read for that."""
-    if not target.is_file() or target.stat().st_size != path.stat().st_size:
-        return False
-    return path.suffix == WEIGHTS or filecmp.cmp(path, target, shallow=False)
-
-
 def as_kept(name: str, step: int, value: float) -> Point:
     """A point as databases keep it, which have no infinity; without its time: what a resumed run repeats is the same.
 
@@ -271,21 +248,6 @@ def as_kept(name: str, step: int, value: float) -> Point:
     """
     most = sys.float_info.max
     return name, step, "NaN" if math.isnan(value) else max(-most, min(most, float(value)))
-
-
-@contextlib.contextmanager
-def _at_rest(path: Path) -> Iterator[Path]:
-    """A copy of a file that grows: what comes after its length was told would be taken for another request."""
-    if path.suffix not in GROWING:
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="mlmx-") as folder:
-        yield Path(shutil.copy2(path, folder))
-
-
-def model_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint that its model is loaded from."""
-    return [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in NOT_THE_MODEL]
 
 
 def add_points(store: Store, told: Mapping[str, Any], row: Mapping[str, Any]) -> None:

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 from mlmx.config import RequestError
 from mlmx.lineage import DIFF_FILE, PACKAGES_FILE, resumed_name
 from mlmx.runs import EXAMPLES_FILE, HELDOUT_FILE, Run, rows_of
+from mlmx.tracking.models import Saved, Scores
+from mlmx.tracking.registry import register
 from mlmx.tracking.writer import batches
 
 if TYPE_CHECKING:
     from mlmx.tracking import Store
     from mlmx.tracking.mlflow_run import MlflowRun
 
-RUN_FILE = "mlflow.json"  # {"name", "tags", "params", "started", "ended", "run_id"}: all that makes the MLflow run
+# {"name", "tags", "params", "started", "ended", "run_id", "register", "kept"}: all that makes the MLflow run
+RUN_FILE = "mlflow.json"
 RECORDS = ("config.yaml", "overrides.yaml", "data.json", "metrics.jsonl", "result.json", "train.log")
 LINEAGE = (PACKAGES_FILE, resumed_name(PACKAGES_FILE), DIFF_FILE, resumed_name(DIFF_FILE))
 FILES = (*RECORDS, *LINEAGE, EXAMPLES_FILE, HELDOUT_FILE)
@@ -28,7 +31,7 @@ def send(run: Run, store: Store, own: bool = True) -> dict[str, int]:
         own: the store is that of the run, whose id its files name.
 
     Returns:
-        How many were missing there: runs, params, tags, datasets, points, models, files, endings.
+        How many were missing there: runs, params, tags, datasets, points, models, files, versions, endings.
 
     Raises:
         RequestError: the run was never announced to any store.
@@ -48,12 +51,18 @@ def send(run: Run, store: Store, own: bool = True) -> dict[str, int]:
         run.write_json("result.json", result | {"run_id": mlflow.run_id})
     missing = {"runs": int(mlflow.made), **mlflow.describe(run.read_json("data.json"))}
     missing["points"] = send_points(mlflow, run.folder / "metrics.jsonl")
-    missing["models"] = send_models(mlflow, run)
+    finished = result["status"] == "FINISHED"
+    scores = Scores(run.metrics())
+    missing["models"] = send_models(mlflow, run, scores, finished)
+    if told.get("kept") is not None:  # what the run has let go of, MLflow lets go of
+        mlflow.models.keep({*told["kept"], *(folder.name for folder in run.saved())})
     missing["files"] = send_files(mlflow, run)
-    missing["endings"] = 0
+    missing["versions"] = missing["endings"] = 0
+    ended = told.get("ended") or ended_at(run, told["started"])
+    if finished and told.get("register"):
+        missing["versions"] = register(mlflow, told["register"], saved_models(run, True), scores, ended)
     if result["status"] != "RUNNING":
-        ending = result["status"], bool(result.get("resumable")), told.get("ended") or ended_at(run, told["started"])
-        missing["endings"] = int(mlflow.finish(*ending))
+        missing["endings"] = int(mlflow.finish(result["status"], bool(result.get("resumable")), ended))
     return missing
 
 
@@ -81,23 +90,23 @@ def files_of(run: Run) -> tuple[list[Path], list[Path]]:
     return files, sorted(run.plots.glob("*.png"))
 
 
-def send_models(mlflow: MlflowRun, run: Run) -> int:
-    """The models of all checkpoints that are on the disk; returns how many of them were not there as a whole."""
-    from mlmx.tracking.mlflow_run import model_files
+def send_models(mlflow: MlflowRun, run: Run, scores: Scores, final: bool) -> int:
+    """The models of all checkpoints that are on the disk; returns how many of them were not there as a whole.
 
-    missing = 0
+    Args:
+        final: and the model of the run, which has finished.
+    """
+    return sum(mlflow.add_model(saved, scores.at.get(saved.step, {})) for saved in saved_models(run, final))
+
+
+def saved_models(run: Run, final: bool) -> list[Saved]:
+    """The checkpoints of a run and, where it has finished, its model."""
+    found = []
     for folder in run.saved():
-        name = model_name(json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["epoch"])
-        lacking = mlflow.lacking(model_files(folder), name)
-        for path in lacking:
-            mlflow.add_file(path, name)
-        missing += bool(lacking)
-    return missing
-
-
-def model_name(epoch: float) -> str:
-    """Where MLflow shows the model of a checkpoint."""
-    return f"checkpoints/epoch-{epoch:g}"
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        found.append(Saved(folder, int(folder.name.rpartition("-")[2]), state["epoch"]))
+    rows = run.metrics() if final and run.model.is_dir() else []
+    return [*found, *(Saved(run.model, row["step"], row["epoch"], final=True) for row in rows[-1:])]
 
 
 def ended_at(run: Run, started: int) -> int:

@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlmx import retention
 from mlmx.config import RequestError, convert, did_you_mean, require
+from mlmx.config.commands import BEST_AND_LAST, KEEP_ALL
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -131,8 +133,12 @@ def arguments(
     return made
 
 
-def saves(arguments: TrainingArguments, num_chunks: int) -> tuple[int, int]:
-    """Checkpoints that a training writes in all, and how many of them are there at its end."""
+def saves(arguments: TrainingArguments, num_chunks: int, keep: str = KEEP_ALL) -> tuple[int, int]:
+    """Checkpoints that a training writes in all, and the most of them that are there at its end.
+
+    Args:
+        keep: the dial, see `retention`.
+    """
     batches = num_chunks / (arguments.train_batch_size * arguments.world_size)
     batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
     per_epoch = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
@@ -145,8 +151,9 @@ def saves(arguments: TrainingArguments, num_chunks: int) -> tuple[int, int]:
         every = arguments.save_steps
     every = math.ceil(every * steps) if every < 1 else every
     counts = {"no": 0, "epoch": math.ceil(steps / per_epoch), "steps": math.ceil(steps / max(every, 1))}
-    limit = arguments.save_total_limit or counts[strategy]
-    return counts[strategy], min(counts[strategy], limit + arguments.load_best_model_at_end)
+    limit = retention.limit_of(keep) or arguments.save_total_limit or counts[strategy]
+    bests = int(arguments.load_best_model_at_end) + int(keep == BEST_AND_LAST)  # of two kinds of best
+    return counts[strategy], min(counts[strategy], limit + bests)
 
 
 def optimizer_bytes(arguments: TrainingArguments, weight_bytes: int) -> int:

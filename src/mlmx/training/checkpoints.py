@@ -136,14 +136,15 @@ def remove(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def rotate(checkpoints: Path, limit: int | None, best: Path | None) -> None:
+def rotate(checkpoints: Path, limit: int | None, *best: Path | None) -> None:
     """Keep the newest ``limit`` checkpoints (all if None or 0) and the best; of interim ones only the newest."""
+    kept = {folder.resolve() for folder in best if folder is not None}
     newest, *older = all_of(checkpoints)
     for folder in older:
         if is_interim(folder):
             remove(folder)
     for folder in all_of(checkpoints)[limit:] if limit else []:
-        if folder != newest and (best is None or folder.resolve() != best.resolve()):
+        if folder != newest and folder.resolve() not in kept:
             remove(folder)
 
 

@@ -25,7 +25,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import nested_gather
 
-from mlmx import interrupts
+from mlmx import interrupts, retention
+from mlmx.config.commands import BEST_AND_LAST, KEEP_ALL
+from mlmx.runs import is_interim
 from mlmx.training import checkpoints
 from mlmx.training.mishaps import Mishaps
 
@@ -39,6 +41,7 @@ class ResumableTrainer(Trainer):
     """Saves, loads and continues exactly; ends at a safe place when a signal was noted.
 
     Attributes:
+        keep: which checkpoints stay, see `retention`; ``all`` leaves it to ``save_total_limit``.
         save_seconds: after so long without a checkpoint an interim one is saved, which the next one replaces.
         kept: what the checkpoint that was loaded says beyond weights and states.
         states: optimizer, scheduler, scaler and random states of that checkpoint.
@@ -46,6 +49,7 @@ class ResumableTrainer(Trainer):
     """
 
     save_seconds = float("inf")
+    keep = KEEP_ALL
     tokens_seen = 0
     train_seconds = 0.0  # from step end to step end: loading, masking, forward, backward and optimizer
     marked = (0, 0.0)  # tokens and seconds at the last log
@@ -166,7 +170,7 @@ class ResumableTrainer(Trainer):
             self.interim = False
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """A checkpoint of this step, whole or not at all; older ones go as ``save_total_limit`` says."""
+        """A checkpoint of this step, whole or not at all; older ones go as ``keep`` says."""
         # Asked for and done: what a checkpoint owes is what comes after it.
         asked, self.control.should_save = self.control.should_save, self.control.should_save and self.interim
         self.store_flos()
@@ -180,11 +184,21 @@ class ResumableTrainer(Trainer):
                     self.state.best_model_checkpoint = str(best)
             checkpoints.write(folder, lambda aside: self._fill(aside, loss_sum))
             found = self.state.best_model_checkpoint
-            checkpoints.rotate(folder.parent, self.args.save_total_limit, Path(found) if found else None)
+            bests = (Path(found) if found else None, self._best_of(folder.parent))
+            checkpoints.rotate(folder.parent, retention.limit_of(self.keep) or self.args.save_total_limit, *bests)
         if self.args.world_size > 1:
             self.accelerator.wait_for_everyone()
         self.control.should_save = asked
         self.saved_at = time.monotonic()
+
+    def _best_of(self, folder: Path) -> Path | None:
+        """The checkpoint that ``keep=best+last`` keeps; a resumed training's history has the scores of all."""
+        if self.keep != BEST_AND_LAST:
+            return None
+        there = {checkpoints.step_of(path): path for path in checkpoints.all_of(folder) if not is_interim(path)}
+        scores = retention.scores_of(self.state.log_history)
+        best = retention.best_step({step: scores[step] for step in there if step in scores})
+        return None if best is None else there[best]
 
     def _fill(self, aside: Path, loss_sum: float) -> None:
         self._save(str(aside))
