@@ -135,14 +135,7 @@ class Tracker:
         self.about = {"run_name": name, "command": tags.get("mlmx.command"), "protocol": protocol}
         self.run.write_json("data.json", report)
         resumed = bool(self.told)
-        texts = {key: str(value) for key, value in params.items()}
-        if resumed:  # MLflow lets no param change
-            other = {key: value for key, value in texts.items() if self.told["params"].get(key) != value}
-            self.told["tags"] |= {f"mlmx.resumed.{key}": value for key, value in other.items()}
-            self.told["tags"] |= {key: value for key, value in tags.items() if key in provenance.PROCESS_TAGS}
-        else:
-            started = int(time.time() * 1000)
-            self.told = {"name": name, "tags": dict(tags), "params": texts, "started": started, "run_id": None}
+        self._retell(name, {key: str(value) for key, value in params.items()}, tags)
         self.told |= {"ended": None, "register": registered, "kept": self._kept() if rotates else None}
         self.opening = tags.get(NOTE, "")
         self._replace_note(self.opening)
@@ -154,6 +147,16 @@ class Tracker:
             self._send_files()
             if resumed:
                 self.writer.do("earlier checkpoints", self._send_earlier)
+
+    def _retell(self, name: str, params: dict[str, str], tags: Mapping[str, str]) -> None:
+        """What makes the MLflow run; of one that is gone on with MLflow lets no param change."""
+        if not self.told:
+            started = int(time.time() * 1000)
+            self.told = {"name": name, "tags": dict(tags), "params": params, "started": started, "run_id": None}
+            return
+        other = {key: value for key, value in params.items() if self.told["params"].get(key) != value}
+        self.told["tags"] |= {f"mlmx.resumed.{key}": value for key, value in other.items()}
+        self.told["tags"] |= {key: value for key, value in tags.items() if key in provenance.PROCESS_TAGS}
 
     def log(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
         """Numbers of an optimizer step: a line of metrics.jsonl, from there points in MLflow; said aloud as well."""

@@ -129,7 +129,7 @@ class MlflowRun:
         self.client.log_batch(self.run_id, tags=tags)
         known = {(one.dataset.name, one.dataset.digest) for one in (run.inputs.dataset_inputs if run.inputs else [])}
         inputs = {name: _dataset_input(report[name], name, to) for name, to in CONTEXTS.items() if name in report}
-        self.datasets = {name: (one.dataset.name, one.dataset.digest) for name, one in inputs.items()}
+        self.datasets |= {name: (one.dataset.name, one.dataset.digest) for name, one in inputs.items()}
         lacking = [one for one in inputs.values() if (one.dataset.name, one.dataset.digest) not in known]
         if lacking:
             self.client.log_inputs(self.run_id, lacking)

@@ -146,12 +146,12 @@ class Models:
         if not known.ready:
             self.client.finalize_logged_model(known.model_id, "READY")
             known.ready, missing = True, True
-        if not known.linked:
+        scored = self._score(known, saved.step, scores)
+        if not known.linked:  # MLflow then gives it the scores of its step that it has not, without their datasets
             from mlflow.entities import LoggedModelOutput
 
             self.client.log_outputs(self.mlflow.run_id, [LoggedModelOutput(known.model_id, saved.step)])
             known.linked, missing = True, True
-        scored = self._score(known, saved.step, scores)
         if saved.final:
             self._remove_where(lambda name, other: name == FINAL and other is not known)
         return bool(missing or placed or scored)
