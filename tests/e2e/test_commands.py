@@ -245,17 +245,18 @@ def test_mlflow_artifacts(demo: Done) -> None:
     def listed(folder: str | None = None) -> set[str]:
         return {artifact.path.rpartition("/")[2] for artifact in client.list_artifacts(run_id, folder)}
 
-    assert listed() - IN_A_DIRTY_CHECKOUT == {*FILES, "heldout.npz", "checkpoints", "plots"}
+    assert listed() - IN_A_DIRTY_CHECKOUT == {*FILES, "heldout.npz", "plots"}
     assert listed("plots") == {"loss.png", "perplexity.png"}
-    assert listed("checkpoints") == {"epoch-1", "epoch-2"}
     store = Path(client.get_run(run_id).info.artifact_uri.removeprefix("file://"))
     assert store.is_relative_to(demo.outputs / "mlartifacts")
+    experiment = client.get_run(run_id).info.experiment_id
+    models = {one.name: one for one in client.search_logged_models([experiment], f"source_run_id = '{run_id}'")}
+    assert set(models) == {"epoch-1", "epoch-2", "model"}
     for epoch, step in ((1, 4), (2, 8)):
-        kept, own = store / f"checkpoints/epoch-{epoch}", demo.folder / f"checkpoints/checkpoint-{step}"
+        kept = Path(models[f"epoch-{epoch}"].artifact_location.removeprefix("file://")) / "model"
+        own = demo.folder / f"checkpoints/checkpoint-{step}"
         # no optimizer, scheduler, random state or pickle
-        assert listed(f"checkpoints/epoch-{epoch}") == {
-            *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-        }
+        assert {path.name for path in kept.iterdir()} == {"config.json", "model.safetensors"}
         linked = [(folder / "model.safetensors").stat().st_ino for folder in (kept, own)]
         assert linked[0] == linked[1], "copied, not linked"
     for name in FILES:  # what MLflow shows is the final state

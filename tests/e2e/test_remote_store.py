@@ -83,9 +83,10 @@ def test_a_run_killed_and_resumed_is_whole_on_a_server(
     assert there == wanted
     assert len(there) > 60
 
-    weights = sorted(path.read_bytes() for path in run.checkpoints.glob("*/model.safetensors"))
+    saved = [*run.checkpoints.glob("*/model.safetensors"), run.model / "model.safetensors"]
+    weights = sorted(path.read_bytes() for path in saved)
     assert sorted(path.read_bytes() for path in server.artifacts.rglob("model.safetensors")) == weights
-    assert len(weights) == 4
+    assert len(weights) == 5
     sent = {path.name: path.read_bytes() for path in server.artifacts.rglob("*.json*")}
     assert sent["metrics.jsonl"] == (run.folder / "metrics.jsonl").read_bytes()
     assert json.loads(sent["result.json"])["status"] == "FINISHED"
