@@ -272,7 +272,9 @@ def test_all_runs_stand_in_one_experiment(page: Any, server: Server, runs: Path,
     made = results(runs)
     assert len(made) == 3
     page.goto(server.address)
-    page.get_by_text("3 matching runs").wait_for()
+    page.get_by_text("4 matching runs").wait_for()  # and the sweep that two of them are jobs of
+    parent = page.locator("[role=row]", has=page.get_by_role("link", name="sweep · chunk_size"))
+    parent.locator("button").first.click()  # its jobs are folded in
     names = [result["run_name"] for result in made]
     assert names[0] == "the first"
     assert ["chunk 64" in names[1], "chunk 128" in names[2]] == [True, True]
