@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
+from mlmx.provenance import NOTE
 from mlmx.tracking.stores import make
 from mlmx.tracking.writer import brief
 
@@ -49,7 +50,6 @@ GROWING = (".jsonl", ".log")  # while the run goes on
 MOST_POINTS, MOST_PARAMS = 1000, 100  # that MLflow takes in one call
 LONGEST_TAG = 8000  # characters; it cuts longer ones
 SYSTEM = "system/"  # metrics of the machine, by MLflow's own prefix
-NOTE = "mlflow.note.content"
 ENDED_EARLY = ("KILLED", "FAILED")
 RESUMABLE = "resumable"  # the tag of a run that ended early
 
