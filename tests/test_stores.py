@@ -63,7 +63,7 @@ def test_processes_that_start_together_on_a_fresh_store_lose_nothing(processes: 
 
 
 def test_a_store_is_made_before_the_jobs_that_share_it(outputs: Path):
-    tracking.prepare(tracking.local())
+    stores.make(tracking.local())
     with sqlite3.connect(outputs / "mlflow.db") as database:
         assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert database.execute("SELECT name, artifact_location FROM experiments").fetchall() == [
@@ -71,17 +71,16 @@ def test_a_store_is_made_before_the_jobs_that_share_it(outputs: Path):
         ]
     database.close()
     made = (outputs / "mlflow.db").stat().st_ino
-    tracking.prepare(tracking.local())
+    stores.make(tracking.local())
     assert (outputs / "mlflow.db").stat().st_ino == made
     assert sorted(path.name for path in outputs.iterdir()) == [".mlflow.lock", "mlartifacts", "mlflow.db"]
-    tracking.prepare(None)
-    tracking.prepare(tracking.server(uri="http://127.0.0.1:9"))
+    stores.make(tracking.server(uri="http://127.0.0.1:9"))  # its own affair
 
 
 def test_a_network_disk_gets_no_write_ahead_log(outputs: Path, monkeypatch: pytest.MonkeyPatch):
     """Its other machines would not see the memory that the log is shared by."""
     monkeypatch.setattr(stores, "is_of_a_network", lambda path: True)
-    tracking.prepare(tracking.local())
+    stores.make(tracking.local())
     with sqlite3.connect(outputs / "mlflow.db") as database:
         assert database.execute("PRAGMA journal_mode").fetchone() == ("delete",)
     database.close()
@@ -95,7 +94,7 @@ def test_what_kind_of_disk_a_file_is_on_is_asked_of_the_system(tmp_path: Path, m
 
 def is_made_by(outputs: str) -> None:
     os.environ["MLMX_OUTPUTS"] = outputs
-    tracking.prepare(tracking.local())
+    stores.make(tracking.local())
 
 
 def test_a_process_killed_while_it_makes_the_store_leaves_no_half_of_one(outputs: Path):
@@ -109,7 +108,7 @@ def test_a_process_killed_while_it_makes_the_store_leaves_no_half_of_one(outputs
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert not (outputs / "mlflow.db").exists()
-    tracking.prepare(tracking.local())
+    stores.make(tracking.local())
     assert stores.trouble(tracking.local()) is None
     assert not aside.exists()
 

@@ -142,6 +142,22 @@ def test_other_texts_or_other_code_make_other_runs(
 
 
 @pytest.mark.usefixtures("store")
+def test_a_description_that_was_edited_in_mlflow_stays(sweep: Sweeping, outputs: Path):
+    from mlflow import MlflowClient
+
+    assert sweep("lr=1e-3") == 0
+    parent, _ = told(outputs)
+    assert "Ended FINISHED." in parent.data.tags[provenance.NOTE]
+    assert sweep("lr=1e-3") == 0
+    again, _ = told(outputs)
+    assert again.info.run_id == parent.info.run_id
+    assert "Ended FINISHED." in again.data.tags[provenance.NOTE], "not that it is running"
+    MlflowClient(f"sqlite:///{outputs / 'mlflow.db'}").set_tag(parent.info.run_id, provenance.NOTE, "my own words")
+    assert sweep("lr=1e-3") == 0
+    assert told(outputs)[0].data.tags[provenance.NOTE] == "my own words"
+
+
+@pytest.mark.usefixtures("store")
 def test_a_failing_job_ends_no_other_and_is_tried_anew(
     sweep: Sweeping, trained: list[float], outputs: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -159,7 +159,7 @@ def test_a_store_that_fails_costs_a_line_not_the_run(outputs: Path, caplog):
 def test_a_store_lost_in_the_middle_is_said_once_and_gets_everything_on_return(store: Path, outputs: Path, caplog):
     made = tracker(outputs / "run", tracking.local())
     made.log(1, 0.5, {"train/loss": 1.0})
-    until(lambda: made.run_id is not None)
+    until(lambda: made.run_id is not None)  # from here on the writer may be at any point of what it does next
     gone = store.rename(store.with_name("gone.db"))
     store.mkdir()
     for step in (2, 3):
@@ -170,6 +170,22 @@ def test_a_store_lost_in_the_middle_is_said_once_and_gets_everything_on_return(s
     made.finish("FINISHED", {})
     assert caplog.text.count("MLflow cannot be reached") == 1
     assert "did not get" not in caplog.text
+    assert history(tracking.local(), made) == logged(made)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_store_moved_away_at_the_moment_its_run_is_known_is_missed(store: Path, outputs: Path, said, monkeypatch):
+    """Else the open file would be written to under its other name, and what comes to lie there stay empty."""
+    opened = tracking.Tracker._opened
+    gone = store.with_name("gone.db")
+    monkeypatch.setattr(
+        tracking.Tracker, "_opened", lambda self, run_id: (opened(self, run_id), store.rename(gone), store.mkdir())
+    )
+    made = tracker(outputs / "run", tracking.local())
+    until(lambda: "MLflow cannot be reached" in said.text)
+    store.rmdir()
+    gone.rename(store)
+    made.finish("FINISHED", {})
     assert history(tracking.local(), made) == logged(made)
 
 

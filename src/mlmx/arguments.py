@@ -274,14 +274,18 @@ def swept(parsed: argparse.Namespace, params: Mapping[str, Any] | None = None) -
     return {o.key_or_group: str(o.input_line).partition("=")[2] for o in overrides if o.is_sweep_override()}
 
 
+def key_of(override: str) -> str:
+    """``+model@there=ours`` → ``model``."""
+    return override.lstrip("+~").partition("=")[0].partition("@")[0]
+
+
 def fixed(parsed: argparse.Namespace, keys: Iterable[str]) -> list[str]:
     """The overrides that hold for every job of a sweep over these keys; Hydra's own node is no part of a job."""
     keys = set(keys)
     return [
         override
         for override in parsed.overrides
-        if not override.lstrip("+~").startswith(("hydra.", "hydra/"))
-        and override.lstrip("+~").partition("=")[0].partition("@")[0] not in keys
+        if not override.lstrip("+~").startswith(("hydra.", "hydra/")) and key_of(override) not in keys
     ]
 
 

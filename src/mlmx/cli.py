@@ -172,48 +172,41 @@ def _run(command: str, arguments: list[str]) -> int:
         if parsed.cfg or parsed.info:
             _check_composition(command, parsed)
         elif not (parsed.hydra_help or parsed.shell_completion):
-            checked = _check_jobs(command, parsed)
+            whole = _whole(command, parsed) if parsed.multirun else None
+            checked = _check_jobs(command, parsed, whole)
             if code is not None:
                 print(f"mlmx: the code of {code} is run, with all your rights", file=sys.stderr)
-            if command == "train" and parsed.multirun:
-                return _sweep(parsed, checked)
+            if command == "train" and whole is not None:
+                return _sweep(parsed, whole, checked)
         _hand_over(command, flags_first(parsed))
     return 0
 
 
-def _sweep(parsed: argparse.Namespace, jobs: Sequence[Any]) -> int:
+def _sweep(parsed: argparse.Namespace, whole: DictConfig, jobs: Sequence[Any]) -> int:
     """``train -m``: the jobs under their parent, in a folder that is known before Hydra makes it."""
     from mlmx import sweeping
     from mlmx.arguments import flags_first, quoted
 
-    plan = _planned(parsed, jobs)
+    plan = _planned(parsed, whole, jobs)
     with sweeping.recorded(plan):
         parsed.overrides = [o for o in parsed.overrides if not o.startswith("hydra.sweep.dir=")]
         parsed.overrides.append(f"hydra.sweep.dir={quoted(str(plan.sweep.folder))}")
         _hand_over("train", flags_first(parsed))
     failed = sweeping.failures(plan.sweep)
     if failed:
-        print(
-            f"mlmx: {len(failed)} of {len(plan.sweep.jobs())} jobs failed; the same command again tries them anew",
-            file=sys.stderr,
-        )
+        then = "; the same command again tries them anew" if plan.jobs else ""  # a search goes on to other values
+        print(f"mlmx: {len(failed)} of {len(plan.sweep.jobs())} jobs failed{then}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _planned(parsed: argparse.Namespace, jobs: Sequence[Any]) -> sweeping.Plan:
-    from hydra import initialize_config_dir
-
+def _planned(parsed: argparse.Namespace, whole: DictConfig, jobs: Sequence[Any]) -> sweeping.Plan:
     from mlmx import arguments, searching, sweeping
-    from mlmx.composition import composed
-    from mlmx.hydra_node import is_grid, sweep_folder, swept_params
+    from mlmx.hydra_node import is_grid, sweep_folder
 
-    path = _search_path(parsed)
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        whole = composed("train", parsed.overrides, path, multirun=True)
-        swept = arguments.swept(parsed, swept_params("train", whole))
-        if whole.hydra.sweeper._target_ == SEARCH:
-            searching.require_possible(whole.hydra.sweeper)
-        named = any(override.startswith("hydra.sweep.dir=") for override in parsed.overrides)
+    swept = arguments.swept(parsed, whole.hydra.sweeper.get("params"))
+    if whole.hydra.sweeper._target_ == SEARCH:
+        searching.require_possible(whole.hydra.sweeper)
+    named = any(override.startswith("hydra.sweep.dir=") for override in parsed.overrides)
     command = shlex.join(["python", "-m", "mlmx", "train", "-m", *parsed.overrides])
     fixed = arguments.fixed(parsed, swept)
     number = len(jobs) if is_grid(whole) else 0
@@ -263,15 +256,28 @@ def _take_up(parsed: argparse.Namespace) -> None:
     resumption.take_up(parsed, own)
 
 
-def _check_jobs(command: str, parsed: argparse.Namespace) -> list[Any]:
+def _whole(command: str, parsed: argparse.Namespace) -> DictConfig:
+    """What holds for a whole sweep, Hydra's own node included."""
+    from hydra import initialize_config_dir
+
+    from mlmx.composition import composed
+
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return composed(command, parsed.overrides, _search_path(parsed), multirun=True)
+
+
+def _check_jobs(command: str, parsed: argparse.Namespace, whole: DictConfig | None) -> list[Any]:
     """Compose and check every job of the request before a folder is made or a library is loaded; their configs."""
-    return list(_composed(command, parsed, importlib.import_module(f"mlmx.{command}").check))
+    return list(_composed(command, parsed, importlib.import_module(f"mlmx.{command}").check, whole))
 
 
 def _composed(
-    command: str, parsed: argparse.Namespace, check: Callable[[Any], None] = lambda config: None
+    command: str,
+    parsed: argparse.Namespace,
+    check: Callable[[Any], None] = lambda config: None,
+    whole: DictConfig | None = None,
 ) -> Iterator[Any]:
-    """The config of each job of the request, checked."""
+    """The config of each job of the request, checked; ``whole`` is that of a sweep."""
     from hydra import initialize_config_dir
     from omegaconf import open_dict
 
@@ -282,10 +288,7 @@ def _composed(
 
     path = _search_path(parsed)
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        params, grid = {}, True
-        if parsed.multirun:
-            whole = composed(command, parsed.overrides, path, multirun=True)
-            params, grid = swept_params(command, whole), is_grid(whole)
+        params, grid = ({}, True) if whole is None else (swept_params(command, whole), is_grid(whole))
         for number, overrides in enumerate(jobs(parsed, params, grid)):
             try:
                 found = composed(command, overrides, path)

@@ -10,8 +10,8 @@ from typing import Any
 from mlmx.config import TRUST_FLAG, Job, TrainConfig, trusted_code
 from mlmx.data import Chunks
 from mlmx.masking import IGNORED, Masker
+from mlmx.provenance import NOTE, PARENT
 from mlmx.runs import Run
-from mlmx.sweeps import PARENT
 from mlmx.tracking import Store
 
 SHOWN_TARGETS = 12
@@ -134,7 +134,7 @@ def tags(cfg: TrainConfig, job: Job, report: Mapping[str, Mapping[str, Any]], pr
         "mlmx.data_sha256": report["corpus"]["sha256"],
         "mlmx.protocol": protocol,
         "mlmx.folder": str(job.folder),
-        "mlflow.note.content": note,
+        NOTE: note,
     }
     if job.sweep is not None:
         found["mlmx.sweep"] = str(job.sweep)

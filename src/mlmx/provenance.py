@@ -17,7 +17,8 @@ from typing import Any
 
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "hydra-core", "mlflow")
 
-
+# Tags that MLflow itself reads: what a run is nested under, and its description in markdown.
+PARENT, NOTE = "mlflow.parentRunId", "mlflow.note.content"
 PROCESS_TAGS = ("mlmx.host", "mlmx.boot_id", "mlmx.pid_namespace", "mlmx.pid", "mlmx.pid_started")
 
 

@@ -13,7 +13,7 @@ import os
 from omegaconf import OmegaConf
 
 from mlmx import alive, identity, runs
-from mlmx.arguments import quoted
+from mlmx.arguments import key_of, quoted
 from mlmx.config import RequestError, TrainConfig, path_of, require
 from mlmx.places import outputs_dir
 
@@ -69,12 +69,8 @@ def _command(run: runs.Run, parsed: argparse.Namespace, given: list[str]) -> lis
     searched = [override for override in stored if override.startswith(SEARCH)]
     if searched and not parsed.config_dir:
         parsed.config_dir = searched[-1].partition("file://")[2].rstrip("]")
-    anew = {_key(override) for override in given}
-    return [o for o in stored if _key(o) not in anew and not o.startswith(("hydra.", "resume."))]
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
+    anew = {key_of(override) for override in given}
+    return [o for o in stored if key_of(o) not in anew and not o.startswith(("hydra.", "resume."))]
 
 
 def _own(given: list[str], composed: TrainConfig | None) -> runs.Run | None:

@@ -80,7 +80,7 @@ class Search:
         from optuna.trial import TrialState
 
         for trial in self.study.get_trials(states=(TrialState.RUNNING,)):
-            self.study._storage.set_trial_user_attr(trial._trial_id, KILLED, True)
+            _trial(self.study, trial.number).set_user_attr(KILLED, True)
             self.study.tell(trial.number, state=TrialState.FAIL)
             self.study.enqueue_trial(trial.params)
 

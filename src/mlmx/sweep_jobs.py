@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from mlmx import alive, identity, provenance
 from mlmx import train as command
+from mlmx.arguments import key_of
 from mlmx.config import Job, TrainConfig
 from mlmx.errors import explain
 from mlmx.parts import parts_of, reuse_of, texts_sha256
@@ -80,11 +81,6 @@ def earlier(sweep: Sweep, cfg: TrainConfig, key: str) -> SweepJob | None:
     told = found.run.read_json("data.json")
     now = texts_sha256(parts_of(cfg))
     return found if {name: told.get(name, {}).get("content_sha256") for name in now} == now else None
-
-
-def key_of(override: str) -> str:
-    """``+model@there=ours`` → ``model``."""
-    return override.lstrip("+~").partition("=")[0].partition("@")[0]
 
 
 def objective(run: Run) -> float:

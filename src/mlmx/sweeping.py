@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING
 from mlmx import alive, charts, comparison, identity, interrupts, provenance, runs, searching, tracking
 from mlmx.config import RequestError, TrainConfig, require
 from mlmx.parts import parts_of, reuse_of
+from mlmx.provenance import PARENT
+from mlmx.redaction import redact, redacted
 from mlmx.space import writing
-from mlmx.sweeps import PARENT, SWEEP_FILE, Sweep, all_sweeps, mark_dead
-from mlmx.tracking.sync import RUN_FILE
+from mlmx.sweeps import SWEEP_FILE, Sweep, all_sweeps, mark_dead
+from mlmx.tracking.sync import RUN_FILE, replace_note
 from mlmx.tracking.writer import brief
 
 if TYPE_CHECKING:
@@ -140,23 +142,19 @@ def _parent(plan: Plan, store: tracking.Store) -> MlflowRun:
     told = home.read_json(RUN_FILE)
     again = bool(told)
     if not again:
-        tags = {
-            "mlmx.command": plan.command,
-            "mlmx.folder": str(plan.sweep.folder),
-            "mlmx.swept": ", ".join(plan.swept),
-            "mlflow.note.content": _note(plan, "The jobs are running.", None),
-        }
-        told = {"name": plan.name, "params": {}, "started": _now(), "run_id": None, "ended": None}
-        told["tags"] = tags | provenance.tags()
-        home.write_json(RUN_FILE, told)
+        tags = {"mlmx.folder": str(plan.sweep.folder), **provenance.tags()}
+        told = {"name": plan.name, "params": {}, "tags": tags, "started": _now(), "run_id": None, "ended": None}
+    swept = {"mlmx.command": plan.command, "mlmx.swept": ", ".join(plan.swept)}
+    told["tags"] |= provenance.process_tags() | redacted(swept)
+    replace_note(told, redact(_note(plan, "The jobs are running.", None)))
+    home.write_json(RUN_FILE, told)
     client, experiment = connect(store)
     parent = MlflowRun(client, experiment, told, again=again)
-    home.write_json(RUN_FILE, told | {"run_id": parent.run_id})
+    told["run_id"] = parent.run_id
+    home.write_json(RUN_FILE, told)
     if again:
         parent.reopen()
-        own = provenance.process_tags()
-        for key, value in own.items():
-            client.set_tag(parent.run_id, key, value)
+        parent.describe({})
     return parent
 
 
@@ -199,15 +197,16 @@ def _tell(plan: Plan, parent: MlflowRun, table: comparison.Table | None, files: 
     adopt(parent, plan.sweep)
     for path in files:
         parent.add_file(path, "plots" if path.parent.name == "plots" else None)
-    best = table.best if table else None
-    tags = {"mlflow.note.content": _note(plan, f"Ended {status}.", table)}
+    best, told = table.best if table else None, dict(parent.told)
     if best is not None:
-        tags |= {"mlmx.best": str(best.run.result().get("run_id")), "mlmx.best_name": best.name}
+        told["tags"] |= {"mlmx.best": str(best.run.result().get("run_id")), "mlmx.best_name": best.name}
         for name in ("heldout/loss", "eval/loss"):
             if name in best.metrics:
                 parent.client.log_metric(parent.run_id, f"best/{name.replace('/', '_')}", best.metrics[name])
-    for key, value in tags.items():
-        parent.client.set_tag(parent.run_id, key, value)
+    replace_note(told, redact(_note(plan, f"Ended {status}.", table)))
+    runs.Run(plan.sweep.folder).write_json(RUN_FILE, told)
+    parent.told = told
+    parent.describe({})
     parent.finish(status, status != "FINISHED", _now())
 
 

@@ -20,7 +20,6 @@ from mlmx.places import outputs_dir
 from mlmx.runs import Run, folders_with
 
 SWEEP_FILE, JOB_FILE = "sweep.json", "job.json"
-PARENT = "mlflow.parentRunId"  # MLflow's own tag of a nested run
 
 
 def sweep_dials(*, reuse: bool = True) -> bool:

@@ -26,8 +26,6 @@ import pytest
 from mlmx.cli import main
 
 # MLflow 3.17 asks SQLAlchemy 2.1 for a loader that is on its way out.
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
-
 DIALS = ("dataset.train_chunks=32", "dataset.eval_chunks=16", "heldout.documents=12")
 # Threads that wait for each other asleep: ten times faster where the cores are shared.
 PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,19 +15,9 @@ from mlmx.runs import Run
 from mlmx.tracking import Store, fetched
 from mlmx.tracking.sync import send
 from tests.made_runs import made
-from tests.servers import Server, serving
+from tests.servers import Server
 
-pytestmark = [
-    pytest.mark.timeout(1800),
-    # MLflow 3.17 asks SQLAlchemy 2.1 for a loader that is on its way out.
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
-]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, _store: Path) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("server"), _store) as running:
-        yield running
+pytestmark = pytest.mark.timeout(1800)
 
 
 def recorded(store: Store, folder: Path, *, parent: bool = False) -> list[Run]:

@@ -21,20 +21,10 @@ from mlmx.config import TrainConfig
 from mlmx.runs import Run, begin
 from mlmx.tracking import writer
 from mlmx.tracking.sync import send
-from tests.servers import Server, Way, serving
+from tests.servers import Server, Way
 from tests.test_tracking import REPORT, history, logged, until
 
-pytestmark = [
-    pytest.mark.timeout(1800),
-    # MLflow 3.17 asks SQLAlchemy 2.1 for a loader that is on its way out.
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
-]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, _store: Path) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("server"), _store) as running:
-        yield running
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture

@@ -21,11 +21,7 @@ from tests.servers import Server, postgres, postgres_program, serving
 from tests.test_resume import command
 from tests.test_tracking import history, logged
 
-pytestmark = [
-    pytest.mark.timeout(1800),
-    # MLflow 3.17 asks SQLAlchemy 2.1 for a loader that is on its way out.
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
-]
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -24,11 +24,6 @@ import pytest
 
 from mlmx.cli import main
 
-pytestmark = pytest.mark.filterwarnings(
-    # MLflow 3.17 asks SQLAlchemy 2.1 for a loader that is on its way out.
-    "ignore:The ``noload`` loader strategy is deprecated"
-)
-
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync"]

@@ -77,7 +77,9 @@ def test_the_wheel_holds_the_package_and_its_configs(wheel: Path) -> None:
             assert archive.read(f"mlmx/conf/{name}") == (ROOT / "conf" / name).read_bytes(), name
     code = {name for name in names if name.startswith("mlmx/") and not name.startswith("mlmx/conf/")}
     assert code == {f"mlmx/{name}" for name in files_below(ROOT / "src/mlmx")}
-    about = {name.partition("/")[2] for name in names if not name.startswith("mlmx/")}
+    plugins = {name for name in names if name.startswith("hydra_plugins/")}
+    assert plugins == {f"hydra_plugins/{name}" for name in files_below(ROOT / "src/hydra_plugins")}
+    about = {name.partition("/")[2] for name in names if not name.startswith(("mlmx/", "hydra_plugins/"))}
     assert about == {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
 
 

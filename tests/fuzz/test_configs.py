@@ -23,7 +23,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """Commands that are composed and checked as ever, and then do nothing."""
     for name in COMMANDS:
         monkeypatch.setattr(importlib.import_module(f"mlmx.{name}"), name, lambda config, job: None)
-    monkeypatch.setattr(cli, "_sweep", lambda parsed, jobs: cli._planned(parsed, jobs) and 0)
+    monkeypatch.setattr(cli, "_sweep", lambda parsed, whole, jobs: cli._planned(parsed, whole, jobs) and 0)
     folder = tmp_path / "work"
     (folder / "conf").mkdir(parents=True)
     (folder / "good.txt").write_text("A film.\n" * 30, encoding="utf-8")

@@ -6,7 +6,6 @@ from there to MLflow. Light to import: MLflow is loaded by `mlflow_run`, in the 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -21,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 from mlmx import provenance
 from mlmx.config import require, table
 from mlmx.places import outputs_dir
+from mlmx.provenance import NOTE
 from mlmx.redaction import redact, redacted
 from mlmx.runs import EXAMPLES_FILE, MetricsFile, Run
 from mlmx.tracking import stores
 from mlmx.tracking.models import Saved, Scores
 from mlmx.tracking.registry import register
-from mlmx.tracking.sync import RUN_FILE, saved_models, send, send_files, send_models
+from mlmx.tracking.sync import RUN_FILE, replace_note, saved_models, send, send_files, send_models
 from mlmx.tracking.system import SystemMetrics
 from mlmx.tracking.writer import Writer, brief
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mlmx")
 TABLES = "mlflow.loggedArtifacts"  # those that it shows side by side with other runs
-NOTE = "mlflow.note.content"  # what MLflow shows as a run's description, in markdown
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,6 @@ def server(*, uri: str, experiment: str = "mlmx", system_metrics: bool = False) 
 
 def none() -> None:
     """No MLflow; the run folder holds everything."""
-
-
-def prepare(store: Store | None) -> None:
-    """Make the store of jobs that are about to start together; what is wrong with it is theirs to say."""
-    if store is not None and store.artifacts is not None:
-        with contextlib.suppress(Exception):
-            stores.make(store)
 
 
 def reason(error: Exception, store: Store) -> str:
@@ -138,7 +130,7 @@ class Tracker:
         self._retell(name, {key: str(value) for key, value in params.items()}, tags)
         self.told |= {"ended": None, "register": registered, "kept": self._kept() if rotates else None}
         self.opening = tags.get(NOTE, "")
-        self._replace_note(self.opening)
+        replace_note(self.told, self.opening)
         self._write()
         if self.writer is not None:
             self.writer.start(self.told, resumed)
@@ -193,15 +185,9 @@ class Tracker:
     def annotate(self, text: str) -> None:
         """Put this below the opening of the MLflow run's description; one that a person has edited stays."""
         if self.told:
-            self._replace_note(redact(f"{self.opening}\n\n{text}"))
+            replace_note(self.told, redact(f"{self.opening}\n\n{text}"))
             if self.writer is not None:
                 self.writer.do("its description", lambda mlflow: mlflow.describe({}))
-
-    def _replace_note(self, note: str) -> None:
-        before = self.told["tags"].get(NOTE)
-        if before not in (None, note):
-            self.told["notes"] = [*self.told.get("notes", []), before]
-        self.told["tags"][NOTE] = note
 
     def _sample(self) -> None:
         if self.store is not None and self.store.system_metrics and self.writer is not None:

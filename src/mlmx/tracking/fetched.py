@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlmx.config import RequestError, WorkError, did_you_mean, require
+from mlmx.provenance import PARENT
 from mlmx.runs import HELDOUT_FILE, Run
 from mlmx.tracking import stores
 from mlmx.tracking.sync import RUN_FILE
@@ -27,7 +28,6 @@ CURVES = ("heldout/loss", "eval/loss", "epoch")  # whose histories are read; of 
 MOST_BYTES = 100_000_000  # of a file
 AT_ONCE = 8  # runs that are read at a time
 PAGE = 1000
-PARENT = "mlflow.parentRunId"
 
 
 def fetch(store: Store, folder: Path, *, run_ids: Sequence[str] = (), parent: str | None = None) -> list[Run]:

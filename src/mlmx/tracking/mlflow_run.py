@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from mlmx.provenance import NOTE
 from mlmx.tracking import artifacts
 from mlmx.tracking.models import Models, Saved
 from mlmx.tracking.models import Point as Score
@@ -43,7 +44,6 @@ CONTEXTS = {"train": "training", "eval": "validation", "heldout": "testing"}  # 
 MOST_POINTS, MOST_PARAMS = 1000, 100  # that MLflow takes in one call
 LONGEST_TAG = 8000  # characters; it cuts longer ones
 SYSTEM = "system/"  # metrics of the machine, by MLflow's own prefix
-NOTE = "mlflow.note.content"
 ENDED_EARLY = ("KILLED", "FAILED")
 RESUMABLE = "resumable"  # the tag of a run that ended early
 

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import sqlite3
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -174,6 +175,7 @@ def _other_schema(path: Path, uri: str) -> str | None:
     )
 
 
+@cache
 def newest_schema() -> str | None:
     """The schema of the installed MLflow: the migration that no other one follows; None where that cannot be told."""
     found = importlib.util.find_spec("mlflow")

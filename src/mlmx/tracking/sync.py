@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlmx.config import RequestError
 from mlmx.lineage import DIFF_FILE, PACKAGES_FILE, resumed_name
+from mlmx.provenance import NOTE
 from mlmx.runs import EXAMPLES_FILE, HELDOUT_FILE, Run, rows_of
 from mlmx.tracking.models import Saved, Scores
 from mlmx.tracking.registry import register
@@ -64,6 +65,14 @@ def send(run: Run, store: Store, own: bool = True) -> dict[str, int]:
     if result["status"] != "RUNNING":
         missing["endings"] = int(mlflow.finish(result["status"], bool(result.get("resumable")), ended))
     return missing
+
+
+def replace_note(told: dict[str, Any], note: str) -> None:
+    """Give mlflow.json another description; that MLflow has an earlier one is known, so an edited one can be told."""
+    before = told["tags"].get(NOTE)
+    if before not in (None, note):
+        told["notes"] = [*told.get("notes", []), before]
+    told["tags"][NOTE] = note
 
 
 def send_points(mlflow: MlflowRun, metrics: Path) -> int:

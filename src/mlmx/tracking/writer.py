@@ -138,6 +138,7 @@ class Writer:
         due = len(self.deeds)
         if self.mlflow is None:
             client, experiment = connect(self.store)
+            self.file = stores.file_of(self.store)  # before anyone hears of the run and could move the store away
             if self.told is None:
                 self.done = ending is not None
                 return
@@ -145,7 +146,7 @@ class Writer:
             if self.resumed:
                 mlflow.reopen()
             self.opened(mlflow.run_id)
-            self.mlflow, self.file = mlflow, stores.file_of(self.store)
+            self.mlflow = mlflow
         stores.require_still(self.store, self.file)
         for lines in batches(self.metrics, self.sent_bytes):
             self.mlflow.log(rows_of(lines))
