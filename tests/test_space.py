@@ -27,12 +27,11 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.mark.parametrize(("saves", "limit"), [(0, 1), (1, None), (3, None), (3, 1), (10, 2)])
 def test_the_estimate_covers_every_moment_of_a_run(saves: int, limit: int | None):
-    """Saved by saved: the new checkpoint is whole before the oldest goes, whose weights MLflow lets go of after that."""
+    """Saved by saved: the new checkpoint is whole before the oldest goes, whose weights MLflow lets go of later."""
     weights, optimizer = 10 * MB, 20 * MB
     kept = min(saves, limit or saves)
-    most = there = saved = 0
-    for _ in range(saves):
-        saved += 1
+    most = there = 0
+    for saved in range(1, saves + 1):
         deleted = saved - 1 > (limit or saves)
         most = max(most, (there + 1) * (weights + optimizer) + deleted * weights)
         there = min(there + 1, limit or saves)

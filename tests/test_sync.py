@@ -138,13 +138,13 @@ def test_a_server_that_is_away_is_said_in_one_line(offline: Path, capsys):
 # ------------------------------------------------------------------------------ a tracker without a training
 
 
-def opened(folder: Path) -> tracking.Tracker:
+def opened(folder: Path, protocol: str = "heldout-1", **more: Any) -> tracking.Tracker:
     """The tracker of a run of the local store, new or resumed."""
     if not (folder / "config.yaml").exists():
         begin(folder, TrainConfig(tracking={"name": "local"}), (), {})
     made = tracking.Tracker(Run(folder), tracking.local())
     tags = {"mlmx.command": "python -m mlmx train", "mlmx.folder": str(folder), "mlflow.note.content": "a note"}
-    made.start("a name", "heldout-1", {"lr": 1e-5}, tags, REPORT)
+    made.start("a name", protocol, {"lr": 1e-5}, tags | {"mlmx.protocol": protocol}, REPORT, **more)
     return made
 
 

@@ -52,7 +52,7 @@ def descriptions(folder: Path, files: Iterable[Path], model_id: str, run_id: str
         "input_example.json": json.dumps(example, ensure_ascii=False),
         "serving_input_example.json": json.dumps({"inputs": example}, indent=2, ensure_ascii=False),
         **_environment(),
-        "MLmodel": yaml.safe_dump(_mlmodel(list(files), model_id, run_id), allow_unicode=True),
+        "MLmodel": _yaml(_mlmodel(list(files), model_id, run_id)),
     }
 
 
@@ -102,6 +102,11 @@ def _mlmodel(files: list[Path], model_id: str, run_id: str) -> dict[str, object]
     }
 
 
+def _yaml(value: object) -> str:
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the one in Python takes five times as long
+    return str(yaml.dump(value, Dumper=dumper, allow_unicode=True))
+
+
 @cache
 def _environment() -> dict[str, str]:
     """What the model needs, pinned to what made it; nobody is asked for it."""
@@ -112,6 +117,6 @@ def _environment() -> dict[str, str]:
     virtualenv = {"python": python, "build_dependencies": ["pip"], "dependencies": ["-r requirements.txt"]}
     return {
         "requirements.txt": "".join(f"{line}\n" for line in pinned),
-        "conda.yaml": yaml.safe_dump(conda),
-        "python_env.yaml": yaml.safe_dump(virtualenv),
+        "conda.yaml": _yaml(conda),
+        "python_env.yaml": _yaml(virtualenv),
     }
