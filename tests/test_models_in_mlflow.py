@@ -95,12 +95,12 @@ def test_every_checkpoint_and_the_final_model_are_there_with_step_scores_and_dat
     steps = {output.model_id: output.step for output in run.outputs.model_outputs}
     assert {name: steps[one.model_id] for name, one in found.items()} == {"epoch-1": 2, "epoch-2": 4, "model": 4}
     datasets = {tag.value: one.dataset for one in run.inputs.dataset_inputs for tag in one.tags}
-    contexts = {"eval": "validation", "heldout": "testing", "train": "training"}
+    contexts = {"eval": "validation", "heldout": "testing"}
     for name, one in found.items():
         rows = [row for row in Run(folder).metrics() if row["step"] == steps[one.model_id]]
         wanted = {key: value for row in rows for key, value in row.items() if key.partition("/")[0] in contexts}
         assert {metric.key: metric.value for metric in one.metrics} == wanted, name
-        assert {"eval/loss", "heldout/loss", "train/loss"} <= set(wanted)
+        assert {"eval/loss", "heldout/loss"} <= set(wanted)
         for metric in one.metrics:
             dataset = datasets[contexts[metric.key.partition("/")[0]]]
             assert (metric.dataset_name, metric.dataset_digest) == (dataset.name, dataset.digest)
@@ -288,7 +288,7 @@ def test_an_answer_that_is_lost_doubles_nothing(
     outputs_there = client().get_run(made.run_id).outputs.model_outputs
     assert sorted(one.step for one in outputs_there) == [1, 2, 3]
     assert_points(folder)
-    assert {len(one.metrics) for one in models_of(folder).values()} == {3}
+    assert {len(one.metrics) for one in models_of(folder).values()} == {2}
     assert sum(send(made.run, tracking.local()).values()) == 0
 
 
@@ -325,7 +325,7 @@ def test_a_resumed_run_links_the_points_that_it_has(store: Path, outputs: Path):
     again.finish("FINISHED", {})
     found = models_of(folder)
     assert set(found) == {"epoch-1", "epoch-2", "epoch-3", "epoch-4"}
-    assert {name: len(one.metrics) for name, one in found.items()} == dict.fromkeys(found, 3)
+    assert {name: len(one.metrics) for name, one in found.items()} == dict.fromkeys(found, 2)
     points = Counter((name, step) for name, step, *_ in stored(Made(folder)))
     assert set(points.values()) == {1}
 
