@@ -432,11 +432,15 @@ def test_checkpoints_deleted_by_hand_stay_in_mlflow(store: Path, outputs: Path):
     assert weights.read_text() == "weights 1"
 
 
-def test_a_model_in_the_registry_keeps_its_files(store: Path, outputs: Path):
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_model_in_the_registry_keeps_its_files(by_hand: bool, store: Path, outputs: Path):
     folder = outputs / "train" / "run"
-    made = opened(folder, rotates=True, registered="kept")
+    made = opened(folder, rotates=True, registered=None if by_hand else "kept")
     train(made, range(1, 2))
     made.finish("FINISHED", {})
+    if by_hand:  # as MLflow's UI does it
+        one = models_of(folder)["epoch-1"]
+        client().set_logged_model_tags(one.model_id, {"mlflow.modelVersions": '[{"name": "by hand", "version": 1}]'})
     again = opened(folder, rotates=True, registered="kept")
     shutil.rmtree(folder / "checkpoints" / "checkpoint-1")
     train(again, range(2, 3))
@@ -490,6 +494,8 @@ def test_the_best_and_the_last_are_versions_with_aliases(store: Path, outputs: P
     best = client().get_model_version_by_alias("tiny", "best")
     assert best.source == models_of(made.run.folder)["epoch-2"].artifact_location
     assert (best.tags["mlmx.metric"], float(best.tags["mlmx.loss"])) == ("heldout/loss", 1.0)
+    listed = json.loads(models_of(made.run.folder)["epoch-2"].tags["mlflow.modelVersions"])
+    assert [(one["name"], int(one["version"])) for one in listed] == [("tiny", int(best.version))]
     assert sum(send(made.run, tracking.local()).values()) == 0
 
 
@@ -542,10 +548,11 @@ def test_a_version_whose_answer_is_lost_is_there_once(store: Path, outputs: Path
     create, lost = MlflowClient.create_model_version, [0]
 
     def created(self: Any, *args: Any, **kwargs: Any) -> Any:
-        create(self, *args, **kwargs)
+        version = create(self, *args, **kwargs)
         lost[0] += 1
         if lost[0] == 1:
             raise ConnectionError("no answer")
+        return version
 
     with monkeypatch.context() as way:
         way.setattr(MlflowClient, "create_model_version", created)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FINAL = "model"
 STEP, CHECKPOINT, REGISTERED = "mlmx.step", "mlmx.checkpoint", "mlmx.registered"
+VERSIONS = "mlflow.modelVersions"  # set by MLflow, also where a person registers a model in its UI
 SECTIONS = ("eval", "heldout")  # what says how good a model is; the rest is about the steps before it
 Point = tuple[float, int]  # value, milliseconds since 1970
 Key = tuple[str, str]  # name and step
@@ -235,9 +236,12 @@ class Models:
 
     def _remove_where(self, unwanted: Any) -> None:
         for (name, step), known in list(self.all().items()):
-            if REGISTERED not in known.tags and unwanted(name, known):
+            if unwanted(name, known) and not self._is_registered(known):
                 self._remove(known)
                 self.all().pop((name, step), None)
+
+    def _is_registered(self, known: Known) -> bool:
+        return bool({REGISTERED, VERSIONS} & self.client.get_logged_model(known.model_id).tags.keys())
 
     def _remove(self, known: Known) -> None:
         """The model and its files; what the run says of its step stays."""
