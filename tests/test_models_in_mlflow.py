@@ -198,6 +198,45 @@ def test_the_example_has_the_mask_of_its_own_tokenizer(tmp_path: Path):
     assert json.loads(descriptions(tmp_path, [], "m-1", "1")["input_example.json"]) == ["This is a great <mask>."]
 
 
+CODE = """
+from pathlib import Path
+Path({ran!r}).touch()
+from transformers import DistilBertConfig, DistilBertForMaskedLM
+class Config(DistilBertConfig):
+    model_type = "mine"
+class Model(DistilBertForMaskedLM):
+    config_class = Config
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_code_beside_the_weights_is_not_run_by_loading_from_mlflow(tiny: Path, tmp_path: Path, monkeypatch):
+    import mlflow.transformers
+
+    from mlmx.tracking.pipeline import descriptions, model_files, place_of
+
+    saved, ran, there = shutil.copytree(tiny, tmp_path / "saved"), tmp_path / "ran", tmp_path / "there"
+    (saved / "mine.py").write_text(CODE.format(ran=str(ran)))
+    config = json.loads((saved / "config.json").read_text())
+    config |= {"model_type": "mine", "architectures": ["Model"]}
+    config["auto_map"] = {"AutoConfig": "mine.Config", "AutoModelForMaskedLM": "mine.Model"}
+    (saved / "config.json").write_text(json.dumps(config))
+    for path in model_files(saved):
+        (there / place_of(path)).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, there / place_of(path) / path.name)
+    for name, text in descriptions(saved, model_files(saved), "m-1", "1").items():
+        (there / name).write_text(text)
+    monkeypatch.setattr("builtins.input", lambda *_: "n")  # the library asks, where somebody is there
+    with pytest.raises(Exception, match="trust_remote_code"):
+        mlflow.transformers.load_model(str(there))
+    assert not ran.exists()
+    described = yaml.safe_load((there / "MLmodel").read_text())
+    described["flavors"]["transformers"]["pipeline_model_type"] = "Model"  # as mlflow.transformers.save_model has it
+    (there / "MLmodel").write_text(yaml.safe_dump(described))
+    mlflow.transformers.load_model(str(there))
+    assert ran.exists(), "the test sees code that is run"
+
+
 @contextlib.contextmanager
 def served(address: str, folder: Path) -> Iterator[str]:
     """``mlflow models serve`` of a model on loopback; killed at the end."""

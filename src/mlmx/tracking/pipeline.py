@@ -24,7 +24,7 @@ import yaml  # type: ignore[import-untyped]
 # What makes a checkpoint loadable; the optimizer, scheduler and random states are for resuming, and stay local.
 NOT_THE_MODEL = ("optimizer.safetensors", "trainer_state.json", "state.json", "manifest.json")
 WEIGHTS = ".safetensors"
-OF_THE_MODEL = (WEIGHTS, ".safetensors.index.json", "config.json")  # endings; tokenizer_config.json is not meant
+OF_THE_MODEL = (WEIGHTS, ".safetensors.index.json", "config.json", ".py")  # endings; tokenizer_config.json is not meant
 MODEL, TOKENIZER = "model", "components/tokenizer"
 EXAMPLE, MASK = "This is a great {mask}.", "[MASK]"
 PACKAGES = ("mlflow", "torch", "transformers", "tokenizers", "safetensors")
