@@ -95,12 +95,12 @@ def test_every_checkpoint_and_the_final_model_are_there_with_step_scores_and_dat
     steps = {output.model_id: output.step for output in run.outputs.model_outputs}
     assert {name: steps[one.model_id] for name, one in found.items()} == {"epoch-1": 2, "epoch-2": 4, "model": 4}
     datasets = {tag.value: one.dataset for one in run.inputs.dataset_inputs for tag in one.tags}
-    contexts = {"eval": "validation", "heldout": "testing", "train": "training"}
+    contexts = {"eval": "validation", "heldout": "testing"}
     for name, one in found.items():
         rows = [row for row in Run(folder).metrics() if row["step"] == steps[one.model_id]]
         wanted = {key: value for row in rows for key, value in row.items() if key.partition("/")[0] in contexts}
         assert {metric.key: metric.value for metric in one.metrics} == wanted, name
-        assert {"eval/loss", "heldout/loss", "train/loss"} <= set(wanted)
+        assert {"eval/loss", "heldout/loss"} <= set(wanted)
         for metric in one.metrics:
             dataset = datasets[contexts[metric.key.partition("/")[0]]]
             assert (metric.dataset_name, metric.dataset_digest) == (dataset.name, dataset.digest)
@@ -198,16 +198,53 @@ def test_the_example_has_the_mask_of_its_own_tokenizer(tmp_path: Path):
     assert json.loads(descriptions(tmp_path, [], "m-1", "1")["input_example.json"]) == ["This is a great <mask>."]
 
 
+CODE = """
+from pathlib import Path
+Path({ran!r}).touch()
+from transformers import DistilBertConfig, DistilBertForMaskedLM
+class Config(DistilBertConfig):
+    model_type = "mine"
+class Model(DistilBertForMaskedLM):
+    config_class = Config
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_code_beside_the_weights_is_not_run_by_loading_from_mlflow(tiny: Path, tmp_path: Path, monkeypatch):
+    import mlflow.transformers
+
+    from mlmx.tracking.pipeline import descriptions, model_files, place_of
+
+    saved, ran, there = shutil.copytree(tiny, tmp_path / "saved"), tmp_path / "ran", tmp_path / "there"
+    (saved / "mine.py").write_text(CODE.format(ran=str(ran)))
+    config = json.loads((saved / "config.json").read_text())
+    config |= {"model_type": "mine", "architectures": ["Model"]}
+    config["auto_map"] = {"AutoConfig": "mine.Config", "AutoModelForMaskedLM": "mine.Model"}
+    (saved / "config.json").write_text(json.dumps(config))
+    for path in model_files(saved):
+        (there / place_of(path)).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, there / place_of(path) / path.name)
+    for name, text in descriptions(saved, model_files(saved), "m-1", "1").items():
+        (there / name).write_text(text)
+    monkeypatch.setattr("builtins.input", lambda *_: "n")  # the library asks, where somebody is there
+    with pytest.raises(Exception, match="trust_remote_code"):
+        mlflow.transformers.load_model(str(there))
+    assert not ran.exists()
+    described = yaml.safe_load((there / "MLmodel").read_text())
+    described["flavors"]["transformers"]["pipeline_model_type"] = "Model"  # as mlflow.transformers.save_model has it
+    (there / "MLmodel").write_text(yaml.safe_dump(described))
+    mlflow.transformers.load_model(str(there))
+    assert ran.exists(), "the test sees code that is run"
+
+
 @contextlib.contextmanager
 def served(address: str, folder: Path) -> Iterator[str]:
     """``mlflow models serve`` of a model on loopback; killed at the end."""
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", address, "--env-manager", "local"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    environment = os.environ | OPTIONS | {"MLFLOW_TRACKING_URI": tracking.local().uri}
-    environment["PATH"] = (
-        f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"  # as in a venv that is active
-    )
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # it starts uvicorn by name
+    environment = os.environ | OPTIONS | {"MLFLOW_TRACKING_URI": tracking.local().uri, "PATH": path}
     with (folder / "serve.log").open("wb") as out:
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, cwd=folder, start_new_session=True)
     try:
@@ -215,7 +252,8 @@ def served(address: str, folder: Path) -> Iterator[str]:
         assert process.poll() is None, (folder / "serve.log").read_text()
         yield f"http://127.0.0.1:{port}"
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
@@ -289,7 +327,7 @@ def test_an_answer_that_is_lost_doubles_nothing(
     outputs_there = client().get_run(made.run_id).outputs.model_outputs
     assert sorted(one.step for one in outputs_there) == [1, 2, 3]
     assert_points(folder)
-    assert {len(one.metrics) for one in models_of(folder).values()} == {3}
+    assert {len(one.metrics) for one in models_of(folder).values()} == {2}
     assert sum(send(made.run, tracking.local()).values()) == 0
 
 
@@ -326,7 +364,7 @@ def test_a_resumed_run_links_the_points_that_it_has(store: Path, outputs: Path):
     again.finish("FINISHED", {})
     found = models_of(folder)
     assert set(found) == {"epoch-1", "epoch-2", "epoch-3", "epoch-4"}
-    assert {name: len(one.metrics) for name, one in found.items()} == dict.fromkeys(found, 3)
+    assert {name: len(one.metrics) for name, one in found.items()} == dict.fromkeys(found, 2)
     points = Counter((name, step) for name, step, *_ in stored(Made(folder)))
     assert set(points.values()) == {1}
 
@@ -433,11 +471,15 @@ def test_checkpoints_deleted_by_hand_stay_in_mlflow(store: Path, outputs: Path):
     assert weights.read_text() == "weights 1"
 
 
-def test_a_model_in_the_registry_keeps_its_files(store: Path, outputs: Path):
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_model_in_the_registry_keeps_its_files(by_hand: bool, store: Path, outputs: Path):
     folder = outputs / "train" / "run"
-    made = opened(folder, rotates=True, registered="kept")
+    made = opened(folder, rotates=True, registered=None if by_hand else "kept")
     train(made, range(1, 2))
     made.finish("FINISHED", {})
+    if by_hand:  # as MLflow's UI does it
+        one = models_of(folder)["epoch-1"]
+        client().set_logged_model_tags(one.model_id, {"mlflow.modelVersions": '[{"name": "by hand", "version": 1}]'})
     again = opened(folder, rotates=True, registered="kept")
     shutil.rmtree(folder / "checkpoints" / "checkpoint-1")
     train(again, range(2, 3))
@@ -491,6 +533,8 @@ def test_the_best_and_the_last_are_versions_with_aliases(store: Path, outputs: P
     best = client().get_model_version_by_alias("tiny", "best")
     assert best.source == models_of(made.run.folder)["epoch-2"].artifact_location
     assert (best.tags["mlmx.metric"], float(best.tags["mlmx.loss"])) == ("heldout/loss", 1.0)
+    listed = json.loads(models_of(made.run.folder)["epoch-2"].tags["mlflow.modelVersions"])
+    assert [(one["name"], int(one["version"])) for one in listed] == [("tiny", int(best.version))]
     assert sum(send(made.run, tracking.local()).values()) == 0
 
 
@@ -543,10 +587,11 @@ def test_a_version_whose_answer_is_lost_is_there_once(store: Path, outputs: Path
     create, lost = MlflowClient.create_model_version, [0]
 
     def created(self: Any, *args: Any, **kwargs: Any) -> Any:
-        create(self, *args, **kwargs)
+        version = create(self, *args, **kwargs)
         lost[0] += 1
         if lost[0] == 1:
             raise ConnectionError("no answer")
+        return version
 
     with monkeypatch.context() as way:
         way.setattr(MlflowClient, "create_model_version", created)

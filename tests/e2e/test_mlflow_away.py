@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import threading
 import time
 from collections import Counter
@@ -41,12 +42,12 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "PATIENCE_SECONDS", 1.0)
 
 
-def tracker(folder: Path, uri: str) -> tracking.Tracker:
+def tracker(folder: Path, uri: str, **more: Any) -> tracking.Tracker:
     """A run's tracker, after `start`, as ``train tracking=server tracking.uri=…`` makes it."""
     begin(folder, TrainConfig(tracking={"name": "server", "uri": uri}), (), {})
     made = tracking.Tracker(Run(folder), tracking.server(uri=uri))
     tags = {"mlmx.command": "python -m mlmx train", "mlmx.folder": str(folder)}
-    made.start("a name", "heldout-1", {"lr": 1e-5, "seed": 42}, tags, REPORT)
+    made.start("a name", "heldout-1", {"lr": 1e-5, "seed": 42}, tags, REPORT, **more)
     return made
 
 
@@ -83,6 +84,21 @@ def runs_for(server: Server, folder: Path) -> list[Any]:
     client = MlflowClient(server.uri)
     found = client.search_runs([client.get_experiment_by_name("mlmx").experiment_id])
     return [run for run in found if run.data.tags.get("mlmx.folder") == str(folder)]
+
+
+def models_of(server: Server, made: tracking.Tracker) -> dict[str, Path]:
+    """Where the files of a run's models are, by name; each is there once, and an output of the run once."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(server.uri)
+    run = client.get_run(made.run.read_json("mlflow.json")["run_id"])
+    found = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
+    assert {str(one.status) for one in found} <= {"READY"}
+    outputs = [one.model_id for one in run.outputs.model_outputs]
+    assert len(set(outputs)) == len(outputs)
+    assert {one.model_id for one in found} <= set(outputs)  # those that were deleted stay in the run's list
+    assert len({one.name for one in found}) == len(found)
+    return {one.name: server.artifacts / one.artifact_location.partition(":/")[2].lstrip("/") for one in found}
 
 
 def in_touch(made: tracking.Tracker) -> bool:
@@ -123,9 +139,11 @@ def test_a_server_killed_again_and_again_has_every_point_once(
     assert "did not" not in said.text
     assert_equal(server, made)
     assert len(runs_for(server, made.run.folder)) == 1
-    own = [made.run.checkpoints / f"checkpoint-{number}" / "model.safetensors" for number in range(kills)]
-    there = server.artifacts.glob("**/models/*/artifacts/model/model.safetensors")
-    assert sorted(path.read_bytes() for path in there) == sorted(path.read_bytes() for path in own)
+    found = models_of(server, made)
+    assert set(found) == {f"epoch-{number}" for number in range(kills)}
+    for number in range(kills):
+        own = made.run.checkpoints / f"checkpoint-{number}" / "model.safetensors"
+        assert (found[f"epoch-{number}"] / "model" / "model.safetensors").read_bytes() == own.read_bytes()
 
 
 FAULTS: dict[str, Callable[[Way], None]] = {
@@ -168,6 +186,8 @@ def test_what_goes_wrong_at_the_start_in_the_middle_and_at_the_end_costs_no_numb
     [run] = runs_for(server, folder)
     assert run.data.tags["resumable"] == "true"
     assert len(run.inputs.dataset_inputs) == 2
+    [weights] = models_of(server, made)["epoch-1"].glob("model/*.safetensors")
+    assert weights.stat().st_size == 100_000
     assert main(["sync", f"run={folder}"]) == 0
     assert f"{way.uri} has all of it" in capsys.readouterr().out
     assert_equal(server, made)
@@ -212,11 +232,14 @@ def test_a_server_that_was_away_all_the_time_gets_everything_by_sync(way: Way, s
     assert "resumable" not in run.data.tags
     ended = made.run.read_json("mlflow.json")
     assert (run.info.start_time, run.info.end_time) == (ended["started"], ended["ended"])
-    files = {path.name: path.read_bytes() for path in server.artifacts.rglob("*") if path.is_file()}
+    there = server.artifacts.glob(f"**/{run.info.run_id}/artifacts/**/*")
+    [(name, model)] = models_of(server, made).items()
+    assert name == "epoch-2"
+    files = {path.name: path.read_bytes() for path in [*there, *model.glob("model/*")] if path.is_file()}
     own = {path.name: path.read_bytes() for path in folder.rglob("*") if path.name in files}
-    assert {name: contents for name, contents in files.items() if name in own} == own
-    assert {"model.safetensors", "loss.png", "metrics.jsonl", "result.json"} <= set(own)
-    assert "optimizer.safetensors" not in files
+    assert files == own
+    assert {"model.safetensors", "loss.png", "metrics.jsonl", "result.json"} <= set(files)
+    assert not list(server.artifacts.glob("**/optimizer.safetensors"))
 
     assert main(["sync", f"run={folder}"]) == 0
     assert "has all of it" in capsys.readouterr().out
@@ -266,3 +289,33 @@ def test_sending_again_doubles_nothing_on_a_real_server(server: Server, outputs:
     assert ignorant.log(made.run.metrics()) == 3 * 199
     assert_equal(server, made)
     assert sum(send(made.run, store).values()) == 0
+
+
+def test_what_a_run_lets_go_of_goes_on_a_real_server_and_the_best_is_in_its_registry(
+    way: Way, server: Server, outputs: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Also while answers are lost; then a run that was sent late comes to the same."""
+    from mlflow import MlflowClient
+
+    folder = outputs / "train" / "run"
+    made = tracker(folder, way.uri, registered="away", rotates=True)
+    until(lambda: in_touch(made))
+    for step, loss in enumerate((2.0, 1.0, 1.5, 1.7), start=1):
+        made.log(step, float(step), {"heldout/loss": loss})
+        for gone in {1, 3} & {step - 1}:  # keep=best+last
+            shutil.rmtree(made.run.checkpoints / f"checkpoint-{gone}")
+        way.loses_answers = step == 3
+        made.checkpoint(checkpoint(made.run, step, float(step)), step, float(step))
+        if step == 3:
+            until(lambda: made.writer is not None and made.writer.failures >= 1)
+            way.clear()
+    made.finish("FINISHED", {})
+    assert set(models_of(server, made)) == {"epoch-2", "epoch-4"}
+    described = [path for path in server.artifacts.glob("**/MLmodel") if str(made.run_id) in path.read_text()]
+    assert len(described) == 2, "the files of the others are gone"
+    client = MlflowClient(server.uri)
+    best, last = (client.get_model_version_by_alias("away", alias) for alias in ("best", "last"))
+    assert (best.tags["mlmx.step"], last.tags["mlmx.step"]) == ("2", "4")
+    assert_equal(server, made)
+    assert main(["sync", f"run={folder}"]) == 0
+    assert "has all of it" in capsys.readouterr().out

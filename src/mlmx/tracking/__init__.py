@@ -207,7 +207,7 @@ class Tracker:
             self.told["kept"] = self._kept()
             self._write()
         if self.writer is not None:
-            saved, scores = Saved(folder, step, epoch), self.scores.at.get(step, {})
+            saved, scores = Saved(folder, step, epoch), dict(self.scores.at.get(step, {}))
             self.writer.do(folder.name, partial(_add_model, saved, scores, rotates))
             if rotates:
                 kept = self.told["kept"]
@@ -217,7 +217,7 @@ class Tracker:
         """The model that the run ends with, at its last step."""
         step, epoch = self.latest
         if self.writer is not None and folder.is_dir():
-            scores = self.scores.at.get(step, {})
+            scores = dict(self.scores.at.get(step, {}))
             self.writer.do("its model", partial(_add_model, Saved(folder, step, epoch, final=True), scores, False))
 
     def _kept(self) -> list[str]:

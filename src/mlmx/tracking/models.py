@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 FINAL = "model"
 STEP, CHECKPOINT, REGISTERED = "mlmx.step", "mlmx.checkpoint", "mlmx.registered"
-SECTIONS = ("train", "eval", "heldout")
+VERSIONS = "mlflow.modelVersions"  # set by MLflow, also where a person registers a model in its UI
+SECTIONS = ("eval", "heldout")  # what says how good a model is; the rest is about the steps before it
 Point = tuple[float, int]  # value, milliseconds since 1970
 Key = tuple[str, str]  # name and step
 
@@ -59,19 +60,14 @@ class Scores:
 
     def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
         self.at: dict[int, dict[str, Point]] = {}
-        self.step, self.latest = -1, dict[str, Point]()
         for row in rows:
             self.add(row)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Another row; what the same step says later counts."""
-        if row["step"] != self.step:
-            self.step, self.latest = row["step"], {}
-        milliseconds = int(datetime.fromisoformat(row["time"]).timestamp() * 1000)
-        own = {name: (float(row[name]), milliseconds) for name in row if name.partition("/")[0] in SECTIONS}
-        self.latest |= own
-        if any(name.startswith(SECTIONS[1:]) for name in own):
-            self.at[self.step] = self.at.get(self.step, {}) | self.latest
+        if own := [name for name in row if name.partition("/")[0] in SECTIONS]:
+            milliseconds = int(datetime.fromisoformat(row["time"]).timestamp() * 1000)
+            self.at.setdefault(row["step"], {}).update({name: (float(row[name]), milliseconds) for name in own})
 
     def losses(self) -> dict[int, dict[str, float]]:
         """Name and value of everything that was measured, by step."""
@@ -170,12 +166,20 @@ class Models:
         for path in lacking:
             self._put(path, known, place_of(path))
         texts = descriptions(folder, files, known.model_id, self.mlflow.run_id)
-        unsaid = {name: text for name, text in texts.items() if name not in there}
-        with tempfile.TemporaryDirectory(prefix="mlmx-") as aside:
-            for name, text in unsaid.items():
-                (path := Path(aside) / name).write_text(text, encoding="utf-8")
-                self._put(path, known, "")
+        unsaid = {name: text for name, text in texts.items() if not known.ready or name not in there}
+        self._say(unsaid, known)
         return len(lacking) + len(unsaid)
+
+    def _say(self, texts: Mapping[str, str], known: Known) -> None:
+        if known.local is not None:
+            known.local.mkdir(parents=True, exist_ok=True)
+            for name, text in texts.items():
+                (known.local / name).write_text(text, encoding="utf-8")
+        elif texts:
+            with tempfile.TemporaryDirectory(prefix="mlmx-") as aside:
+                for name, text in texts.items():
+                    (Path(aside) / name).write_text(text, encoding="utf-8")
+                self.client.log_model_artifacts(known.model_id, aside)
 
     def _put(self, path: Path, known: Known, folder: str) -> None:
         if known.local is None:
@@ -232,9 +236,12 @@ class Models:
 
     def _remove_where(self, unwanted: Any) -> None:
         for (name, step), known in list(self.all().items()):
-            if REGISTERED not in known.tags and unwanted(name, known):
+            if unwanted(name, known) and not self._is_registered(known):
                 self._remove(known)
                 self.all().pop((name, step), None)
+
+    def _is_registered(self, known: Known) -> bool:
+        return bool({REGISTERED, VERSIONS} & self.client.get_logged_model(known.model_id).tags.keys())
 
     def _remove(self, known: Known) -> None:
         """The model and its files; what the run says of its step stays."""

@@ -16,7 +16,7 @@ import platform
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
@@ -24,7 +24,7 @@ import yaml  # type: ignore[import-untyped]
 # What makes a checkpoint loadable; the optimizer, scheduler and random states are for resuming, and stay local.
 NOT_THE_MODEL = ("optimizer.safetensors", "trainer_state.json", "state.json", "manifest.json")
 WEIGHTS = ".safetensors"
-OF_THE_MODEL = (WEIGHTS, ".safetensors.index.json", "config.json")  # endings; tokenizer_config.json is not meant
+OF_THE_MODEL = (WEIGHTS, ".safetensors.index.json", "config.json", ".py")  # endings; tokenizer_config.json is not meant
 MODEL, TOKENIZER = "model", "components/tokenizer"
 EXAMPLE, MASK = "This is a great {mask}.", "[MASK]"
 PACKAGES = ("mlflow", "torch", "transformers", "tokenizers", "safetensors")
@@ -84,10 +84,10 @@ def _mlmodel(files: list[Path], model_id: str, run_id: str) -> dict[str, object]
                 "source_model_name": "",
                 "task": "fill-mask",
                 "tokenizer_type": "AutoTokenizer",
-                "transformers_version": version("transformers"),
+                "transformers_version": _version("transformers"),
             },
         },
-        "mlflow_version": version("mlflow"),
+        "mlflow_version": _version("mlflow"),
         "model_id": model_id,
         "model_size_bytes": sum(path.stat().st_size for path in files),
         "model_uuid": model_id.removeprefix("m-"),
@@ -102,6 +102,11 @@ def _mlmodel(files: list[Path], model_id: str, run_id: str) -> dict[str, object]
     }
 
 
+@cache
+def _version(name: str) -> str:
+    return metadata.version(name)  # reads and parses a file each time
+
+
 def _yaml(value: object) -> str:
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the one in Python takes five times as long
     return str(yaml.dump(value, Dumper=dumper, allow_unicode=True))
@@ -111,7 +116,7 @@ def _yaml(value: object) -> str:
 def _environment() -> dict[str, str]:
     """What the model needs, pinned to what made it; nobody is asked for it."""
     python = platform.python_version()
-    pinned = [f"{name}=={version(name).partition('+')[0]}" for name in PACKAGES]
+    pinned = [f"{name}=={_version(name).partition('+')[0]}" for name in PACKAGES]
     dependencies = [f"python={python}", "pip", {"pip": pinned}]
     conda = {"name": "mlflow-env", "channels": ["conda-forge"], "dependencies": dependencies}
     virtualenv = {"python": python, "build_dependencies": ["pip"], "dependencies": ["-r requirements.txt"]}

@@ -7,13 +7,14 @@ measured as that one was (by one protocol and one metric).
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlmx import retention
-from mlmx.tracking.models import REGISTERED, STEP, Known, Saved, Scores
+from mlmx.tracking.models import REGISTERED, STEP, VERSIONS, Known, Saved, Scores
 
 if TYPE_CHECKING:
     from mlmx.tracking.mlflow_run import MlflowRun
@@ -123,9 +124,14 @@ def _add_version(mlflow: MlflowRun, name: str, known: Known, tags: Mapping[str, 
             raise
     mlflow.client.set_logged_model_tags(known.model_id, {REGISTERED: name})  # first: from here on its files stay
     known.tags[REGISTERED] = name
-    mlflow.client.create_model_version(
+    made = mlflow.client.create_model_version(
         name, known.address, mlflow.run_id, tags=dict(tags), await_creation_for=0, model_id=known.model_id
     )
+    # What the model's page shows; a server has written it itself.
+    listed = json.loads(mlflow.client.get_logged_model(known.model_id).tags.get(VERSIONS, "[]"))
+    one = {"name": name, "version": made.version}
+    if one not in listed:
+        mlflow.client.set_logged_model_tags(known.model_id, {VERSIONS: json.dumps([*listed, one])})
 
 
 def _set_aliases(mlflow: MlflowRun, name: str) -> None:
