@@ -87,6 +87,23 @@ def test_failed_and_nan_trials_fail_alone_and_bad_ones_are_ended_early(
     assert "(lr=" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("store")
+def test_a_pruned_run_stops_training_and_says_so_everywhere(
+    tiny: Path, corpus: Path, outputs: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(searching, "_pruner", lambda *_: optuna.pruners.ThresholdPruner(upper=0.0))  # all are too bad
+    more = ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=1", "epochs=3")
+    assert main(command(tiny, corpus, *SPACE, *more)) == 0
+    assert [trial.state for trial in trials()] == [TrialState.PRUNED]
+    [sweep] = all_sweeps()
+    [run] = sweep.runs()
+    assert [row["epoch"] for row in run.metrics()][-1] == 1.0, "of three"
+    assert (run.status, run.result()["pruned"]) == ("FINISHED", True)
+    assert "FINISHED, pruned" in (sweep.folder / "table.md").read_text()
+    _, [child] = told(outputs)
+    assert child.data.tags["mlmx.pruned"] == "true"
+
+
 def test_a_search_goes_on_when_it_is_issued_again(losses: list[Any], tiny: Path, corpus: Path):
     losses += [3.0, 2.0, 1.0, 0.5]
     for n_trials, made in ((2, 2), (2, 2), (4, 4)):

@@ -43,6 +43,7 @@ class Row:
         parts: what its protocol is made of, as far as it was recorded.
         validation: what ``eval/*`` was measured on.
         resumable: whether it ended early and can go on.
+        pruned: whether its search ended it early, as no better than other trials.
         note: what could not be read, or why it failed.
         curves: for each of `CURVES` its points over epochs, step 0 included.
     """
@@ -55,6 +56,7 @@ class Row:
     status: str
     protocol: str | None
     resumable: bool
+    pruned: bool = False
     title: str = ""
     dials: dict[str, Any] = field(default_factory=dict)
     choices: dict[str, str] = field(default_factory=dict)
@@ -111,6 +113,7 @@ def read(run: Run, failure: str = "") -> Row:
         status=status,
         protocol=None if protocol == "none" else shown(protocol),
         resumable=bool(result.get("resumable")) or (status == "KILLED" and result.get("status") == "RUNNING"),
+        pruned=bool(result.get("pruned")),
         dials=dials,
         choices=_choices(run),
         parts=_parts(report, inputs),

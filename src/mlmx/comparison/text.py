@@ -107,7 +107,8 @@ def _interval_text(row: Row) -> str:
 
 
 def _status_text(row: Row) -> str:
-    return row.status + (", resumable" if row.resumable and row.status != "FINISHED" else "")
+    ended_early = "pruned" if row.pruned else "resumable" if row.resumable and row.status != "FINISHED" else ""
+    return ", ".join(filter(None, (row.status, ended_early)))
 
 
 def value_text(value: Any) -> str:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mlmx.tracking.mlflow_run import MlflowRun
 
 log = logging.getLogger("mlmx")
+PRUNED = "mlmx.pruned"  # tag of a trial that was ended early
 TABLES = "mlflow.loggedArtifacts"  # those that it shows side by side with other runs
 
 
@@ -177,6 +178,13 @@ class Tracker:
             self._write()
         if self.writer is not None:
             self.writer.do(EXAMPLES_FILE, self._send_fills)
+
+    def prune(self) -> None:
+        """The training is ended early, as no better than others were by then; MLflow hears of it with its outcome."""
+        self.about["pruned"] = True
+        if self.told:
+            self.told["tags"][PRUNED] = "true"
+        self._write()
 
     def _send_fills(self, mlflow: MlflowRun) -> None:
         mlflow.add_file(self.run.folder / EXAMPLES_FILE)

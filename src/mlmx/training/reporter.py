@@ -30,6 +30,8 @@ class Recorder(Protocol):
 
     def fills(self, step: int, epoch: float, rows: list[dict[str, Any]]) -> None: ...
 
+    def prune(self) -> None: ...
+
 
 class Reporter(TrainerCallback):
     """Names the library's numbers as ours and hands them, and each checkpoint, to the recorder."""
@@ -85,6 +87,7 @@ class Reporter(TrainerCallback):
         is_scored = "heldout/loss" in metrics or "eval/loss" in metrics
         if is_scored and self.stop_early is not None and self.stop_early(state.epoch or 0.0, metrics):
             log.info("epoch %g  no better than other trials were by then: ended early", state.epoch or 0.0)
+            self.recorder.prune()
             control.should_training_stop = True
 
     def _speed(self, args: TrainingArguments) -> dict[str, float]:
