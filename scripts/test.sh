@@ -25,16 +25,26 @@ has postgres || ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || install
 unset PYTHONHOME PYTHONPATH
 [ $# -eq 0 ] || exec .venv/bin/python -m pytest "$@"
 
-# All of them: two halves at once, since much of the time goes into waiting for servers and disks. The first half is
-# what starts processes of its own, and what hardly computes.
-first=(tests/e2e)
-for name in alive cli doctor resume sync trust writer; do first+=("tests/test_$name.py"); done
-log=$(mktemp)
-trap 'kill "$half" 2>/dev/null || true; rm -f "$log"' EXIT
-.venv/bin/python -m pytest --color=no "${first[@]}" >"$log" 2>&1 &
-half=$!
+# All of them, in three parts at once, since much of the time goes into waiting for processes, servers and disks. What is
+# in no list is in the last part.
+real=(tests/e2e)
+runs=()
+for name in alive benchmark cli doctor models_in_mlflow resume search sweeps sync trust writer; do
+  runs+=("tests/test_$name.py")
+done
+logs=$(mktemp -d)
+parts=()
+trap 'kill "${parts[@]}" 2>/dev/null || true; rm -rf "$logs"' EXIT
+part() { # name, paths: a part in the background
+  .venv/bin/python -m pytest --color=no "${@:2}" >"$logs/$1" 2>&1 &
+  parts+=($!)
+}
+part real "${real[@]}"
+part runs "${runs[@]}"
 failed=0
-.venv/bin/python -m pytest "${first[@]/#/--ignore=}" || failed=$?
-wait "$half" || failed=$?
-cat "$log"
+.venv/bin/python -m pytest "${real[@]/#/--ignore=}" "${runs[@]/#/--ignore=}" || failed=$?
+for process in "${parts[@]}"; do
+  wait "$process" || failed=$?
+done
+cat "$logs/real" "$logs/runs"
 exit "$failed"

@@ -300,6 +300,26 @@ def train(made: tracking.Tracker, steps: range, *, loss: float = 2.0) -> None:
 
 
 @pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_checkpoint_that_was_saved_before_it_was_scored_gets_its_scores(is_there: bool, store: Path, outputs: Path):
+    """As with ``trainer.save_strategy=steps``, whose checkpoints come before the scores of their step."""
+    made = opened(outputs / "train" / "run")
+    made.log(1, 1.0, {"train/loss": 3.0})
+    made.checkpoint(checkpoint(made.run, 1, 1.0), 1, 1.0)
+    if is_there:
+        until(lambda: made.run_id is not None and "epoch-1" in models_of(made.run.folder))
+    made.log(1, 1.0, {"eval/loss": 2.0, "heldout/loss": 2.5})
+    made.finish("FINISHED", {})
+    [one] = models_of(made.run.folder).values()
+    assert {metric.key: (metric.value, bool(metric.dataset_name)) for metric in one.metrics} == {
+        "eval/loss": (2.0, True),
+        "heldout/loss": (2.5, False),  # nothing is held out in this run's report
+    }
+    assert_points(made.run.folder)
+    assert sum(send(made.run, tracking.local()).values()) == 0
+
+
+@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("call", ["create_logged_model", "finalize_logged_model", "log_outputs", "log_batch"])
 @pytest.mark.parametrize("arrives", [False, True])
 def test_an_answer_that_is_lost_doubles_nothing(

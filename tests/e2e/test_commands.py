@@ -263,18 +263,21 @@ def test_mlflow_artifacts(demo: Done) -> None:
 
 WITHOUT_MLMX = """
 import json, sys
+import mlflow.transformers
 from transformers import pipeline
-for folder in sys.argv[1:]:
-    found = pipeline("fill-mask", folder, device="cpu")("This is a great [MASK].")
+store, folder, logged = sys.argv[1:]
+mlflow.set_tracking_uri(store)
+for fill_mask in (pipeline("fill-mask", folder, device="cpu"), mlflow.transformers.load_model(logged)):
+    found = fill_mask("This is a great [MASK].")
     print(json.dumps([[fill["token_str"], 100 * fill["score"]] for fill in found]))
 assert "mlmx" not in sys.modules
 """
 
 
 def test_the_model_needs_no_mlmx(demo: Done, tmp_path: Path) -> None:
-    artifacts = demo.outputs / "mlartifacts"
-    (checkpoint,) = artifacts.glob("*/artifacts/checkpoints/epoch-2")
-    command = [sys.executable, "-c", WITHOUT_MLMX, str(demo.folder / "model"), str(checkpoint)]
+    logged = f"runs:/{demo.json('result.json')['run_id']}/epoch-2"
+    command = [sys.executable, "-c", WITHOUT_MLMX, f"sqlite:///{demo.outputs / 'mlflow.db'}"]
+    command += [str(demo.folder / "model"), logged]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     final, from_mlflow = map(json.loads, done.stdout.splitlines())

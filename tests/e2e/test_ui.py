@@ -250,6 +250,30 @@ def page(server: Server) -> Iterator[Any]:
         browser.close()
 
 
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Where screenshots go: those in docs/ are made with ``MLMX_PICTURES=docs``."""
+    return Path(os.environ.get("MLMX_PICTURES", tmp_path)).resolve()
+
+
+def picture(page: Any, path: Path) -> None:
+    """A screenshot without the assistant that MLflow opens beside the page."""
+    if (close := page.get_by_role("button", name="Close", exact=True)).count():
+        close.first.click()
+        page.wait_for_timeout(500)
+    page.screenshot(path=path)
+
+
+def unfold(page: Any, name: str) -> None:
+    """Show the jobs of the sweep on the page of all runs, which folds them in."""
+    link = page.get_by_role("link", name=name)
+    page.get_by_role("link", name="sweep · chunk_size").wait_for()
+    if not link.count():
+        row = page.locator("[role=row]", has=page.get_by_role("link", name="sweep · chunk_size"))
+        row.locator("button").first.click()
+    link.wait_for()
+
+
 def text_of(page: Any) -> list[str]:
     """The lines one can read on the page."""
     return [line.strip() for line in page.inner_text("body").splitlines() if line.strip()]
@@ -263,19 +287,19 @@ def open_run(page: Any, server: Server, result: dict[str, Any], tab: str = "") -
 
 
 @pytest.mark.browser
-def test_all_runs_stand_in_one_experiment(page: Any, server: Server, runs: Path, tmp_path: Path) -> None:
+def test_all_runs_stand_in_one_experiment(
+    page: Any, server: Server, runs: Path, pictures: Path, tmp_path: Path
+) -> None:
     made = results(runs)
     assert len(made) == 3
     page.goto(server.address)
     page.get_by_text("4 matching runs").wait_for()  # and the sweep that two of them are jobs of
-    parent = page.locator("[role=row]", has=page.get_by_role("link", name="sweep · chunk_size"))
-    parent.locator("button").first.click()  # its jobs are folded in
     names = [result["run_name"] for result in made]
     assert names[0] == "the first"
     assert ["chunk 64" in names[1], "chunk 128" in names[2]] == [True, True]
     for name in names:
-        page.get_by_role("link", name=name).wait_for()
-    page.screenshot(path=tmp_path / "runs.png")
+        unfold(page, name)
+    picture(page, pictures / "ui-runs.png")
 
     page.goto("about:blank")
     page.goto(server.address.split("#")[0] + "#/experiments")
@@ -287,7 +311,7 @@ def test_all_runs_stand_in_one_experiment(page: Any, server: Server, runs: Path,
 
 
 @pytest.mark.browser
-def test_a_run_shows_numbers_and_params(page: Any, server: Server, runs: Path, tmp_path: Path) -> None:
+def test_a_run_shows_numbers_and_params(page: Any, server: Server, runs: Path, pictures: Path) -> None:
     result = results(runs)[0]
     page.goto("about:blank")
     page.goto(server.address)
@@ -302,12 +326,46 @@ def test_a_run_shows_numbers_and_params(page: Any, server: Server, runs: Path, t
         assert lines[lines.index(name) + 1] == value
     assert "Finished" in lines
     assert result["command"] in lines  # the description says how to make it again
-    page.screenshot(path=tmp_path / "run.png")
+    picture(page, pictures / "ui-run.png")
 
 
-CURVES = """() => Object.fromEntries([...document.querySelectorAll('.js-plotly-plot')].flatMap(
+# (metric, run id, [[step, value], …]) of every line drawn on the page
+LINES = """() => [...document.querySelectorAll('.js-plotly-plot')].flatMap(
     plot => (plot.data || []).filter(line => line.metricKey && line.x && line.x.length > 1)
-        .map(line => [line.metricKey, [...line.x].map((x, i) => [x, line.y[i]])])))"""
+        .map(line => [line.metricKey, line.uuid, [...line.x].map((x, i) => [x, line.y[i]])]))"""
+CURVES = ("train/loss", "eval/loss", "eval/perplexity", "eval/accuracy", "heldout/loss")
+
+
+def history(result: dict[str, Any]) -> dict[str, list[list[float]]]:
+    """[step, value] of each of CURVES, from a run's folder."""
+    found: dict[str, list[list[float]]] = {name: [] for name in CURVES}
+    for line in (result["folder"] / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        for name in found.keys() & row.keys():
+            found[name].append([row["step"], row[name]])
+    per_epoch = {"train/loss": 2} | dict.fromkeys(CURVES[1:], 3)  # all but the training's: before it, too
+    assert {name: len(points) for name, points in found.items()} == per_epoch
+    return found
+
+
+def drawn(page: Any, wanted: set[tuple[str, str]]) -> dict[tuple[str, str], list[list[float]]]:
+    """The lines of (metric, run id), once they are drawn."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    shown: dict[tuple[str, str], list[list[float]]] = {}
+    while time.monotonic() < end and not wanted <= shown.keys():
+        page.wait_for_timeout(250)
+        shown = {(name, run_id): points for name, run_id, points in page.evaluate(LINES)}
+    return {key: points for key, points in shown.items() if key in wanted}
+
+
+def assert_drawn(page: Any, made: list[dict[str, Any]]) -> None:
+    """Every curve of these runs is on the page, point by point."""
+    wanted = {(name, one["run_id"]): points for one in made for name, points in history(one).items()}
+    shown = drawn(page, set(wanted))
+    assert shown.keys() == wanted.keys()
+    for key, points in wanted.items():
+        assert [step for step, _ in shown[key]] == [step for step, _ in points], key
+        assert [value for _, value in shown[key]] == pytest.approx([value for _, value in points]), key
 
 
 @pytest.mark.browser
@@ -315,23 +373,37 @@ def test_a_run_shows_its_curves(page: Any, server: Server, runs: Path, tmp_path:
     result = results(runs)[-1]
     page.set_viewport_size({"width": 1440, "height": 6000})  # charts are drawn once they come into view
     open_run(page, server, result, "/model-metrics")
-    wanted = {name: [] for name in ("train/loss", "eval/loss", "eval/perplexity", "eval/accuracy")}
-    for line in (result["folder"] / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        for name in wanted.keys() & row.keys():
-            wanted[name].append([row["step"], row[name]])
-    per_epoch = {"train/loss": 2, "eval/loss": 3, "eval/perplexity": 3, "eval/accuracy": 3}  # eval: and before
-    assert {name: len(points) for name, points in wanted.items()} == per_epoch
-    end = time.monotonic() + PATIENCE_SECONDS
-    shown: dict[str, Any] = {}
-    while time.monotonic() < end and not wanted.keys() <= shown.keys():
-        page.wait_for_timeout(250)
-        shown = page.evaluate(CURVES)
+    assert_drawn(page, [result])
     page.screenshot(path=tmp_path / "curves.png")
-    assert wanted.keys() <= shown.keys()
-    for name, points in wanted.items():
-        assert [step for step, _ in shown[name]] == [step for step, _ in points], name
-        assert [value for _, value in shown[name]] == pytest.approx([value for _, value in points]), name
+
+
+@pytest.mark.browser
+def test_the_jobs_of_a_sweep_are_compared(page: Any, server: Server, runs: Path, pictures: Path) -> None:
+    """Two runs that are ticked, side by side: what differs, what came out; and the curves of both in one chart."""
+    made = results(runs)[1:]
+    page.set_viewport_size({"width": 1440, "height": 900})
+    page.goto("about:blank")
+    page.goto(server.address)
+    for result in made:
+        unfold(page, result["run_name"])
+        row = page.locator("[role=row]", has=page.get_by_role("link", name=result["run_name"]))
+        row.get_by_role("checkbox").check(force=True)
+    page.get_by_role("button", name="Compare", exact=True).click()
+    page.get_by_text("Comparing 2 Runs from 1 Experiment").wait_for()
+    page.get_by_text("chunk_size").first.wait_for()
+    said = page.inner_text("body")
+    rows = {line.partition("\t")[0]: line.split("\t")[1:] for line in said.splitlines() if "\t" in line}
+    assert sorted(rows["chunk_size"], key=int) == ["64", "128"]
+    assert rows["lr"] == ["0.001", "0.001"]
+    assert {"eval/loss", "heldout/loss", "eval/perplexity"} <= set(said.splitlines())
+    picture(page, pictures / "ui-compare.png")
+
+    page.set_viewport_size({"width": 1440, "height": 6000})
+    page.goto("about:blank")
+    page.goto(f"{server.address}&compareRunsMode=CHART")
+    assert_drawn(page, made)
+    page.set_viewport_size({"width": 1440, "height": 1200})
+    picture(page, pictures / "ui-charts.png")
 
 
 @pytest.mark.browser

@@ -158,9 +158,11 @@ class Tracker:
         if new:
             self.last = self.last | new
             self.first = self.first | new if step == 0 else self.first
-            self.scores.add(self.lines.append(step, epoch, new))
+            row = self.lines.append(step, epoch, new)
             if self.writer is not None:
                 self.writer.log()
+            if self.scores.add(row) and (saved := self.run.checkpoints / f"checkpoint-{step}").is_dir():
+                self._send_model(Saved(saved, step, epoch))  # it was saved before it was scored
         shown = "  ".join(f"{name} {value:,.5g}" for name, value in metrics.items() if not name.startswith("final/"))
         if shown:
             log.info("epoch %g  step %d  %s", round(epoch, 2), step, shown)
@@ -214,19 +216,22 @@ class Tracker:
         if rotates:
             self.told["kept"] = self._kept()
             self._write()
-        if self.writer is not None:
-            saved, scores = Saved(folder, step, epoch), dict(self.scores.at.get(step, {}))
-            self.writer.do(folder.name, partial(_add_model, saved, scores, rotates))
-            if rotates:
-                kept = self.told["kept"]
-                self.writer.do("what is kept", lambda mlflow: mlflow.models.keep(kept))
+        self._send_model(Saved(folder, step, epoch))
+        if rotates and self.writer is not None:
+            kept = self.told["kept"]
+            self.writer.do("what is kept", lambda mlflow: mlflow.models.keep(kept))
 
     def model(self, folder: Path) -> None:
         """The model that the run ends with, at its last step."""
         step, epoch = self.latest
-        if self.writer is not None and folder.is_dir():
-            scores = dict(self.scores.at.get(step, {}))
-            self.writer.do("its model", partial(_add_model, Saved(folder, step, epoch, final=True), scores, False))
+        if folder.is_dir():
+            self._send_model(Saved(folder, step, epoch, final=True))
+
+    def _send_model(self, saved: Saved) -> None:
+        rotates = self.told.get("kept") is not None and not saved.final
+        if self.writer is not None:
+            what = "its model" if saved.final else saved.folder.name
+            self.writer.do(what, partial(_add_model, saved, self.scores, rotates))
 
     def _kept(self) -> list[str]:
         """The checkpoints that are there."""
@@ -284,9 +289,9 @@ class Tracker:
         self.writer.do("its files", lambda mlflow: send_files(mlflow, self.run))
 
 
-def _add_model(saved: Saved, scores: Mapping[str, Any], rotates: bool, mlflow: MlflowRun) -> None:
+def _add_model(saved: Saved, scores: Scores, rotates: bool, mlflow: MlflowRun) -> None:
     try:
-        mlflow.add_model(saved, scores)
+        mlflow.add_model(saved, dict(scores.at.get(saved.step, {})))
     except FileNotFoundError:
         if not rotates or saved.folder.exists():
             raise  # else it was let go of before MLflow came to it, and so is what MLflow has of it

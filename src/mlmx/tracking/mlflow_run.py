@@ -42,6 +42,12 @@ log = logging.getLogger("mlmx")
 
 CONTEXTS = {"train": "training", "eval": "validation", "heldout": "testing"}  # of the splits, as MLflow calls them
 MOST_POINTS, MOST_PARAMS = 1000, 100  # that MLflow takes in one call
+# What MLflow's pages compare runs by unless told otherwise, and that these are no LLM applications.
+EXPERIMENT_TAGS = {
+    "mlflow.experiment.primaryMetric.name": "heldout/loss",
+    "mlflow.experiment.primaryMetric.greaterIsBetter": "False",
+    "mlflow.experimentKind": "custom_model_development",
+}
 LONGEST_TAG = 8000  # characters; it cuts longer ones
 SYSTEM = "system/"  # metrics of the machine, by MLflow's own prefix
 ENDED_EARLY = ("KILLED", "FAILED")
@@ -274,7 +280,7 @@ def connect(store: Store) -> tuple[MlflowClient, str]:
         return client, str(known.experiment_id)
     location = store.artifacts.as_uri() if store.artifacts else None
     try:
-        return client, str(client.create_experiment(store.experiment, artifact_location=location))
+        return client, str(client.create_experiment(store.experiment, location, EXPERIMENT_TAGS))
     except MlflowException:
         known = client.get_experiment_by_name(store.experiment)
         if known is None:

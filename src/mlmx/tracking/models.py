@@ -63,11 +63,13 @@ class Scores:
         for row in rows:
             self.add(row)
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Another row; what the same step says later counts."""
-        if own := [name for name in row if name.partition("/")[0] in SECTIONS]:
+    def add(self, row: Mapping[str, Any]) -> bool:
+        """Another row, and whether it has any; what the same step says later counts."""
+        own = [name for name in row if name.partition("/")[0] in SECTIONS]
+        if own:
             milliseconds = int(datetime.fromisoformat(row["time"]).timestamp() * 1000)
             self.at.setdefault(row["step"], {}).update({name: (float(row[name]), milliseconds) for name in own})
+        return bool(own)
 
     def losses(self) -> dict[int, dict[str, float]]:
         """Name and value of everything that was measured, by step."""
