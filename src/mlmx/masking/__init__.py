@@ -212,11 +212,10 @@ def take_units(unit_starts: Bools, candidates: Bools, budgets: Floats, draws: Dr
     if not unit_starts.all():
         order = draws_of_units(unit_starts, order)
     order[~candidates] = LAST
-    # The unit at the budget's edge is that of the token at rank `budget`; ranks beyond the largest need no order.
+    # The unit at the budget's edge is that of the token at rank `budget`; full rows have one rank, and need no sorting.
     rank = budgets.astype(np.int64)
-    first = np.sort(np.partition(order, rank.max(), axis=1)[:, : rank.max() + 1], axis=1)
-    edge = first[np.arange(len(first))[:, None], rank]
-    before = (first < edge).sum(axis=1, keepdims=True)
+    edge = np.take_along_axis(np.partition(order, np.unique(rank), axis=1), rank, axis=1)
+    before = (order < edge).sum(axis=1, keepdims=True, dtype=np.int32)
     size = (order == edge).sum(axis=1, keepdims=True, dtype=np.int32)
     taken = coins * size < budgets - before
     targets: Bools = order < edge + taken
