@@ -39,6 +39,7 @@ COMMANDS = {
     "doctor": "look after runs that ended without saying so: mark them, clear up, say how to go on",
     "sync": "send to MLflow what it did not get of a run, because it was away or the run was killed",
 }
+LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # the only one that runs jobs in this process
 SEARCH = "hydra_plugins.mlmx_optuna.sweeper.OptunaSweeper"
 HELP_FLAGS = ("-h", "--help")
 
@@ -186,9 +187,10 @@ def _sweep(parsed: argparse.Namespace, whole: DictConfig, jobs: Sequence[Any]) -
     """``train -m``: the jobs under their parent, in a folder that is known before Hydra makes it."""
     from mlmx import sweeping
     from mlmx.arguments import flags_first, quoted
+    from mlmx.interrupts import passed_on
 
-    plan = _planned(parsed, whole, jobs)
-    with sweeping.recorded(plan):
+    plan, elsewhere = _planned(parsed, whole, jobs), whole.hydra.launcher._target_ != LAUNCHER
+    with sweeping.recorded(plan), passed_on() if elsewhere else contextlib.nullcontext():
         parsed.overrides = [o for o in parsed.overrides if not o.startswith("hydra.sweep.dir=")]
         parsed.overrides.append(f"hydra.sweep.dir={quoted(str(plan.sweep.folder))}")
         _hand_over("train", flags_first(parsed))

@@ -2,12 +2,14 @@
 
 SIGINT, SIGTERM, SIGHUP and SIGUSR1 (Slurm's warning before a time limit) raise `Interrupted` in the main thread.
 Inside `deferred` the first one is only noted, for the code in it to stop where its work is safe; the second ends the
-process on the spot, without another line of Python.
+process on the spot, without another line of Python. Where jobs run in processes of their own, `passed_on` gives it to
+them, and `in_worker` is what they do with it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -39,6 +41,10 @@ class _Asked:
 
     number: int | None = None
     deferring: bool = False
+    passing: bool = False  # to the child processes
+    handling: bool = False
+    patient: bool = False  # another process says when to end on the spot
+    working: bool = False  # for that process
 
 
 _asked = _Asked()
@@ -52,9 +58,11 @@ def handled() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in SIGNALS if main and signal.getsignal(number) in ours}
     for number in before:
         signal.signal(number, _arrived)
+    outer, _asked.handling = _asked.handling, True
     try:
         yield
     finally:
+        _asked.handling = outer
         if before:  # else they are another block's, around this one
             _asked.number = None
         for number, handler in before.items():
@@ -63,9 +71,16 @@ def handled() -> Iterator[None]:
 
 def _arrived(number: int, frame: object) -> None:
     again, _asked.number = _asked.number is not None, number
+    if again and _asked.patient and _asked.working:
+        return  # a terminal gives it to the whole group, and the parent passes it on
+    children = multiprocessing.active_children() if _asked.passing else []
+    for child in children:
+        assert child.pid is not None  # it was started
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.kill(child.pid, signal.SIGKILL if again else number)
     if again and _asked.deferring:
         os._exit(Interrupted(number).code)
-    if not _asked.deferring:
+    if not _asked.deferring or (_asked.passing and not children):
         raise Interrupted(number)
 
 
@@ -88,6 +103,46 @@ def at_once() -> Iterator[None]:
         yield
     finally:
         _asked.deferring = before
+
+
+@contextlib.contextmanager
+def passed_on() -> Iterator[None]:
+    """Around jobs in child processes: these get the signal, and it is raised when they are done; with the second one
+    they end on the spot, as this process does."""
+    before, _asked.passing = _asked.passing, True
+    try:
+        with deferred():
+            yield
+    except Exception:
+        raise_noted()  # a child that was not ready for it has died of it
+        raise
+    finally:
+        _asked.passing = before
+    raise_noted()
+
+
+def is_worker() -> bool:
+    """Whether this process runs jobs of another, which handles the signals of the command."""
+    return _asked.patient or not _asked.handling
+
+
+@contextlib.contextmanager
+def in_worker() -> Iterator[None]:
+    """Around a job in such a process: a signal is raised in it once, or at its beginning if it came before.
+
+    The signals are ours from then on. What ends one job ends those after it, too.
+    """
+    if not _asked.patient:
+        _asked.patient = _asked.deferring = True
+        for number in SIGNALS:
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                signal.signal(number, _arrived)
+    _asked.working = True
+    try:
+        with at_once():
+            yield
+    finally:
+        _asked.working = False
 
 
 def noted() -> bool:

@@ -5,6 +5,7 @@ Decided where the job runs, from what lies in the sweep's folder: so it is the s
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -12,7 +13,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mlmx import alive, identity, provenance
+from mlmx import alive, identity, interrupts, provenance
 from mlmx import train as command
 from mlmx.arguments import key_of
 from mlmx.config import Job, TrainConfig
@@ -40,8 +41,15 @@ def run_job(cfg: TrainConfig, job: Job, number: int, stop_early: StopEarly | Non
     assert job.sweep is not None
     if os.environ.get("RANK", "0") != "0":  # of several processes one keeps the record
         return command.train(cfg, job, stop_early)
-    with log_to():
-        return _run_job(cfg, job, Sweep(job.sweep), number, stop_early)
+    with log_to(), contextlib.ExitStack() as where:
+        try:
+            if interrupts.is_worker():
+                where.enter_context(interrupts.in_worker())
+            return _run_job(cfg, job, Sweep(job.sweep), number, stop_early)
+        except interrupts.Interrupted:
+            if not interrupts.is_worker():
+                raise
+            return math.nan  # raised, it would have the launcher end other jobs before they are saved
 
 
 def _run_job(cfg: TrainConfig, job: Job, sweep: Sweep, number: int, stop_early: StopEarly | None) -> float:
@@ -62,6 +70,10 @@ def _run_job(cfg: TrainConfig, job: Job, sweep: Sweep, number: int, stop_early: 
         resumed = {"run": str(folder), "allow": []} if (folder / "config.yaml").is_file() else cfg.resume
         parent = Run(sweep.folder).read_json(RUN_FILE).get("run_id")
         return command.train(replace(cfg, resume=resumed), replace(job, folder=folder, parent=parent), stop_early)
+    except interrupts.Interrupted as error:
+        if folder is not None and interrupts.is_worker():  # the sweep may not have been asked to end, and has to know
+            fail_job(folder, str(error))
+        raise
     except Exception as error:
         error.add_note(f"job {number} of the sweep ({what})")
         _, line = explain(error, "train")
