@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -42,6 +43,39 @@ def _run(argv: list[str], outputs: str, said: str, environment: dict[str, str]) 
 
     CountedTrainer.training_step = slowly  # type: ignore[method-assign]
     sys.exit(main(argv))
+
+
+def free_port() -> int:
+    """Below the range that outgoing connections are given: between asking and use nobody else is handed it."""
+    for port in range(20000 + os.getpid() % 5000, 32000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise AssertionError("no free port")
+
+
+def distributed() -> list[dict[str, str]]:
+    """The environment of each of the two processes of a training, as ``torchrun --nproc-per-node 2`` sets it."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+
+
+def run_distributed(work: Callable[..., None], *args: Any) -> None:
+    """Call ``work(rank, *args)``, a function of a module, in each of the two processes of a training."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    processes = [context.Process(target=_work, args=(given, work, args)) for given in distributed()]
+    for process in processes:
+        process.start()
+    assert [ended(process) for process in processes] == [0, 0]
+
+
+def _work(environment: dict[str, str], work: Callable[..., None], args: tuple[Any, ...]) -> None:
+    import torch
+
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    work(int(environment["RANK"]), *args)
 
 
 def ended(process: ForkServerProcess) -> int | None:

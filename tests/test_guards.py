@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +19,8 @@ from mlmx.runs import Run, all_runs
 from mlmx.training import guards
 from mlmx.training.engine import CountedTrainer, make_trainer, run_and_save
 from mlmx.training.out_of_memory import brief, is_out_of_memory, parts
-from tests.processes import IMPORTED, ended
-from tests.test_loss import Notes, Rows, free_port, stack
+from tests.processes import run_distributed
+from tests.test_loss import Notes, Rows, stack
 from tests.test_model import CONFIGS
 
 NAN, INF = math.nan, math.inf
@@ -312,13 +310,7 @@ def test_the_librarys_arithmetic_stops_too(tmp_path: Path):
 
 
 def test_processes_agree_on_a_step_that_fails_in_one_of_them(tmp_path: Path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
-    port = free_port()
-    processes = [context.Process(target=one_of_two, args=(rank, port, tmp_path)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    assert [ended(process) for process in processes] == [0, 0]
+    run_distributed(one_of_two, tmp_path)
     one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert one["skipped"] == other["skipped"] == [3]
     assert one["weights"] == other["weights"]
@@ -326,11 +318,8 @@ def test_processes_agree_on_a_step_that_fails_in_one_of_them(tmp_path: Path):
     assert other["logged"] == []
 
 
-def one_of_two(rank: int, port: int, folder: Path) -> None:
+def one_of_two(rank: int, folder: Path) -> None:
     """A process of a distributed training; in the second one, the loss of step 3 fails and its gradient does not."""
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
     made = Made(folder / str(rank), on_nan="skip", batch_size=4)
     own_loss = made.trainer.compute_loss
 

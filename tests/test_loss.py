@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import torch
 from transformers import AutoModelForMaskedLM
 
 from mlmx import model, training
+from tests.processes import distributed, ended, run_distributed, started
 from tests.test_model import CONFIGS
 
 CUTS = [(8, 1), (4, 2), (2, 4), (1, 8)]
@@ -115,30 +113,15 @@ def test_an_effective_batch_without_targets_has_loss_0(tmp_path: Path):
     assert torch.isfinite(weights).all()
 
 
-PROCESSES = """
-import json, os, sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-import torch
-torch.set_num_threads(1)
-from tests.test_loss import trained
-notes, weights = trained("distilbert", [1, 12, 1, 1, 1, 3, 1, 16], 4, 1, Path({folder!r}))
-if os.environ["RANK"] == "0":
-    Path({folder!r}, "result.json").write_text(json.dumps([notes.rows, weights.tolist()]))
-"""
+def one_of_two(rank: int, folder: Path) -> None:
+    notes, weights = trained("distilbert", [1, 12, 1, 1, 1, 3, 1, 16], 4, 1, folder)
+    if rank == 0:
+        (folder / "result.json").write_text(json.dumps([notes.rows, weights.tolist()]))
 
 
 def test_two_processes_give_the_loss_of_one(tmp_path: Path):
     """A batch of 8 as 2 processes × 4: the same rows in each step, so the same loss, gradient and weights."""
-    root = str(Path(__file__).resolve().parents[1])
-    script = tmp_path / "two.py"
-    script.write_text(PROCESSES.format(root=root, folder=str(tmp_path)))
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([sys.executable, script], env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank})
-        for rank in ("0", "1")
-    ]
-    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    run_distributed(one_of_two, tmp_path)
     rows, weights = json.loads((tmp_path / "result.json").read_text())
     whole, whole_weights = trained("distilbert", [1, 12, 1, 1, 1, 3, 1, 16], 8, 1, tmp_path)
     for mine, theirs in zip(rows, whole.rows, strict=True):
@@ -148,36 +131,19 @@ def test_two_processes_give_the_loss_of_one(tmp_path: Path):
     assert torch.linalg.norm(torch.tensor(weights) - whole_weights) <= 1e-6 * torch.linalg.norm(whole_weights)
 
 
-def free_port() -> int:
-    import socket
-
-    # Below the range that outgoing connections are given: between asking and use nobody else is handed it.
-    for port in range(20000 + os.getpid() % 5000, 32000):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
-    raise AssertionError("no free port")
-
-
-def test_a_distributed_run_keeps_one_record(tiny: Path, corpus: Path, outputs: Path):
+def test_a_distributed_run_keeps_one_record(tiny: Path, corpus: Path, outputs: Path, tmp_path: Path):
     """``torchrun --nproc-per-node 2 -m mlmx train …``: one folder, one history, the loss of a single process."""
     from mlmx import cli
     from mlmx.runs import all_runs
 
     sizes = ["chunk_size=32", "dataset.train_chunks=16", "dataset.eval_chunks=8", "heldout.documents=3", "epochs=1"]
     fixed = ["train", f"model.path={tiny}", "dataset=files", f"dataset.path={corpus}", "precision=fp32", *sizes]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "mlmx", *fixed, "batch_size=4", "tracking=none"]
-    processes = [
-        subprocess.Popen(
-            command, env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.DEVNULL
-        )
-        for rank in ("0", "1")
-    ]
-    assert [process.wait(timeout=240) for process in processes] == [0, 0]
-    (distributed,) = all_runs()
+    given = [*fixed, "batch_size=4", "tracking=none"]
+    processes = [started(given, outputs, tmp_path / "said.txt", environment) for environment in distributed()]
+    assert [ended(process) for process in processes] == [0, 0]
+    (two,) = all_runs()
     assert cli.main([*fixed, "batch_size=8", "tracking=none"]) == 0
-    alone = next(run for run in all_runs() if run.folder != distributed.folder)
+    alone = next(run for run in all_runs() if run.folder != two.folder)
     for name in ("train/loss", "train/grad_norm", "eval/loss", "heldout/loss"):
-        values = [[row[name] for row in run.metrics() if name in row] for run in (distributed, alone)]
+        values = [[row[name] for row in run.metrics() if name in row] for run in (two, alone)]
         assert values[0] == pytest.approx(values[1], rel=1e-5), name

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +10,8 @@ import pytest
 import torch
 
 from mlmx import data, masking, model, training
-from tests.test_loss import Notes, free_port
+from tests.processes import run_distributed
+from tests.test_loss import Notes
 
 ROWS = 24
 
@@ -100,31 +98,14 @@ def test_masks_are_the_same_token_for_token(
     assert masks_of(tmp_path / "masks") == expected
 
 
-PROCESS = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-import torch
-torch.set_num_threads(1)
-from tests.test_masks_in_training import train
-train(Path({folder!r}), Path({corpus!r}), Path({tokenizer!r}), batch_size=4)
-"""
+def one_of_two(rank: int, folder: Path, corpus: Path, uncased: Path) -> None:
+    train(folder / str(rank), corpus, uncased, batch_size=4)
 
 
 def test_two_processes_share_out_the_same_masks(
     tmp_path: Path, corpus: Path, uncased: Path, expected: dict[str, bytes]
 ):
-    root = str(Path(__file__).resolve().parents[1])
-    port = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    processes = []
-    for rank in ("0", "1"):
-        folder = tmp_path / rank
-        code = PROCESS.format(root=root, folder=str(folder), corpus=str(corpus), tokenizer=str(uncased))
-        script = tmp_path / f"process_{rank}.py"
-        script.write_text(code)
-        environment = {**os.environ, **port, "RANK": rank, "LOCAL_RANK": rank}
-        processes.append(subprocess.Popen([sys.executable, script], env=environment))
-    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    run_distributed(one_of_two, tmp_path, corpus, uncased)
     halves = [masks_of(tmp_path / rank) for rank in ("0", "1")]
     assert halves[0].keys() != halves[1].keys()
     assert halves[0] | halves[1] == expected

@@ -116,12 +116,13 @@ def test_the_same_sweep_again_makes_no_run_twice_and_takes_in_new_values(sweep: 
 
 
 def test_another_sweep_is_another_one(sweep: Sweeping, trained: list[float]):
-    for more in (["lr=1e-4,1e-3"], ["lr=1e-4,1e-3", "seed=1"], ["lr=1e-4", "seed=42,1"]):
+    for more in (["lr=1e-4"], ["lr=1e-4", "seed=1"], ["lr=1e-4", "seed=42,1"]):
         assert sweep(*more, "tracking=none") == 0
     assert len(all_sweeps()) == 3
-    assert len(trained) == 6
-    assert sweep("lr=1e-4,1e-3", "tracking=none", "sweep.reuse=false") == 0
+    assert len(trained) == 4
+    assert sweep("lr=1e-4", "tracking=none", "sweep.reuse=false") == 0
     assert len(all_sweeps()) == 4
+    assert len(trained) == 5
 
 
 def test_other_texts_or_other_code_make_other_runs(
@@ -129,16 +130,16 @@ def test_other_texts_or_other_code_make_other_runs(
 ):
     texts = tmp_path / "texts.jsonl"
     texts.write_bytes(corpus.read_bytes())
-    given = (f"dataset.path={texts}", "lr=1e-4,1e-3", "tracking=none")
+    given = (f"dataset.path={texts}", "lr=1e-4", "tracking=none")
     assert sweep(*given) == 0
     rows = texts.read_text(encoding="utf-8").splitlines()
     texts.write_text("\n".join(rows[10:]) + "\n", encoding="utf-8")
     assert sweep(*given) == 0
-    assert trained == [1e-4, 1e-3] * 2
-    assert [run.folder.name for run in the_sweep().runs()] == ["2", "3"], "the table shows the newest of each"
+    assert len(trained) == 2
+    assert [run.folder.name for run in the_sweep().runs()] == ["1"], "the table shows the newest of each"
     monkeypatch.setattr(provenance, "code_version", lambda: "another")
     assert sweep(*given) == 0
-    assert trained == [1e-4, 1e-3] * 3
+    assert len(trained) == 3
 
 
 @pytest.mark.usefixtures("store")

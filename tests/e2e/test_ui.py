@@ -190,7 +190,13 @@ def test_tells_no_one(server: Server) -> None:
     assert {environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] for environment in environments} == {"false"}
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        pytest.param(signal.SIGINT, 130, id="SIGINT"),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.nightly, id="SIGTERM"),
+    ],
+)
 def test_a_signal_ends_all_of_it(number: signal.Signals, code: int, runs: Path, tmp_path: Path) -> None:
     with serving(runs, tmp_path / "log.txt") as server:
         family = server.descendants
