@@ -115,6 +115,7 @@ fi
 locked .venv/.mlmx-rest.txt
 
 install --editable . || fail "installing mlmx itself failed (see above)"
+.venv/bin/python -m compileall -q src || true # as of the other packages, also where Python is told to write none
 conflicts=$(pip check 2>&1) || fail "the installed packages do not fit together: $conflicts"
 
 wanted >"$stamp.new"

@@ -227,3 +227,16 @@ def test_a_plot_holds_nothing_of_the_run_before(tmp_path: Path):
     first = [path.read_bytes() for path in draw(few, tmp_path, "a run")]
     draw(many, tmp_path, "another")
     assert [path.read_bytes() for path in draw(few, tmp_path, "a run")] == first
+
+
+def test_of_steps_that_log_at_once_some_are_said_and_all_are_kept(tmp_path: Path, said: pytest.LogCaptureFixture):
+    tracker = tracking.Tracker(Run(tmp_path), None)
+    for step in range(1, 51):
+        tracker.log(step, 1.0, {"train/loss": 1.0 / step})
+    tracker.log(50, 1.0, {"heldout/loss": 2.5})
+    tracker.finish("FINISHED", {})
+    assert [row["step"] for row in Run(tmp_path).metrics()] == [*range(1, 51), 50]
+    lines = [record.getMessage() for record in said.records]
+    assert lines[0] == "epoch 1  step 1  train/loss 1"
+    assert lines[-1] == "epoch 1  step 50  heldout/loss 2.5"
+    assert len(lines) < 50

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoTokenizer, Trainer
 
 from benchmark.sizes import MLM_PROBABILITY
-from benchmark.stock import load_reviews, step_numbers, thread_facts, timed_batches
+from benchmark.stock import load_reviews, step_numbers, thread_facts, timed_batches, work
 from benchmark.turns import Stopwatch, Turns
 from mlmx import cli, data, masking, runs, tracking
 from mlmx import train as command
@@ -141,20 +141,20 @@ def mask(
     return timed_batches(collate, chunks.__getitems__(range(rows)), times)  # as torch's DataLoader asks for them
 
 
-def track(_channel: Channel, folder: str, steps: int, pause: float) -> dict[str, float]:
+def track(_channel: Channel, folder: str, steps: int, step_seconds: float) -> dict[str, float]:
     """Seconds per step that tracking takes from training: logging, and what the end has to wait for because of it.
 
     ``cpu_seconds`` are those of all threads, also where training does not wait for them.
     """
     store = tracking.Store(f"sqlite:///{folder}/mlflow.db", "mlmx", Path(folder) / "mlartifacts")
-    _making_the_store, empty = (logged(store, Path(folder) / name, 0, pause) for name in ("first", "empty"))
-    full = logged(store, Path(folder) / "run", steps, pause)
+    _making_the_store, empty = (logged(store, Path(folder) / name, 0, step_seconds) for name in ("first", "empty"))
+    full = logged(store, Path(folder) / "run", steps, step_seconds)
     waited = max(full["ending"] - empty["ending"], 0.0)
     cpu = max(full["cpu"] - empty["cpu"], 0.0)
     return {"seconds": (full["logging"] + waited) / steps, "cpu_seconds": cpu / steps}
 
 
-def logged(store: tracking.Store, folder: Path, steps: int, pause: float) -> dict[str, float]:
+def logged(store: tracking.Store, folder: Path, steps: int, step_seconds: float) -> dict[str, float]:
     """Seconds that logging so many steps and then ending the run take from the training thread, and CPU seconds."""
     folder.mkdir(parents=True)
     run, logging = runs.Run(folder), 0.0
@@ -163,7 +163,7 @@ def logged(store: tracking.Store, folder: Path, steps: int, pause: float) -> dic
         tracker.start("benchmark", "none", {}, {}, {})
         cpu = time.process_time()
         for step in range(steps):
-            time.sleep(pause)
+            cpu += work(step_seconds)
             began = time.perf_counter()
             tracker.log(step, 0.0, step_numbers(step))
             logging += time.perf_counter() - began

@@ -205,7 +205,7 @@ def tracking(bench: Bench) -> Reading:
         for _ in range(bench.repeats):
             for side in SIDES:
                 steps = bench.sizes.log_steps[side]
-                given = {"folder": str(bench.place("store")), "steps": steps, "pause": 0.005}
+                given = {"folder": str(bench.place("store")), "steps": steps, "step_seconds": 0.005}
                 found[side].append(pair.workers[side].ask("track", **given))
     waited, cpu = ({side: [one[name] * 1e3 for one in found[side]] for side in SIDES} for name in TRACKED)
     return Reading(waited, notes={"CPU milliseconds of all threads, per step": cpu})

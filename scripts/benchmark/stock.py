@@ -223,7 +223,19 @@ def timed_batches(collate: Any, rows: Any, times: int) -> dict[str, Any]:
     return {"seconds": statistics.median(seconds[1:]), "share": share, "shape": list(batch["labels"].shape)}
 
 
-def track(_channel: Channel, folder: str, steps: int, pause: float) -> dict[str, float]:
+def work(seconds: float) -> float:
+    """Compute for so long, as a step of a training does that logs; returns the CPU seconds of it.
+
+    Not `time.sleep`: after that a core has to wake up first, and all that comes next takes several times as long.
+    """
+    numbers = np.ones(2**18, np.float32)
+    until, cpu = time.perf_counter() + seconds, time.thread_time()
+    while time.perf_counter() < until:
+        np.sqrt(numbers, out=numbers)
+    return time.thread_time() - cpu
+
+
+def track(_channel: Channel, folder: str, steps: int, step_seconds: float) -> dict[str, float]:
     """Seconds per step of one synchronous MLflow call with the step's numbers, in a fresh sqlite store."""
     import mlflow
 
@@ -233,7 +245,7 @@ def track(_channel: Channel, folder: str, steps: int, pause: float) -> dict[str,
     with mlflow.start_run():
         cpu = time.process_time()
         for step in range(steps):
-            time.sleep(pause)
+            cpu += work(step_seconds)
             began = time.perf_counter()
             mlflow.log_metrics(step_numbers(step), step=step, synchronous=True)
             seconds += time.perf_counter() - began

@@ -177,6 +177,7 @@ class MetricsFile:
         self.file = self.path.open("a+b", buffering=0)
         self.size = self._whole_bytes()
         self.file.truncate(self.size)
+        self.zone = datetime.now().astimezone().tzinfo  # asking for it at each line takes as long as writing one
 
     def append(self, step: int, epoch: float, metrics: Mapping[str, float]) -> dict[str, Any]:
         """One line, whole or not at all; returns its row.
@@ -184,16 +185,16 @@ class MetricsFile:
         Raises:
             OSError: it could not be written (a full disk, say).
         """
-        row = {"step": step, "epoch": round(epoch, 6), "time": datetime.now().astimezone().isoformat(), **metrics}
+        row = {"step": step, "epoch": round(epoch, 6), "time": datetime.now(self.zone).isoformat(), **metrics}
         line = memoryview((json.dumps(row) + "\n").encode())
         written = 0
         try:
-            with space.writing(self.path):
-                while written < len(line):
-                    written += self.file.write(line[written:])
+            while written < len(line):
+                written += self.file.write(line[written:])
         except OSError:
             self.file.truncate(self.size)  # half a line would spoil the next one
-            raise
+            with space.writing(self.path):
+                raise
         self.size += written
         return row
 

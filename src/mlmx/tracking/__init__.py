@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mlmx")
 PRUNED = "mlmx.pruned"  # tag of a trial that was ended early
+STEPS_SAID_EVERY_SECONDS = 0.1  # saying a step costs more than keeping its numbers
 TABLES = "mlflow.loggedArtifacts"  # those that it shows side by side with other runs
 
 
@@ -102,6 +103,7 @@ class Tracker:
         self.about: dict[str, Any] = {}
         self.seconds: Mapping[str, float] = {}
         self.opening = ""  # what the MLflow run's description begins with
+        self.said = -math.inf  # when a step was said, by the monotonic clock
         self.system: SystemMetrics | None = None
         self.writing = threading.Lock()  # files are written again by the writer's thread, with the id
         self.writer = Writer(store, self.lines.path, self._opened) if store is not None else None
@@ -152,7 +154,10 @@ class Tracker:
         self.told["tags"] |= {key: value for key, value in tags.items() if key in provenance.PROCESS_TAGS}
 
     def log(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
-        """Numbers of an optimizer step: a line of metrics.jsonl, from there points in MLflow; said aloud as well."""
+        """Numbers of an optimizer step: a line of metrics.jsonl, from there points in MLflow; said aloud as well.
+
+        Of steps that log many times a second some are said; scores always are.
+        """
         self.latest = (step, epoch)
         new = {name: value for name, value in metrics.items() if self._is_new((step, name), value)}
         if new:
@@ -163,6 +168,13 @@ class Tracker:
                 self.writer.log()
             if self.scores.add(row) and (saved := self.run.checkpoints / f"checkpoint-{step}").is_dir():
                 self._send_model(Saved(saved, step, epoch))  # it was saved before it was scored
+        self._say(step, epoch, metrics)
+
+    def _say(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
+        if all(name.startswith("train/") for name in metrics):
+            if time.monotonic() < self.said + STEPS_SAID_EVERY_SECONDS:
+                return
+            self.said = time.monotonic()
         shown = "  ".join(f"{name} {value:,.5g}" for name, value in metrics.items() if not name.startswith("final/"))
         if shown:
             log.info("epoch %g  step %d  %s", round(epoch, 2), step, shown)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import sys
 import threading
 import time
 from collections import deque
@@ -26,6 +27,7 @@ SEND_EVERY_SECONDS = 1.0
 RETRY_AFTER_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 READ_BYTES = 65_536  # of metrics.jsonl at a time: some 1,000 points
 PATIENCE_SECONDS = 5.0  # at the end of a run, for an MLflow that is away
+SWITCH_SECONDS = 0.0005  # how long training waits for Python when this thread has it; by default ten times as long
 STALL_SECONDS = 300.0  # at the end of a run, for one deed of an MLflow that answers (weights on their way to a server)
 
 Deed = Callable[["MlflowRun"], object]
@@ -64,6 +66,7 @@ class Writer:
         self.given_up = self.done = False
         self.something, self.at_once = threading.Event(), threading.Event()
         self.something.set()
+        sys.setswitchinterval(min(SWITCH_SECONDS, sys.getswitchinterval()))
         self.thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self.thread.start()
 
