@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 from mlmx.cli import main
 from mlmx.runs import Run, is_interim
 from mlmx.training import checkpoints
-from tests.processes import ended, reached, started, wait_until
-from tests.test_loss import free_port
+from tests.processes import distributed, ended, reached, started, wait_until
 
 STEPS = 20
 CLOCK = ("time", "train/tokens_per_second", "perf/tokens_per_second", "perf/mfu")
@@ -303,8 +302,7 @@ def test_a_run_of_two_processes_is_resumed_by_two(dropping, corpus, outputs):
     """As ``torchrun`` starts them: only the first knows the folder, both go on from its checkpoint."""
 
     def run(argv: list[str], when=None) -> list[int | None]:
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        ranks = [shared | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"} for rank in ("0", "1")]
+        ranks = [environment | {"OMP_NUM_THREADS": "1"} for environment in distributed()]
         both = [started(argv, outputs, outputs.parent / f"said{rank['RANK']}.txt", rank) for rank in ranks]
         if when is not None:
             wait_until(when, both[0])
