@@ -27,7 +27,7 @@ unset PYTHONHOME PYTHONPATH
 
 # All of them, in three parts at once, since much of the time goes into waiting for processes, servers and disks. What is
 # in no list is in the last part.
-real=(tests/e2e)
+real=(tests/e2e tests/test_launchers.py)
 runs=()
 for name in alive benchmark cli doctor models_in_mlflow resume search sweeps sync trust writer; do
   runs+=("tests/test_$name.py")

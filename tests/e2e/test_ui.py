@@ -97,10 +97,13 @@ def serving(outputs: Path, log: Path, *dials: str) -> Iterator[Server]:
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny: Path, corpus: Path) -> Path:
     """Outputs of three short trainings, two of them one multirun."""
     outputs = tmp_path_factory.mktemp("ui") / "outputs"
-    common = [f"model.path={tiny}", "dataset=files", f"dataset.path={corpus}", "dataset.train_chunks=32"]
+    shutil.copytree(tiny, outputs.parent / "encoder")
+    shutil.copy(corpus, outputs.parent / "reviews.jsonl")
+    common = ["model.path=encoder", "dataset=files", "dataset.path=reviews.jsonl", "dataset.train_chunks=32"]
     common += ["dataset.eval_chunks=16", "epochs=2", "lr=1e-3", "tracking=local"]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.setenv("MLMX_OUTPUTS", str(outputs))
+        patch.chdir(outputs.parent)  # the names on the page, and on its pictures, are short ones
         assert main(["train", *common, "chunk_size=64", "run_name=the first"]) == 0
         assert main(["train", *common, "-m", "chunk_size=64,128"]) == 0
     return outputs
@@ -317,7 +320,7 @@ def test_all_runs_stand_in_one_experiment(
 
 
 @pytest.mark.browser
-def test_a_run_shows_numbers_and_params(page: Any, server: Server, runs: Path, pictures: Path) -> None:
+def test_a_run_shows_numbers_and_params(page: Any, server: Server, runs: Path, tmp_path: Path) -> None:
     result = results(runs)[0]
     page.goto("about:blank")
     page.goto(server.address)
@@ -332,7 +335,7 @@ def test_a_run_shows_numbers_and_params(page: Any, server: Server, runs: Path, p
         assert lines[lines.index(name) + 1] == value
     assert "Finished" in lines
     assert result["command"] in lines  # the description says how to make it again
-    picture(page, pictures / "ui-run.png")
+    picture(page, tmp_path / "run.png")
 
 
 # (metric, run id, [[step, value], …]) of every line drawn on the page
