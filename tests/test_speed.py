@@ -5,14 +5,17 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AlbertConfig, AutoModelForMaskedLM, BertConfig, DistilBertConfig
 
 from mlmx import memory, runs
+from mlmx.training import flops
 from mlmx.training.flops import flops_per_token, matmul_peak
 from tests.test_training import train, train_scratch
 
@@ -64,6 +67,22 @@ def test_measuring_the_machine_leaves_the_random_state_alone():
     before = torch.get_rng_state()
     assert matmul_peak("cpu", torch.float32) > 1e6
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_precision_that_is_only_imitated_is_not_measured_for_long(monkeypatch: pytest.MonkeyPatch):
+    own, products = torch.mm, []
+
+    def slow(*args: Any, **kwargs: Any) -> torch.Tensor:
+        products.append(1)
+        time.sleep(0.02)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "mm", slow)
+    monkeypatch.setattr(flops, "MEASURED_SECONDS", 0.01)
+    matmul_peak.cache_clear()
+    assert matmul_peak("cpu", torch.float32) > 0
+    assert products == [1]
+    matmul_peak.cache_clear()
 
 
 def test_what_is_alive_is_settled_and_what_is_left_behind_is_cleared():

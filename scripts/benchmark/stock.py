@@ -224,10 +224,7 @@ def timed_batches(collate: Any, rows: Any, times: int) -> dict[str, Any]:
 
 
 def work(seconds: float) -> float:
-    """Compute for so long, as a step of a training does that logs; returns the CPU seconds of it.
-
-    Not `time.sleep`: after that a core has to wake up first, and all that comes next takes several times as long.
-    """
+    """Compute for so long, as a training does between two loggings; returns the CPU seconds of it."""
     numbers = np.ones(2**18, np.float32)
     until, cpu = time.perf_counter() + seconds, time.thread_time()
     while time.perf_counter() < until:
