@@ -129,6 +129,20 @@ def test_the_page_stands_alone_and_shows_names_as_text(tmp_path: Path):
     assert Page(charts.report(tabulate([]), "nothing")).sources == []
 
 
+def test_values_that_lie_close_do_not_hide_each_other(tmp_path: Path):
+    """As a search draws them: each run has its own of everything."""
+    values = [(0.118823, 8.6e-4), (0.146798, 2.1e-5), (0.279598, 2.9e-4), (0.385214, 5.6e-5)]
+    dials = [{"mlm_probability": rate, "lr": lr} for rate, lr in values]
+    table = tabulate([made(tmp_path / str(place), one, loss=2.5 + place) for place, one in enumerate(dials)])
+    rows = table.groups[0].rows
+    rate, lr = (charts._dial(key, rows) for key in ("mlm_probability", "lr"))
+    figure = charts._against(table, rows, rate, [lr])
+    [axes] = figure.axes
+    assert {label.get_rotation() for label in axes.get_xticklabels()} == {25.0}
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts() if "lr" in text.get_text()] == [], "a colour for each run"
+
+
 def test_no_state_of_matplotlib_is_touched(tmp_path: Path):
     import matplotlib as mpl
 

@@ -30,6 +30,7 @@ from mlmx.comparison.text import cells, group_title, headings, is_text, keys_sho
 
 DPI = 130
 COLOURS = ("#0b6e99", "#b5482a", "#3a7d44", "#7b4ea3", "#c08a1e", "#4a4a4a", "#c2588f", "#2aa198")
+LINE_CHARACTERS = 60  # of labels side by side below an axis
 MANY = len(COLOURS)  # more curves than these are coloured by their loss, not one by one
 MOST_DIALS = 8  # axes of the parallel coordinates, and charts of one dial
 MOST_TICKS = 8
@@ -278,7 +279,8 @@ def _against(table: Table, rows: Sequence[Row], dial: Dial, others: Sequence[Dia
     figure = _figure(7.5, 4.6)
     axes = figure.add_subplot()
     _plain_ticks(axes)
-    coloured = next((other for other in others if len(other.values) <= MANY), None)
+    # Where every run has a value of its own, as in a search, a colour for each would tell nothing.
+    coloured = next((other for other in others if len(other.values) <= min(MANY, len(rows) - 1)), None)
     for alike in _alike(rows, others):
         alike.sort(key=lambda row: dial.at(row.varies[dial.key]))
         xs = [dial.at(row.varies[dial.key]) for row in alike]
@@ -330,7 +332,11 @@ def _along(axes: Axes, dial: Dial) -> None:
     ticks = [dial.at(value) for value in dial.ticks]
     texts = [_short(value_text(value), 18) for value in dial.ticks]
     axes.xaxis.set_major_locator(FixedLocator(ticks))
-    crowded = sum(map(len, texts)) > 60
+    marks = sorted(zip(map(dial.share, dial.ticks), map(len, texts), strict=True))
+    crowded = any(
+        (right - left) * LINE_CHARACTERS < (one + other) / 2
+        for (left, one), (right, other) in itertools.pairwise(marks)
+    )
     axes.set_xticks(ticks, texts, rotation=25 if crowded else 0, ha="right" if crowded else "center", parse_math=False)
     axes.margins(x=0.08)
 
