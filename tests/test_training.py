@@ -178,8 +178,23 @@ def test_precision_auto_is_what_the_hardware_multiplies(monkeypatch: pytest.Monk
     assert training.resolve_precision("fp32", on_cpu=True) == "fp32"
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_trains_on_a_gpu(tiny: Path, corpus: Path):
-    run = train(tiny, corpus, "precision=auto", "trainer=gpu")
-    assert last(run, "eval/loss") < run.metrics()[0]["eval/loss"]
+def test_tf32_is_what_a_run_asks_for_and_no_score_has_it():
+    from transformers.utils.import_utils import enable_tf32
+
+    from mlmx.scoring import full_fp32
+
+    def switches() -> tuple[str, bool, str]:
+        matmul = torch.backends.cuda.matmul
+        return torch.get_float32_matmul_precision(), matmul.allow_tf32, matmul.fp32_precision
+
+    try:
+        for wanted, found in ((True, ("high", True, "tf32")), (False, ("highest", False, "ieee"))):
+            enable_tf32(True)  # as TrainingArguments does, and leaves it to whatever trains next
+            training.use_tf32(wanted)
+            assert switches() == found
+            with full_fp32():
+                assert switches() == ("highest", False, "ieee")
+                assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+            assert switches() == found
+    finally:
+        training.use_tf32(False)

@@ -160,12 +160,15 @@ def likeliest(
 @contextlib.contextmanager
 def full_fp32() -> Iterator[None]:
     """No TF32 inside the block: a score is the same whether or not training uses it."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    cudnn: Any = torch.backends.cudnn
+    products, convolutions = torch.get_float32_matmul_precision(), cudnn.conv.fp32_precision
+    torch.set_float32_matmul_precision("highest")
+    cudnn.conv.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        torch.set_float32_matmul_precision(products)
+        cudnn.conv.fp32_precision = convolutions
 
 
 @contextlib.contextmanager

@@ -99,6 +99,7 @@ def arguments(
     given = _checked_fields(options, inspect.signature(transformers.TrainingArguments).parameters)
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
     on_cpu = bool(given.pop("use_cpu", False)) or not accelerated
+    on_cuda = torch.cuda.is_available() and not on_cpu
     require(
         not given.get("tf32") or torch.cuda.is_available(),
         "trainer.tf32=true: needs a CUDA device, and there is none; leave it out, or use trainer=cpu",
@@ -107,6 +108,8 @@ def arguments(
     if not on_cpu:
         # Batches are pinned by the loader; their copies then overlap with the step before.
         given.setdefault("accelerator_config", {"non_blocking": True})
+    if on_cuda:
+        given.setdefault("tf32", False)  # else torch_compile would switch it on, also for precision=fp32
     try:
         made = transformers.TrainingArguments(
             output_dir=str(folder),
@@ -130,7 +133,22 @@ def arguments(
         raise RequestError(f"trainer: transformers.TrainingArguments refuses this: {error}") from error
     # One process seeing several GPUs would silently become DataParallel, which splits batches and losses.
     made._n_gpu = min(1, made.n_gpu)
+    if on_cuda:
+        use_tf32(bool(made.tf32))
     return made
+
+
+def use_tf32(wanted: bool) -> None:
+    """Whether fp32 matrix products on CUDA may be TF32's, from here on.
+
+    Torch has an old and a new switch for it, and every reader of the old one, `torch.compile` among them, fails where
+    they differ. The library turns the new one alone, for all devices, and leaves it so for the next job of a sweep.
+    """
+    import torch
+
+    backends: Any = torch.backends
+    backends.fp32_precision = "ieee"
+    torch.set_float32_matmul_precision("high" if wanted else "highest")  # turns both
 
 
 def saves(arguments: TrainingArguments, num_chunks: int, keep: str = KEEP_ALL) -> tuple[int, int]:
