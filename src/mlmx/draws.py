@@ -5,6 +5,7 @@ Number t of a key needs no numbers before it, so whoever asks, in whatever order
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -30,10 +31,16 @@ def mix(state: Words) -> Words:
 
 def sample_keys(seed: int, epochs: NDArray[Any], samples: NDArray[Any], stream: int = 0) -> Words:
     """One 64-bit key per sample, uint64[B], from (seed, stream, epoch, sample)."""
-    key = np.full(len(samples), seed * 2 + stream, np.uint64)
+    key = _first_word(seed * 2 + stream)
     for part in (epochs, samples):
-        key = mix(key + GOLDEN) ^ part.astype(np.uint64)
-    return mix(key + GOLDEN)
+        key = mix((key ^ part.astype(np.uint64)) + GOLDEN)
+    return key
+
+
+@lru_cache
+def _first_word(number: int) -> Words:
+    """uint64[1], what every key of a seed and stream begins with."""
+    return mix(np.full(1, number, np.uint64) + GOLDEN)
 
 
 def bits_at(keys: Words, positions: NDArray[Any], stream: int = 0) -> Words:
@@ -41,16 +48,31 @@ def bits_at(keys: Words, positions: NDArray[Any], stream: int = 0) -> Words:
 
     Keys and positions are broadcast against each other; positions may wrap round below 0.
     """
+    return mix(_of_stream(keys, stream) + _counters(positions))
+
+
+def _of_stream(keys: Words, stream: int) -> Words:
+    return keys ^ np.uint64(stream * STREAM % 2**64) if stream else keys
+
+
+def _counters(positions: NDArray[Any]) -> Words:
     counters = positions.astype(np.uint64)
     counters += np.uint64(1)
     counters *= GOLDEN
-    return mix((keys ^ np.uint64(stream * STREAM % 2**64) if stream else keys) + counters)
+    return counters
+
+
+@lru_cache
+def _first_counters(length: int) -> Words:
+    """uint64[length], those of the positions from 0 on: every batch asks for the same."""
+    return _counters(np.arange(length))
 
 
 def random_bits(keys: Words, length: int, stream: int = 0, first: Words | None = None) -> Words:
     """uint64[B, length]: the words of each key at ``length`` positions from ``first`` (uint64[B], 0 by default) on."""
-    positions = np.arange(length, dtype=np.uint64)[None, :]
-    return bits_at(keys[:, None], positions if first is None else positions + first[:, None], stream)
+    if first is None:
+        return mix(_of_stream(keys, stream)[:, None] + _first_counters(length))
+    return bits_at(keys[:, None], np.arange(length, dtype=np.uint64) + first[:, None], stream)
 
 
 def random_halves(keys: Words, length: int, stream: int = 0) -> NDArray[np.uint32]:

@@ -191,8 +191,7 @@ class Masker:
         """Which tokens are to be predicted, bool[B, T]: ``rate`` of each row's candidates in expectation."""
         length = word_starts.shape[1]
         budgets = (rates * candidates.sum(axis=1, dtype=np.int32))[:, None]
-        nothing = np.broadcast_to(0.0, word_starts.shape)
-        uniforms = uniform32(random_halves(keys, length)) if self.draws_units else nothing
+        uniforms = uniform32(random_halves(keys, length)) if self.draws_units else np.zeros(word_starts.shape)
         unit_starts = self.strategy(uniforms, word_starts, budgets)
         draws = random_halves(keys, 1 + length, stream=1)
         return take_units(unit_starts, candidates, budgets, draws[:, 1:], uniform32(draws[:, :1]))
@@ -213,8 +212,9 @@ def take_units(unit_starts: Bools, candidates: Bools, budgets: Floats, draws: Dr
         order = draws_of_units(unit_starts, order)
     order[~candidates] = LAST
     # The unit at the budget's edge is that of the token at rank `budget`; full rows have one rank, and need no sorting.
-    rank = budgets.astype(np.int64)
-    edge = np.take_along_axis(np.partition(order, np.unique(rank), axis=1), rank, axis=1)
+    rank = budgets[:, 0].astype(np.int64)
+    ranked = np.partition(order, rank[0] if (rank == rank[0]).all() else np.unique(rank), axis=1)
+    edge = ranked[np.arange(len(rank)), rank][:, None]
     before = (order < edge).sum(axis=1, keepdims=True, dtype=np.int32)
     size = (order == edge).sum(axis=1, keepdims=True, dtype=np.int32)
     taken = coins * size < budgets - before
@@ -250,10 +250,10 @@ def shown(right: Ids, bits: Words, vocabulary: Vocabulary, shares: tuple[float, 
         bits: uint64[M], a random word for each.
     """
     mask_share, random_share = shares
-    fate = uniform(bits)
-    masked = fate < mask_share
+    fate = bits >> np.uint64(11)  # of 2⁵³
+    masked = fate < mask_share * 2**53
     ids = np.where(masked, vocabulary.mask_id, right)
-    random = np.flatnonzero((fate < mask_share + random_share) & ~masked)
+    random = np.flatnonzero((fate < (mask_share + random_share) * 2**53) & ~masked)
     ids[random] = vocabulary.ordinary[mix(~bits[random]) % np.uint64(len(vocabulary.ordinary))]
     return ids
 
