@@ -18,7 +18,7 @@ LAYERS = [
     ["places", "redaction"],
     ["config"],
     ["space"],
-    ["runs", "sources", "provenance", "draws", "memory", "interrupts", "identity", "documents", "retention"],
+    ["runs", "sources", "provenance", "draws", "memory", "threads", "interrupts", "identity", "documents", "retention"],
     ["alive", "lineage"],
     ["sweeps"],
     ["comparison"],

@@ -45,7 +45,7 @@ def test_a_fixed_number_of_rows_has_the_full_heads_loss_and_gradient(family: str
 def test_auto_is_bf16_and_learns(tiny: Path, corpus: Path, capsys: pytest.CaptureFixture[str]):
     bf16_or_skip()
     run = train(tiny, corpus, "precision=auto", "trainer=gpu")
-    assert "on cuda in bf16" in capsys.readouterr().err
+    assert "on cuda in bf16" in capsys.readouterr().out
     assert last(run, "eval/loss") < run.metrics()[0]["eval/loss"]
     assert 0 < last(run, "perf/mfu") < 1
 

@@ -105,6 +105,20 @@ def test_a_compiled_model_is_compiled_once_and_gathers_each_batch_s_own_position
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_compiled_model_s_attention_has_no_mask_so_that_fused_kernels_apply(family: str):
+    attention = []
+
+    def look(graph: torch.fx.GraphModule, _inputs: object):
+        nodes = [node for node in graph.graph.nodes if "scaled_dot_product_attention" in str(node.target)]
+        attention.extend(node.kwargs.get("attn_mask") for node in nodes)
+        return graph.forward
+
+    loaded = AutoModelForMaskedLM.from_config(CONFIGS[family]).eval()
+    model.masked_logits(torch.compile(loaded, backend=look), batch_of(0), 24)
+    assert attention == ([] if family in ("deberta_v2", "mpnet") else [None, None])  # those add positions to the scores
+
+
 def test_activation_checkpointing_gives_the_same_gradient():
     torch.manual_seed(0)
     loaded = AutoModelForMaskedLM.from_config(CONFIGS["bert"]).double().train()

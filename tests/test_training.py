@@ -178,6 +178,15 @@ def test_precision_auto_is_what_the_hardware_multiplies(monkeypatch: pytest.Monk
     assert training.resolve_precision("fp32", on_cpu=True) == "fp32"
 
 
+def test_a_compiled_training_has_the_same_losses(tiny: Path, corpus: Path):
+    plain, compiled = (
+        train(tiny, corpus, *more)
+        for more in ([], ["trainer.torch_compile=true", "trainer.torch_compile_backend=aot_eager"])
+    )
+    for name in ("train/loss", "eval/loss"):
+        assert last(compiled, name) == pytest.approx(last(plain, name), rel=1e-5), name
+
+
 def test_tf32_is_what_a_run_asks_for_and_no_score_has_it():
     from transformers.utils.import_utils import enable_tf32
 

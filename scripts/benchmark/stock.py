@@ -278,7 +278,15 @@ def thread_facts() -> dict[str, Any]:
     """Threads, waiting policy and the instruction set torch uses, in the calling process."""
     import os
 
-    names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "KMP_AFFINITY", "LD_PRELOAD", "MALLOC_CONF")
+    names = (
+        "OMP_NUM_THREADS",
+        "OMP_WAIT_POLICY",
+        "GOMP_SPINCOUNT",
+        "OMP_PROC_BIND",
+        "KMP_AFFINITY",
+        "LD_PRELOAD",
+        "MALLOC_CONF",
+    )
     return {
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),

@@ -57,8 +57,10 @@ def serve(side: str) -> None:
     channel = Channel(os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8"))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    if side == "mlmx":  # every command sets its environment before torch is loaded; the recipe sets none
-        import_module("mlmx.cli").main(["--version"])
+    # What every command sets where nothing else is at work, before torch is loaded: here the other side waits.
+    # The recipe sets nothing.
+    if side == "mlmx" and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": import_module("mlmx.threads").SPINS}
     functions = import_module(MODULES[side])
     while True:
         name, given = channel.receive()

@@ -46,8 +46,6 @@ HELP_FLAGS = ("-h", "--help")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
-    # Read when torch loads its threads. Spinning ones gain nothing here and starve whatever shares the cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if isinstance(sys.stdout, io.TextIOWrapper):  # what cannot be shown is no reason to end a run
         sys.stdout.reconfigure(errors="backslashreplace")
     streams = (contextlib.redirect_stdout, sys.stdout), (contextlib.redirect_stderr, sys.stderr)
@@ -162,7 +160,9 @@ def _run(command: str, arguments: list[str]) -> int:
     from mlmx.arguments import flags_first, parse, take_trusted_code
     from mlmx.config import register_schemas, trusting
     from mlmx.runs import register_resolvers
+    from mlmx.threads import Neighbours, choose_waiting
 
+    neighbours = Neighbours()
     register_schemas()
     register_resolvers()
     code, arguments = take_trusted_code(command, arguments)
@@ -175,6 +175,8 @@ def _run(command: str, arguments: list[str]) -> int:
         elif not (parsed.hydra_help or parsed.shell_completion):
             whole = _whole(command, parsed) if parsed.multirun else None
             checked = _check_jobs(command, parsed, whole)
+            together = "RANK" in os.environ or (whole is not None and _is_elsewhere(whole))
+            choose_waiting(neighbours, alone=not together)
             if code is not None:
                 print(f"mlmx: the code of {code} is run, with all your rights", file=sys.stderr)
             if command == "train" and whole is not None:
@@ -189,8 +191,8 @@ def _sweep(parsed: argparse.Namespace, whole: DictConfig, jobs: Sequence[Any]) -
     from mlmx.arguments import flags_first, quoted
     from mlmx.interrupts import passed_on
 
-    plan, elsewhere = _planned(parsed, whole, jobs), whole.hydra.launcher._target_ != LAUNCHER
-    with sweeping.recorded(plan), passed_on() if elsewhere else contextlib.nullcontext():
+    plan = _planned(parsed, whole, jobs)
+    with sweeping.recorded(plan), passed_on() if _is_elsewhere(whole) else contextlib.nullcontext():
         parsed.overrides = [o for o in parsed.overrides if not o.startswith("hydra.sweep.dir=")]
         parsed.overrides.append(f"hydra.sweep.dir={quoted(str(plan.sweep.folder))}")
         _hand_over("train", flags_first(parsed))
@@ -199,6 +201,11 @@ def _sweep(parsed: argparse.Namespace, whole: DictConfig, jobs: Sequence[Any]) -
         then = "; the same command again tries them anew" if plan.jobs else ""  # a search goes on to other values
         print(f"mlmx: {len(failed)} of {len(plan.sweep.jobs())} jobs failed{then}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _is_elsewhere(whole: DictConfig) -> bool:
+    """Whether a sweep's jobs run in other processes, perhaps several at once."""
+    return bool(whole.hydra.launcher._target_ != LAUNCHER)
 
 
 def _planned(parsed: argparse.Namespace, whole: DictConfig, jobs: Sequence[Any]) -> sweeping.Plan:
@@ -270,7 +277,11 @@ def _whole(command: str, parsed: argparse.Namespace) -> DictConfig:
 
 def _check_jobs(command: str, parsed: argparse.Namespace, whole: DictConfig | None) -> list[Any]:
     """Compose and check every job of the request before a folder is made or a library is loaded; their configs."""
-    return list(_composed(command, parsed, importlib.import_module(f"mlmx.{command}").check, whole))
+
+    def check(config: Any) -> None:
+        importlib.import_module(f"mlmx.{command}").check(config)  # only now: a mistyped key is told without it
+
+    return list(_composed(command, parsed, check, whole))
 
 
 def _composed(

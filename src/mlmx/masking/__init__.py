@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlmx.config import RequestError, require, table
-from mlmx.draws import Words, bits_at, mix, random_halves, sample_keys, uniform, uniform32
+from mlmx.draws import Words, bits_at, mix, random_halves, sample_keys, uniform32
 
 if TYPE_CHECKING:
     import torch
