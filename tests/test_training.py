@@ -187,7 +187,7 @@ def test_a_compiled_training_has_the_same_losses(tiny: Path, corpus: Path):
         assert last(compiled, name) == pytest.approx(last(plain, name), rel=1e-5), name
 
 
-def test_tf32_is_what_a_run_asks_for_and_no_score_has_it():
+def test_tf32_is_what_a_run_asks_for_and_no_score_has_it(tmp_path: Path):
     from transformers.utils.import_utils import enable_tf32
 
     from mlmx.scoring import full_fp32
@@ -205,5 +205,8 @@ def test_tf32_is_what_a_run_asks_for_and_no_score_has_it():
                 assert switches() == ("highest", False, "ieee")
                 assert torch.backends.cudnn.conv.fp32_precision == "ieee"
             assert switches() == found
+        enable_tf32(True)
+        training.arguments({"name": "corrected", "use_cpu": True}, tmp_path, **DIALS)
+        assert switches() == ("highest", False, "ieee")
     finally:
         training.use_tf32(False)

@@ -133,13 +133,12 @@ def arguments(
         raise RequestError(f"trainer: transformers.TrainingArguments refuses this: {error}") from error
     # One process seeing several GPUs would silently become DataParallel, which splits batches and losses.
     made._n_gpu = min(1, made.n_gpu)
-    if on_cuda:
-        use_tf32(bool(made.tf32))
+    use_tf32(on_cuda and bool(made.tf32))
     return made
 
 
 def use_tf32(wanted: bool) -> None:
-    """Whether fp32 matrix products on CUDA may be TF32's, from here on.
+    """Whether fp32 matrix products may be TF32's, from here on.
 
     Torch has an old and a new switch for it, and every reader of the old one, `torch.compile` among them, fails where
     they differ. The library turns the new one alone, for all devices, and leaves it so for the next job of a sweep.
