@@ -144,7 +144,8 @@ def test_tables_go_between_the_markers_of_the_document(monkeypatch: pytest.Monke
     path.write_text(document, encoding="utf-8")
     write_docs(path, written[0])
     filled = path.read_text(encoding="utf-8")
-    assert filled.count("| `masking` |") == 1
+    table = filled.partition("<!-- table:begin -->")[2].partition("<!-- table:end -->")[0]
+    assert table.count("| `masking` |") == 1  # other machines' tables stay as they are
     assert "reviews in the corpus" in filled.partition("<!-- growth:begin -->")[2]
     before = document.partition("<!-- table:begin -->")[0]
     assert filled.startswith(before)
