@@ -211,9 +211,13 @@ def take_units(unit_starts: Bools, candidates: Bools, budgets: Floats, draws: Dr
     if not unit_starts.all():
         order = draws_of_units(unit_starts, order)
     order[~candidates] = LAST
-    # The unit at the budget's edge is that of the token at rank `budget`; full rows have one rank, and need no sorting.
+    # The unit at the budget's edge is that of the token at rank `budget`. Where rows differ in it, what lies below the
+    # highest is sorted: partitioning by several ranks takes longer.
     rank = budgets[:, 0].astype(np.int64)
-    ranked = np.partition(order, rank[0] if (rank == rank[0]).all() else np.unique(rank), axis=1)
+    highest = rank.max()
+    ranked = np.partition(order, highest, axis=1)[:, : highest + 1]
+    if (rank != highest).any():
+        ranked.sort(axis=1)
     edge = ranked[np.arange(len(rank)), rank][:, None]
     before = (order < edge).sum(axis=1, keepdims=True, dtype=np.int32)
     size = (order == edge).sum(axis=1, keepdims=True, dtype=np.int32)
