@@ -105,7 +105,9 @@ def test_a_compiled_model_is_compiled_once_and_gathers_each_batch_s_own_position
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name == "distilbert" else pytest.mark.slow) for name in CONFIGS]
+)
 def test_a_compiled_model_s_attention_has_no_mask_so_that_fused_kernels_apply(family: str):
     attention = []
 
