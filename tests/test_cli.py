@@ -32,6 +32,7 @@ from mlmx.config import (
     register_schemas,
     to_config,
 )
+from mlmx.threads import Neighbours
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -118,6 +119,31 @@ def test_a_configuration_error_loads_no_model_library(tmp_path: Path):
 
 
 # ------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rank", "alone"),
+    [
+        (["train"], None, True),
+        (["train", "-m", "lr=1e-5,2e-5"], None, True),
+        (["train", "-m", "lr=1e-5,2e-5", "hydra/launcher=joblib"], None, False),
+        (["train"], "1", False),
+    ],
+)
+def test_how_threads_wait_is_chosen_once_for_all_jobs(
+    arguments: list[str], rank: str | None, alone: bool, monkeypatch: pytest.MonkeyPatch
+):
+    chosen = []
+
+    def choose(neighbours: Neighbours, *, alone: bool) -> None:
+        chosen.append(alone)
+        raise SystemExit(7)
+
+    monkeypatch.setattr("mlmx.threads.choose_waiting", choose)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    assert main([*arguments, "model=scratch", "dataset=imdb_packaged"]) == 7
+    assert chosen == [alone]
 
 
 def test_program_help_names_every_command(capsys: pytest.CaptureFixture[str]):

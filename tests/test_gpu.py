@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForMaskedLM
 
-from mlmx import cli, model
-from tests.test_model import CONFIGS, batch_of
+from mlmx import cli
+from tests.test_model import CONFIGS, check_head
 from tests.test_resume import WEIGHTS, command, history, killed_at
 from tests.test_training import last, train
 
@@ -24,22 +23,7 @@ def bf16_or_skip() -> None:
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_fixed_number_of_rows_has_the_full_heads_loss_and_gradient(family: str):
-    torch.manual_seed(0)
-    loaded = AutoModelForMaskedLM.from_config(CONFIGS[family]).double().cuda().eval()
-    batch = {name: value.cuda() for name, value in batch_of(1).items()}
-    logits, labels = model.masked_logits(loaded, batch, room=40)
-    assert logits.shape == (40, 120)
-    loss = torch.nn.functional.cross_entropy(logits, labels)
-    loss.backward()
-    ours = {name: p.grad.clone() for name, p in loaded.named_parameters() if p.grad is not None}
-    loaded.zero_grad()
-    everywhere = loaded(input_ids=batch["input_ids"]).logits
-    full = torch.nn.functional.cross_entropy(everywhere.flatten(0, 1), batch["labels"].flatten())
-    full.backward()
-    assert loss.item() == pytest.approx(full.item(), rel=1e-10)
-    for name, parameter in loaded.named_parameters():
-        if parameter.grad is not None:
-            assert torch.allclose(ours[name], parameter.grad, rtol=1e-9, atol=1e-12), name
+    check_head(family, "cuda", room=40)
 
 
 def test_auto_is_bf16_and_learns(tiny: Path, corpus: Path, capsys: pytest.CaptureFixture[str]):

@@ -57,10 +57,10 @@ def serve(side: str) -> None:
     channel = Channel(os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8"))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    # What every command sets where nothing else is at work, before torch is loaded: here the other side waits.
-    # The recipe sets nothing.
-    if side == "mlmx" and "OMP_WAIT_POLICY" not in os.environ:
-        os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": import_module("mlmx.threads").SPINS}
+    if (
+        side == "mlmx"
+    ):  # as every command where nothing else is at work: here the other side waits. The recipe sets nothing.
+        import_module("mlmx.threads").set_waiting(awake=True)
     functions = import_module(MODULES[side])
     while True:
         name, given = channel.receive()

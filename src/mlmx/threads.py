@@ -33,15 +33,20 @@ class Neighbours:
 
 
 def choose_waiting(neighbours: Neighbours, alone: bool = True) -> None:
-    """Set how threads wait, before torch is loaded; what the environment says already stays.
+    """Set how threads wait, before torch is loaded.
 
     Args:
         alone: no other process of this very run will want the cores.
     """
+    set_waiting(awake=alone and neighbours.share() < SHARED)
+
+
+def set_waiting(awake: bool) -> None:
+    """Tell GNU OpenMP, which reads it when torch is loaded; what the environment says already stays."""
     if "OMP_WAIT_POLICY" in os.environ:
         return
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    if alone and neighbours.share() < SHARED:
+    if awake:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 

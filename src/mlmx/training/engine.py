@@ -113,8 +113,9 @@ class CorrectedTrainer(CountedTrainer):
         # Dropout is a function of (seed, step, place within the step, process), not of what was drawn before.
         key = (self.args.seed, self.state.global_step, *place, self.args.process_index)
         torch.manual_seed(hash(key) & (2**63 - 1))
-        elsewhere = self.args.torch_compile or getattr(self.model, "is_activation_checkpointing", False)
-        fast = self.args.device.type == "cpu" and not elsewhere
+        # Such a mode reaches neither what a compiler traces nor what a backward pass runs again.
+        beyond = self.args.torch_compile or getattr(self.model, "is_activation_checkpointing", False)
+        fast = self.args.device.type == "cpu" and not beyond
         with CpuKernels() if fast else contextlib.nullcontext():
             return super().part_of_batch(model, inputs, num_items, place)
 
