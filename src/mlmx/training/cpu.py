@@ -2,9 +2,9 @@
 
 Dropout: torch draws a double per element from one sequential generator, and attention dropout keeps
 `scaled_dot_product_attention` off its fused kernels: together a quarter of a training step. Here 8 random bits per
-element are drawn in bulk (SFC64, Doty-Humphrey 2010), and attention works through one sample after the other, so that
-its scores stay in the cache. The law is torch's: each element is dropped with probability p, the others scaled by
-1 / (1 - p). p in 256ths lies between two thresholds, of which each tile draws one, so that the rate is exact.
+element are drawn in bulk (SFC64, Doty-Humphrey 2010), and attention works through a few heads after the others, so
+that their scores stay in the cache. The law is torch's: each element is dropped with probability p, the others scaled
+by 1 / (1 - p). p in 256ths lies between two thresholds, of which each row draws one, so that the rate is exact.
 
 Seeds are drawn from torch's own generator, so ``torch.manual_seed`` repeats the masks.
 
@@ -14,7 +14,7 @@ Linear layers: fp32 products go forward through oneDNN and backward through MKL,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 Tensor = torch.Tensor
+TILE = 3 << 19  # elements: three tensors of them fit into a cache of some megabytes, and calls do not count
 ONEDNN = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -72,7 +73,9 @@ def _attention(
         query, key, value = query.to(lower), key.to(lower), value.to(lower)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros(attn_mask.shape).masked_fill_(~attn_mask, -math.inf)
-    bias = None if attn_mask is None else attn_mask.to(query.dtype)
+    bias = None
+    if attn_mask is not None:
+        bias = attn_mask.to(query.dtype).expand(*query.shape[:3], key.shape[2])
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     attended: Tensor = _Attention.apply(query, key, value, bias, dropout_p, scale)  # type: ignore[no-untyped-call]
     return attended
@@ -91,102 +94,132 @@ def _is_ours(tensor: Tensor) -> bool:
 
 
 class Bytes:
-    """Random bytes by the tile, and the threshold below which a tile's bytes mean "dropped"."""
+    """Random bytes by the tile, and for each of its rows the threshold below which a byte means "dropped"."""
 
     def __init__(self, p: float) -> None:
         seed = int(torch.randint(2**63 - 1, ()).item())
         self.generator = np.random.Generator(np.random.SFC64(seed))
         self.floor, self.rest = divmod(p * 256, 1)
 
-    def draw(self, shape: torch.Size) -> tuple[Tensor, float]:
-        """uint8[shape] uniform bytes, and a bound between two of their values: p of them lie below it."""
+    def draw(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """uint8[N, …] uniform bytes, and float32[N] whole numbers: p of a row's bytes lie below its own on average."""
         count = shape.numel()
         words = self.generator.bit_generator.random_raw(-(-count // 8))
-        threshold = self.floor + (self.generator.random() < self.rest)
-        return torch.from_numpy(words.view(np.uint8)[:count]).view(shape), threshold - 0.5
+        thresholds = self.floor + (self.generator.random(shape[0], np.float32) < self.rest)
+        return torch.from_numpy(words.view(np.uint8)[:count]).view(shape), torch.from_numpy(thresholds).float()
+
+
+def _above(bytes_: Tensor, thresholds: Tensor, out: Tensor) -> Tensor:
+    """Bytes less the threshold of their row, as floats in ``out``: negative where dropped, exact in bf16."""
+    return out.copy_(bytes_).sub_(thresholds.to(out.dtype).view(-1, *[1] * (out.dim() - 1)))
 
 
 class _Dropout(torch.autograd.Function):
-    """x[B, …] → x · kept / (1 - p)."""
+    """x[…, D] → x · kept / (1 - p)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         bytes_of, x = Bytes(p), x.contiguous()
-        drawn = [bytes_of.draw(row.shape) for row in x]
-        ctx.bytes, ctx.bounds, ctx.scale = [tile for tile, _ in drawn], [bound for _, bound in drawn], 1 / (1 - p)
-        return _keep(x, ctx.bytes, ctx.bounds, ctx.scale)
+        ctx.drawn, ctx.scale = [bytes_of.draw(tile.shape) for tile in _rows(x)], 1 / (1 - p)
+        return _keep(x, ctx.drawn, ctx.scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _keep(grads[0].contiguous(), ctx.bytes, ctx.bounds, ctx.scale), None
+        return _keep(grads[0].contiguous(), ctx.drawn, ctx.scale), None
 
 
-def _keep(x: Tensor, tiles: list[Tensor], bounds: list[float], scale: float) -> Tensor:
-    """x where its byte is above the bound, scaled; comparing floats is many times faster here than a bool mask."""
+def _keep(x: Tensor, drawn: list[tuple[Tensor, Tensor]], scale: float) -> Tensor:
+    """x where its byte is not dropped, scaled; comparing floats is many times faster here than a bool mask."""
     kept = torch.empty_like(x)
-    floats = torch.empty_like(x[0])
-    for row, out, tile, bound in zip(x, kept, tiles, bounds, strict=True):
-        floats.copy_(tile)
-        torch.ops.aten.threshold_backward.grad_input(row, floats, bound, grad_input=out)
+    floats = torch.empty_like(_rows(x)[0])
+    for tile, out, (bytes_, thresholds) in zip(_rows(x), _rows(kept), drawn, strict=True):
+        above = _above(bytes_, thresholds, floats[: len(tile)])
+        torch.ops.aten.threshold_backward.grad_input(tile, above, -0.5, grad_input=out)
         out.mul_(scale)
     return kept
 
 
-class _Attention(torch.autograd.Function):
-    """softmax(q kᵀ · scale + bias), dropped out, times v; all [B, H, T, D], bias broadcast to [B, H, T, T].
+def _rows(x: Tensor) -> tuple[Tensor, ...]:
+    """Views [N, D] of a contiguous tensor, of about `TILE` elements each."""
+    return torch.split(x.view(-1, x.shape[-1]), max(1, TILE // x.shape[-1]))
 
-    Kept for the backward pass is one tensor: probabilities where kept, minus them where dropped.
+
+class _Attention(torch.autograd.Function):
+    """softmax(q kᵀ · scale + bias), dropped out, times v; all [B, H, T, D], bias [B, H, T, T].
+
+    Kept for the backward pass is one large tensor: probabilities where kept, minus them where dropped.
     """
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, p: float, scale: float
     ) -> Tensor:
-        batch, heads, length, _ = query.shape
+        query, key, value, heads = *map(_by_head, (query, key, value)), query.shape[1]
         bytes_of = Bytes(p)
-        signed = query.new_empty((batch, heads, length, key.shape[2]))
-        # The layout [B, T, H, D] is what the caller wants next.
-        out = query.new_empty((batch, length, heads, value.shape[3])).transpose(1, 2)
-        floats, kept = torch.empty_like(signed[0]), torch.empty_like(signed[0])
+        signed = query.new_empty((len(query), query.shape[1], key.shape[1]))
+        out = query.new_empty((*query.shape[:2], value.shape[2]))
         with torch.autocast("cpu", enabled=False):
-            for row in range(batch):
-                scores = torch.baddbmm(kept, query[row], key[row].mT, beta=0, alpha=scale, out=kept)
+            for at, floats, kept in _tiles(signed, heads):
+                scores = torch.baddbmm(kept, query[at], key[at].mT, beta=0, alpha=scale, out=kept)
                 if bias is not None:
-                    scores.add_(bias[row % len(bias)])
-                torch.softmax(scores, -1, out=signed[row])
-                tile, bound = bytes_of.draw(floats.shape)
-                torch.copysign(signed[row], floats.copy_(tile).sub_(bound), out=signed[row])
-                torch.clamp(signed[row], min=0, out=kept)
-                out[row] = torch.bmm(kept, value[row])
+                    _add_bias(scores, bias, at.start, heads)
+                torch.softmax(scores, -1, out=signed[at])
+                torch.copysign(signed[at], _above(*bytes_of.draw(floats.shape), out=floats), out=signed[at])
+                torch.clamp(signed[at], min=0, out=kept)
+                torch.bmm(kept, value[at], out=out[at])
         ctx.save_for_backward(query, key, value, signed)
-        ctx.p, ctx.scale = p, scale
-        return out.mul_(1 / (1 - p))
+        ctx.p, ctx.scale, ctx.heads = p, scale, heads
+        return _by_sample(out.mul_(1 / (1 - p)), heads)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, signed = ctx.saved_tensors
-        grad = grads[0] / (1 - ctx.p)
-        d_query, d_key, d_value = (_like_projection(part) for part in (query, key, value))
-        work, probabilities = torch.empty_like(signed[0]), torch.empty_like(signed[0])
+        grad = _by_head(grads[0] / (1 - ctx.p))
+        d_query, d_key, d_value = map(torch.empty_like, (query, key, value))
         threshold = torch.ops.aten.threshold_backward.grad_input
         softmax_backward = torch.ops.aten._softmax_backward_data.out
         with torch.autocast("cpu", enabled=False):
-            for row in range(len(query)):
-                kept = torch.clamp(signed[row], min=0, out=work)
-                d_value[row] = torch.bmm(kept.mT, grad[row])
-                d_kept = torch.bmm(grad[row], value[row].mT, out=work)
-                threshold(d_kept, signed[row], 0.0, grad_input=work)
-                torch.abs(signed[row], out=probabilities)
+            for at, work, probabilities in _tiles(signed, ctx.heads):
+                kept = torch.clamp(signed[at], min=0, out=work)
+                torch.bmm(kept.mT, grad[at], out=d_value[at])
+                d_kept = torch.bmm(grad[at], value[at].mT, out=work)
+                threshold(d_kept, signed[at], 0.0, grad_input=work)
+                torch.abs(signed[at], out=probabilities)
                 softmax_backward(work, probabilities, -1, work.dtype, grad_input=work)
-                d_query[row] = torch.bmm(work, key[row]).mul_(ctx.scale)
-                d_key[row] = torch.bmm(work.mT, query[row]).mul_(ctx.scale)
-        return d_query, d_key, d_value, None, None, None
+                torch.bmm(work, key[at], out=d_query[at])
+                torch.bmm(work.mT, query[at], out=d_key[at])
+        d_query.mul_(ctx.scale)
+        d_key.mul_(ctx.scale)
+        return *(_by_sample(part, ctx.heads) for part in (d_query, d_key, d_value)), None, None, None
 
 
-def _like_projection(part: Tensor) -> Tensor:
-    """An empty [B, H, T, D] laid out as [B, T, H, D], as projections are and their gradients are wanted."""
-    batch, heads, length, size = part.shape
-    return part.new_empty((batch, length, heads, size)).transpose(1, 2)
+def _by_head(part: Tensor) -> Tensor:
+    """[B, H, T, D] → [B · H, T, D], contiguous: products of views that are not copy them, tile by tile."""
+    return part.reshape(-1, *part.shape[2:]).contiguous()
+
+
+def _by_sample(part: Tensor, heads: int) -> Tensor:
+    """[B · H, T, D] → [B, H, T, D], laid out as [B, T, H, D], as projections are and what is next wants it."""
+    return part.view(-1, heads, *part.shape[1:]).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _tiles(signed: Tensor, heads: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Places of some heads of one sample or of all those of some samples, with two tensors to work in."""
+    fit = max(1, TILE // signed[0].numel())
+    size = fit // heads * heads or max(part for part in range(1, fit + 1) if heads % part == 0)
+    size = min(size, len(signed))
+    first, second = torch.empty_like(signed[:size]), torch.empty_like(signed[:size])
+    for start in range(0, len(signed), size):
+        at = slice(start, min(start + size, len(signed)))
+        number = at.stop - start
+        yield at, first[:number], second[:number]
+
+
+def _add_bias(scores: Tensor, bias: Tensor, start: int, heads: int) -> None:
+    """Add the bias [B, H, T, T] of the heads from ``start`` on to their scores [H', T, T], in place."""
+    samples = scores.view(-1, min(heads, len(scores)), *scores.shape[1:])
+    row, head = divmod(start, heads)
+    samples.add_(bias[row : row + len(samples), head : head + samples.shape[1]])
 
 
 class _Linear(torch.autograd.Function):
