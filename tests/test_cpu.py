@@ -20,9 +20,13 @@ def heads(seed: int, batch: int = 3, count: int = 4, length: int = 40, size: int
     return torch.randn(batch, length, count, size, generator=generator, dtype=torch.float64).transpose(1, 2)
 
 
+@pytest.mark.parametrize("tile", [cpu.TILE, 1, 7777])
 @pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 0.003])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_elements_are_dropped_at_the_rate_and_the_others_scaled(p: float, dtype: torch.dtype):
+def test_elements_are_dropped_at_the_rate_and_the_others_scaled(
+    p: float, dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("mlmx.training.cpu.TILE", tile)
     torch.manual_seed(1)
     x = torch.ones(2000, 1000, dtype=dtype, requires_grad=True)
     with CpuKernels():
@@ -56,18 +60,34 @@ def test_a_seed_repeats_the_draw_and_another_does_not():
     assert not torch.equal(drawn[0][0], drawn[2][0])
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_attention_is_softmax_dropout_and_product_with_their_gradients(padded: bool, monkeypatch: pytest.MonkeyPatch):
+# Of 3 samples of 4 heads of 40 × 40 scores: all at once, a head, 2 of 3 that would fit, a sample, 2 samples and a rest.
+TILES = [cpu.TILE, 1, 3 * 1600, 4 * 1600, 8 * 1600]
+MASKS = {
+    "none": None,
+    "padded": (torch.arange(40) < torch.tensor([40, 25, 7])[:, None])[:, None, None, :],
+    "by head": heads(7, batch=1, size=40),
+    "by pair": heads(8, batch=1, count=1, size=40)[0, 0],
+    "each": heads(6, size=40),
+}
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("masked", MASKS)
+def test_attention_is_softmax_dropout_and_product_with_their_gradients(
+    masked: str, tile: int, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr("mlmx.training.cpu._is_ours", lambda tensor: True)  # fp64, to compare to rounding
+    monkeypatch.setattr("mlmx.training.cpu.TILE", tile)
     query, key, value = (heads(seed).requires_grad_() for seed in range(3))
-    mask = (torch.arange(40) < torch.tensor([40, 25, 7])[:, None])[:, None, None, :] if padded else None
-    p = 0.2
+    mask, p = MASKS[masked], 0.2
     torch.manual_seed(5)
     with CpuKernels():
         out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=p)
     signed = out.grad_fn.saved_tensors[3].view(3, 4, 40, 40)
     scores = query @ key.mT / math.sqrt(8)
-    probabilities = (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    probabilities = scores.softmax(-1)
     assert torch.allclose(signed.abs(), probabilities, atol=1e-14)
     expected = (probabilities * (signed > 0) / (1 - p)) @ value
     assert torch.allclose(out, expected, atol=1e-13)

