@@ -133,9 +133,13 @@ def resampled(runs: Sequence[DocumentSums], *, draws: int = DRAWS, seed: int = S
         all(run.same_targets(first) for run in runs),
         "these runs did not score the same held-out targets; only runs of one protocol can be compared",
     )
-    losses = np.stack([run.totals["loss"] for run in runs], axis=1)
-    samples = [(times @ losses) / np.maximum(times @ first.tokens, 1)[:, None] for times in _drawn(first, draws, seed)]
-    means = losses.sum(0) / max(int(first.tokens.sum()), 1)
+    losses = [np.ascontiguousarray(run.totals["loss"], np.float64) for run in runs]
+    samples = []
+    for times in _drawn(first, draws, seed):
+        # A product for each run: one for all rounds a run's sums by its place among them, and equal runs would differ.
+        sums = np.stack([times @ of_run for of_run in losses], axis=1)
+        samples.append(sums / np.maximum(times @ first.tokens, 1)[:, None])
+    means = np.array([of_run.sum() for of_run in losses]) / max(int(first.tokens.sum()), 1)
     return Resampled(np.concatenate(samples), means, len(first.keys))
 
 
