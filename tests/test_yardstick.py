@@ -246,7 +246,7 @@ def test_only_the_same_targets_can_be_compared():
 
 @pytest.mark.parametrize("number", [2, 9, 12])
 def test_equal_runs_are_never_told_apart_wherever_they_stand(number: int):
-    """A product of matrices may round a column by its place, and every draw would then find the same tiny difference."""
+    """A product of matrices may round a column by its place, so that every draw finds the same tiny difference."""
     rng = np.random.default_rng(3)
     tokens = rng.integers(1, 9, 30)
     first, *others = (sums_of(rng.normal(3, 1, 30), tokens) for _ in range(number))
