@@ -137,7 +137,7 @@ def step_in_turns(bench: Bench, turns: int, *, model: Path | None, chunk_size: i
 
 def _step_in_turns(bench: Bench, pair: Pair, turns: int, *, chunk_size: int, **others: Any) -> Stepped:
     batch_size = others.get("batch_size", bench.sizes.batch_size)
-    # A single short step would be measured as no training runs it: with caches that the other side has filled.
+    # Short steps follow each other, as in a training.
     on_the_cpu = max(1, bench.sizes.tokens_per_turn // (batch_size * chunk_size))
     count = on_the_cpu if bench.device == "cpu" else STEPS_PER_TURN_ON_A_GPU
     steps = count * (turns + 1) + 2  # never to the end of an epoch
