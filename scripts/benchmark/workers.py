@@ -57,9 +57,8 @@ def serve(side: str) -> None:
     channel = Channel(os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8"))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    if (
-        side == "mlmx"
-    ):  # as every command where nothing else is at work: here the other side waits. The recipe sets nothing.
+    # As every command does where nothing else is at work: here the other side waits. The recipe sets nothing.
+    if side == "mlmx":
         import_module("mlmx.threads").set_waiting(awake=True)
     functions = import_module(MODULES[side])
     while True:

@@ -2,7 +2,7 @@
 
 Dropout: torch draws a double per element from one sequential generator, and attention dropout keeps
 `scaled_dot_product_attention` off its fused kernels: together a quarter of a training step. Here 8 random bits per
-element are drawn in bulk (SFC64, Doty-Humphrey 2010), and attention works through a few heads after the others, so
+element are drawn in bulk (SFC64, Doty-Humphrey 2010), and attention works through a few heads at a time, so
 that their scores stay in the cache. The law is torch's: each element is dropped with probability p, the others scaled
 by 1 / (1 - p). p in 256ths lies between two thresholds, of which each row draws one, so that the rate is exact.
 
@@ -131,8 +131,9 @@ class _Dropout(torch.autograd.Function):
 def _keep(x: Tensor, drawn: list[tuple[Tensor, Tensor]], scale: float) -> Tensor:
     """x where its byte is not dropped, scaled; comparing floats is many times faster here than a bool mask."""
     kept = torch.empty_like(x)
-    floats = torch.empty_like(_rows(x)[0])
-    for tile, out, (bytes_, thresholds) in zip(_rows(x), _rows(kept), drawn, strict=True):
+    tiles = _rows(x)
+    floats = torch.empty_like(tiles[0])
+    for tile, out, (bytes_, thresholds) in zip(tiles, _rows(kept), drawn, strict=True):
         above = _above(bytes_, thresholds, floats[: len(tile)])
         torch.ops.aten.threshold_backward.grad_input(tile, above, -0.5, grad_input=out)
         out.mul_(scale)
