@@ -42,34 +42,41 @@ def masked_logits(
 
     Args:
         room: return this many rows whatever M is, the surplus labelled `IGNORED`: shapes that never change need no
-            word from the device and can be compiled. Logits are NaN where M exceeds it.
+            word from the device, and what is made for a shape is made once. Logits are NaN where M exceeds it.
     """
     own = unwrapped(model)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     labels = batch["labels"].flatten()
     chosen = labels.ne(IGNORED)
+    lost = None
     if room is None:
         positions = chosen.nonzero().squeeze(1)
     else:
         room = min(room, len(labels))
         positions = chosen.to(torch.int8).argsort(descending=True, stable=True)[:room]
+        lost = torch.where(chosen.sum() > room, torch.nan, 0.0)
     if own.config.model_type in GATHERED_BEHIND:
-        with _gathering(_place(own), positions):
+        with _gathering(_place(own), positions, lost):
             logits = model(**inputs).logits.squeeze(0)
     else:
         _say_full_head(own.config.model_type)
-        logits = model(**inputs).logits.flatten(0, 1)[positions]
-    if room is not None:
-        logits = logits + torch.where(chosen.sum() > room, torch.nan, 0.0).to(logits.dtype)
+        logits = _rows(model(**inputs).logits, positions, lost)
     return logits, labels[positions]
+
+
+def _rows(states: torch.Tensor, positions: torch.Tensor, lost: torch.Tensor | None) -> torch.Tensor:
+    """[B, T, D] → [M, D], plus ``lost``: NaN where not every target has found room."""
+    # Not by indexing: its backward pass has to expect a position twice, and takes several times as long.
+    rows = states.reshape(-1, states.shape[-1]).index_select(0, positions)
+    return rows if lost is None else rows + lost.to(rows.dtype)
 
 
 class _gathering:  # noqa: N801 (a context manager, used as a word of the language)
     """Inside the block the module's output is its rows at ``positions``: [B, T, D] → [1, M, D]."""
 
-    def __init__(self, place: torch.nn.Module, positions: torch.Tensor) -> None:
+    def __init__(self, place: torch.nn.Module, positions: torch.Tensor, lost: torch.Tensor | None) -> None:
         self.place = place
-        self.positions = positions
+        self.positions, self.lost = positions, lost
 
     def __enter__(self) -> None:
         self.handle = self.place.register_forward_hook(self._gather)
@@ -78,14 +85,12 @@ class _gathering:  # noqa: N801 (a context manager, used as a word of the langua
         self.handle.remove()
 
     def _gather(self, _module: Any, _inputs: Any, output: Any) -> Any:
-        if isinstance(output, torch.Tensor):
-            return self._rows(output)
-        output.last_hidden_state = self._rows(output.last_hidden_state)
+        hidden = output if isinstance(output, torch.Tensor) else output.last_hidden_state
+        rows = _rows(hidden, self.positions, self.lost).unsqueeze(0)
+        if hidden is output:
+            return rows
+        output.last_hidden_state = rows
         return output
-
-    def _rows(self, hidden: torch.Tensor) -> torch.Tensor:
-        # Not by indexing: its backward pass has to expect a position twice, and takes several times as long.
-        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, self.positions).unsqueeze(0)
 
 
 def _place(own: Any) -> torch.nn.Module:

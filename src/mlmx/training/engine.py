@@ -31,6 +31,8 @@ MaskedLogits = Callable[[torch.nn.Module, Batch, int | None], tuple[torch.Tensor
 Scores = Callable[[PreTrainedModel], dict[str, float]]
 Fills = Callable[[PreTrainedModel], list[dict[str, Any]]]
 
+ROWS = 32  # to a multiple of which the rows of targets are filled up: two tiles of AMX
+
 
 class CountedTrainer(GuardedTrainer):
     """A Trainer that knows its speed and its latest loss, and whose first evaluation leaves no trace.
@@ -103,7 +105,6 @@ class CorrectedTrainer(CountedTrainer):
     def __init__(self, *, masked_logits: MaskedLogits, most_targets: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.masked_logits = masked_logits
-        # On a GPU shapes stay the same from step to step: nothing waits for the device, compiled code is made once.
         self.most_targets = most_targets if self.args.device.type == "cuda" else None
         self.model_accepts_loss_kwargs = True  # makes the library count targets over the effective batch
 
@@ -126,8 +127,7 @@ class CorrectedTrainer(CountedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        room = self.most_targets and -(-self.most_targets * self.rows_at_once // self._train_batch_size)
-        logits, labels = self.masked_logits(model, inputs, room)
+        logits, labels = self.masked_logits(model, inputs, self._room(inputs["labels"]))
         total = cross_entropy(logits.float(), labels, reduction="sum")
         count = labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
         # max: an effective batch without targets has loss 0, not NaN. DDP averages gradients: undo it.
@@ -135,6 +135,15 @@ class CorrectedTrainer(CountedTrainer):
         if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _room(self, labels: torch.Tensor) -> int:
+        """Rows of logits for a batch's targets: of few shapes, since kernels are made for each.
+
+        On a GPU it is one, so that nothing waits for the device and compiled code is made once.
+        """
+        if self.most_targets:
+            return -(-self.most_targets * self.rows_at_once // self._train_batch_size)
+        return -(-int(labels.ne(-100).sum()) // ROWS) * ROWS
 
     def scored(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         scores = self.own_scores()
