@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AlbertConfig, AutoModelForMaskedLM, BertConfig, DistilBertConfig
 
-from mlmx import memory, runs
+from mlmx import memory, model, runs
 from mlmx.training import flops
 from mlmx.training.flops import flops_per_token, matmul_peak
 from tests.test_training import train, train_scratch
@@ -42,6 +42,24 @@ def test_freed_memory_is_used_again_without_being_mapped_anew():
     }
     assert faults["kept"] < 100
     assert faults["given back"] > 10 * faults["kept"], "else this test could not fail"
+
+
+def test_training_gives_logits_of_few_shapes_whatever_the_number_of_targets(
+    tiny: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A kernel is made for each shape: a step in which all are new took a quarter longer."""
+    own, seen = model.masked_logits, []
+
+    def spy(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, labels = own(*args)
+        if torch.is_grad_enabled():
+            seen.append((len(logits), int(labels.ne(-100).sum())))
+        return logits, labels
+
+    monkeypatch.setattr(model, "masked_logits", spy)
+    train(tiny, corpus, "masking=whole_word", "chunk_size=48", "dataset.train_chunks=64")
+    assert len({targets for _, targets in seen}) > 2
+    assert all(rows == -(-targets // 32) * 32 for rows, targets in seen)
 
 
 @pytest.mark.parametrize(("chunk_size", "masked", "full"), [(512, 304.7, 427.3), (128, 283.5, 406.1)])

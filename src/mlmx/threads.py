@@ -10,7 +10,7 @@ import os
 import time
 from pathlib import Path
 
-SPINS = "10000"  # pauses of a waiting thread before it sleeps (GNU OpenMP's): a tenth of a millisecond, or a few
+SPINS = "100000"  # pauses of a waiting thread before it sleeps (GNU OpenMP's): one to five milliseconds
 SHARED = 0.1  # of the cores, from which on others are at work on them
 LEAST_SECONDS = 0.2  # of looking; the system counts in hundredths
 COUNTS = Path("/proc/stat")

