@@ -19,7 +19,8 @@ def total_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
     rows = [
         torch.linalg.vector_norm(part.flatten(1), dim=1) if part.dim() > 1 else part.flatten() for part in gradients
     ]
-    return torch.linalg.vector_norm(torch.cat(rows))
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.cat(rows))
+    return norm
 
 
 def clip(parameters: Iterable[torch.nn.Parameter], most: float) -> torch.Tensor:
