@@ -62,6 +62,33 @@ def test_training_gives_logits_of_few_shapes_whatever_the_number_of_targets(
     assert all(rows == -(-targets // 32) * 32 for rows, targets in seen)
 
 
+HUGE = """
+import re, resource, sys
+from pathlib import Path
+from mlmx.memory import keep_freed
+
+def size(name):
+    return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+
+if sys.argv[1] == "rationed":
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, resource.RLIM_INFINITY))
+before = size("VmRSS")
+addresses = size("VmSize")
+assert keep_freed()
+assert size("VmRSS") - before < 10 << 20
+assert sys.argv[1] == "at will" or size("VmSize") - addresses < 10 << 20
+parts = Path("/proc/self/smaps").read_text().split("VmFlags:")
+print(sum(" hg" in flags.splitlines()[0] and "[heap]" in part for part, flags in zip(parts, parts[1:])))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
+@pytest.mark.parametrize(("addresses", "asked"), [("at will", True), ("rationed", False)])
+def test_the_heap_asks_for_huge_pages_and_takes_no_memory_for_it(addresses: str, asked: bool):
+    found = subprocess.run([sys.executable, "-c", HUGE, addresses], capture_output=True, text=True, check=True).stdout
+    assert (int(found) > 0) is asked
+
+
 @pytest.mark.parametrize(("chunk_size", "masked", "full"), [(512, 304.7, 427.3), (128, 283.5, 406.1)])
 def test_operations_per_token_are_those_worked_out_by_hand(chunk_size: int, masked: float, full: float):
     with torch.device("meta"):

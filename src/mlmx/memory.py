@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 import sys
 import threading
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 # Of malloc.h. Blocks up to the first are taken from the heap, and the heap is given back above the second.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_FROM_HEAP_BYTES = 1 << 30
+NEVER = -1
+HUGE_BLOCKS = 4  # of almost that size, from the heap's beginning on
 _settled = threading.Event()
 
 
@@ -23,9 +26,32 @@ def keep_freed() -> bool:
     libc = _libc()
     if libc is None:
         return False
-    return bool(libc.mallopt(M_MMAP_THRESHOLD, LARGEST_FROM_HEAP_BYTES)) and bool(
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    )
+    kept = libc.mallopt(M_MMAP_THRESHOLD, LARGEST_FROM_HEAP_BYTES) and libc.mallopt(M_TRIM_THRESHOLD, NEVER)
+    if kept:
+        _ask_for_huge_pages(libc)
+    return bool(kept)
+
+
+def _ask_for_huge_pages(libc: Any) -> None:
+    """Have the heap grow in pages of 2 MB, where the system lends them on request, as most do.
+
+    Every step streams through weights, gradients and moments, a page of 4 kB after the other. The C library would do
+    it by itself (``glibc.malloc.hugetlb=1``) if that stood in the environment before Python starts. Only addresses are
+    taken up here and given back, no memory; where addresses are rationed, nothing is.
+    """
+    import resource
+
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        return
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    size, page = LARGEST_FROM_HEAP_BYTES - (1 << 16), mmap.PAGESIZE
+    blocks = [address for _ in range(HUGE_BLOCKS) if (address := libc.malloc(size))]
+    for address in blocks:
+        libc.madvise(-(-address // page) * page, size - page, mmap.MADV_HUGEPAGE)
+    for address in reversed(blocks):
+        libc.free(address)
 
 
 def give_back() -> None:
