@@ -145,13 +145,17 @@ class CorrectedTrainer(CountedTrainer):
             return -(-self.most_targets * self.rows_at_once // self._train_batch_size)
         return -(-int(labels.ne(-100).sum()) // ROWS) * ROWS
 
+    @property
+    def _norm_is_ours(self) -> bool:
+        return self.args.device.type == "cpu" and self.accelerator.scaler is None
+
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
-        if self.args.device.type == "cpu":
+        if self._norm_is_ours:
             return gradients.clip(model.parameters(), self.args.max_grad_norm)
         return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        if grad_norm is None and self.args.device.type == "cpu":
+        if grad_norm is None and self._norm_is_ours:
             grad_norm = gradients.total_norm(model.parameters())
         return super()._get_grad_norm(model, grad_norm)
 
