@@ -239,7 +239,7 @@ def test_only_what_runs_after_the_checks_imports_a_heavy_library_on_loading():
     heavy = {"torch", "transformers", "datasets", "mlflow", "accelerate", "matplotlib", "rich"}
     loading = {module for module, path in MODULES.items() if library_imports(TREES[path].body) & heavy}
     after = {"scoring", "model.head", "tracking.mlflow_run", "tracking.plots", "charts"}
-    training = {"cpu", "engine", "flops", "guards", "out_of_memory", "progress", "reporter", "resumable"}
+    training = {"cpu", "engine", "flops", "gradients", "guards", "out_of_memory", "progress", "reporter", "resumable"}
     assert loading <= after | {f"training.{part}" for part in training}
 
 
