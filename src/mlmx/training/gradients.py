@@ -10,8 +10,8 @@ import torch
 def total_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
     """√Σ g² over all gradients, float[]; 0 without any.
 
-    Row by row, then over the rows: torch adds up the squares of a whole tensor in one float per vector lane and on one
-    core, which on the CPU loses some 5e-4 of the norm of 10 million gradients, and twice the time.
+    Row by row, then over the rows in fp64: torch adds up the squares of a whole tensor in one float per vector lane and
+    on one core, which on the CPU loses 5e-4 of the norm of 66 million gradients, and takes twice the time.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
@@ -19,8 +19,9 @@ def total_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
     rows = [
         torch.linalg.vector_norm(part.flatten(1), dim=1) if part.dim() > 1 else part.flatten() for part in gradients
     ]
-    norm: torch.Tensor = torch.linalg.vector_norm(torch.cat(rows))
-    return norm
+    together = torch.cat(rows)
+    norm: torch.Tensor = torch.linalg.vector_norm(together, dtype=torch.float64)
+    return norm.to(together.dtype)
 
 
 def clip(parameters: Iterable[torch.nn.Parameter], most: float) -> torch.Tensor:
