@@ -36,17 +36,19 @@ class Fills:
 
     def __call__(self, trained: PreTrainedModel) -> list[dict[str, Any]]:
         """A row per example that the model can hold: sentence, the word that stood there, and the likeliest ones."""
-        held = [example for example in self.examples if model.holds(trained, len(example.input_ids))]
+        most = model.longest_input(trained)
+        held = [example for example in self.examples if len(example.input_ids) <= most]
         with fast_kernels(trained):
             return self.measure.within_memory(lambda: self._filled(trained, held))
 
     def _filled(self, trained: PreTrainedModel, held: Sequence[Example]) -> list[dict[str, Any]]:
         from mlmx import scoring
 
-        rows, size = [], self.measure.batch_size
-        for some in (held[first : first + size] for first in range(0, len(held), size)):
-            found = scoring.likeliest(trained, self._batch(some), model.masked_logits, min(TOP, len(self.tokenizer)))
-            rows += [self._row(*parts) for parts in zip(some, *(part.tolist() for part in found), strict=True)]
+        rows, size, top = [], self.measure.batch_size, min(TOP, len(self.tokenizer))
+        with scoring.evaluating(trained):
+            for some in (held[first : first + size] for first in range(0, len(held), size)):
+                found = scoring.likeliest(trained, self._batch(some), model.masked_logits, top)
+                rows += [self._row(*parts) for parts in zip(some, *(part.tolist() for part in found), strict=True)]
         return rows
 
     def _row(self, example: Example, ids: list[int], probabilities: list[float], own: float) -> dict[str, Any]:

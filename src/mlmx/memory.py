@@ -14,7 +14,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_FROM_HEAP_BYTES = 1 << 30
 NEVER = -1
 HUGE_BLOCKS = 4  # of almost that size, from the heap's beginning on
-_settled = threading.Event()
+_settled, _asked = threading.Event(), threading.Event()
 
 
 def keep_freed() -> bool:
@@ -27,8 +27,9 @@ def keep_freed() -> bool:
     if libc is None:
         return False
     kept = libc.mallopt(M_MMAP_THRESHOLD, LARGEST_FROM_HEAP_BYTES) and libc.mallopt(M_TRIM_THRESHOLD, NEVER)
-    if kept:
+    if kept and not _asked.is_set():  # not again for every job of a sweep
         _ask_for_huge_pages(libc)
+        _asked.set()
     return bool(kept)
 
 
@@ -60,6 +61,7 @@ def give_back() -> None:
     libc = _libc()
     if libc is not None:
         libc.malloc_trim(0)
+        _asked.clear()  # what the heap takes up from here on is new
 
 
 def _libc() -> Any:

@@ -175,11 +175,13 @@ def full_fp32() -> Iterator[None]:
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """The model in evaluation mode inside the block, as it was after it."""
     was_training = model.training
-    model.eval()
+    if was_training:  # each change goes through all of its modules
+        model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
 
 
 def batches_of(rows: Any, collate: Callable[[Sequence[Any]], Batch], batch_size: int) -> Iterator[Batch]:

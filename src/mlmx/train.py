@@ -97,10 +97,11 @@ def lead(cfg: TrainConfig, job: Job, dead: Sequence[runs.Run] = (), stop_early: 
             run = opened(cfg, job, ready)
             cache.keep()
         with runs.log_to_file(run), recorded(run, parts.store, clock) as tracker, lineage.kept(run):
-            announce(cfg, job, ready, tracker)
-            tracker.settle([run for run in dead if store_of(run) == parts.store])
             fills = partial(describe.fills, ready.model, ready.material.tokenizer, cfg.example, model.fill_masks)
-            before = fills()
+            announce(cfg, job, ready)
+            before = fills()  # before MLflow's thread wants Python as well, at each of its many small operations
+            start_record(cfg, job, ready, tracker)
+            tracker.settle([run for run in dead if store_of(run) == parts.store])
             fit(cfg, ready, run, tracker, stop_early)
             clock.lap("train")
             log.info("before training  %s\nafter training   %s", before, fills())
@@ -184,10 +185,14 @@ def make_ready(cfg: TrainConfig, job: Job, parts: Parts, clock: Clock, cache: da
     return Ready(arguments, material, loaded, measure)
 
 
-def announce(cfg: TrainConfig, job: Job, ready: Ready, tracker: tracking.Tracker) -> None:
-    """Say what is about to happen, to the person, the run folder and MLflow."""
+def announce(cfg: TrainConfig, job: Job, ready: Ready) -> None:
+    """Say what is about to happen."""
     log.info("%s", describe.introduction(cfg, job, ready.material.report, ready.arguments, ready.model))
     log.info("%s", describe.masked_sample(ready.material.mask, ready.material.train_chunks, ready.material.tokenizer))
+
+
+def start_record(cfg: TrainConfig, job: Job, ready: Ready, tracker: tracking.Tracker) -> None:
+    """Write to the run folder and to MLflow what is known before training."""
     tracker.start(
         describe.run_name(cfg, job),
         ready.measure.protocol,

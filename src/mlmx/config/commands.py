@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import typing
@@ -244,6 +245,7 @@ class Job:
     parent: str | None = None  # and that sweep's MLflow run
 
 
+@functools.cache
 def register_schemas() -> None:
     """Make each root's dataclass known to Hydra as ``<command>_schema``.
 

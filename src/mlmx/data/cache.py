@@ -35,7 +35,7 @@ FORMAT = 3
 IN_MEMORY = 4  # entries: training and held-out tokens of the last two corpora
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
     """What is kept under one name: arrays, and facts that go into JSON."""
 
@@ -157,6 +157,7 @@ def _entry(tokens: Tokens) -> Entry:
     return Entry({name: array for name, array in arrays.items() if array is not None}, facts)
 
 
+@lru_cache(maxsize=IN_MEMORY)  # the jobs of a sweep get the very same
 def _tokens(entry: Entry) -> Tokens:
     arrays = entry.arrays
     return Tokens(arrays["ids"], arrays.get("word_starts"), arrays["offsets"], **entry.facts)

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -191,9 +192,15 @@ def _amount(name: str, value: float) -> int | float:
 
 def rows_sha256(chunks: Chunks) -> str:
     """sha256 of the int32 little-endian bytes of ``input_ids``, rows in order."""
-    tokens = chunks.tokens.ids.astype("<i4", copy=False).data.cast("B")
-    prefix, suffix = (edge.astype("<i4").tobytes() for edge in (chunks.prefix, chunks.suffix))
-    starts, ends = chunks.starts, chunks.starts + chunks.lengths
+    edges = (edge.astype("<i4").tobytes() for edge in (chunks.prefix, chunks.suffix))
+    return _rows_sha256(chunks.tokens, chunks.starts.tobytes(), chunks.lengths.tobytes(), *edges)
+
+
+@lru_cache(maxsize=8)  # most jobs of a sweep have the same rows, which take longer to hash than to compare
+def _rows_sha256(of: Tokens, starts_bytes: bytes, lengths_bytes: bytes, prefix: bytes, suffix: bytes) -> str:
+    tokens = of.ids.astype("<i4", copy=False).data.cast("B")
+    starts, lengths = (np.frombuffer(some, np.int64) for some in (starts_bytes, lengths_bytes))
+    ends = starts + lengths
     if not prefix and not suffix:
         # Rows that follow each other in the tokens as well are one stretch of memory.
         gaps = np.flatnonzero(starts[1:] != ends[:-1])

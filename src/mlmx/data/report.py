@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,7 +44,7 @@ def data_report(
         "tokens": len(tokens.ids),
         "dropped_tokens": max(len(tokens.ids) - report["corpus"]["tokens"], 0),
         "chunks_per_chunk_size": {str(size): len(chunking(tokens, size)) for size in sizes},
-        **words_report(tokens, tokenizer),
+        **words_report(tokens, tokenizer.unk_token_id),
         "content_sha256": content_sha256(texts.train),
         "tokenized_by": tokens.tokenized_by,
     }
@@ -52,7 +52,7 @@ def data_report(
         return report
     report["heldout"] = rows_report(texts.origin, heldout) | {
         "documents": heldout.tokens.num_documents,
-        **words_report(heldout.tokens, tokenizer),
+        **words_report(heldout.tokens, tokenizer.unk_token_id),
         "content_sha256": content_sha256(texts.heldout),
         "left_out_for_overlap": texts.left_out,
         "overlap_with_training": int(np.isin(heldout.keys, document_keys(texts.train)).sum()),
@@ -77,11 +77,12 @@ def rows_report(source: str, rows: Chunks) -> dict[str, Any]:
     }
 
 
-def words_report(tokens: Tokens, tokenizer: Any) -> dict[str, float]:
+@lru_cache(maxsize=4)  # those of the jobs of a sweep are the same, and of millions
+def words_report(tokens: Tokens, unknown_id: int | None) -> Mapping[str, float]:
     """How well the tokenizer fits the texts: tokens per word, and the share of tokens it does not know."""
     special = tokens.num_documents * (tokens.num_prefix + tokens.num_suffix)
     own = max(len(tokens.ids) - special, 1)
-    unknown = 0 if tokenizer.unk_token_id is None else np.count_nonzero(tokens.ids == tokenizer.unk_token_id)
+    unknown = 0 if unknown_id is None else np.count_nonzero(tokens.ids == unknown_id)
     report = {"unknown_share": unknown / own}
     if tokens.word_starts is not None:
         report["tokens_per_word"] = own / max(int(np.count_nonzero(tokens.word_starts)) - special, 1)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Flat = tuple[NDArray[np.int32], NDArray[np.int64]]  # the documents' ids end to end, and how many each has
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # what has been counted of the very same ones need not be counted again
 class Tokens:
     """The documents of a split, tokenised.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -252,10 +253,10 @@ def masked_logits(
     return head.masked_logits(model, batch, room)
 
 
-def holds(loaded: PreTrainedModel, length: int) -> bool:
-    """Whether a text of so many tokens, special ones included, fits into the model."""
+def longest_input(loaded: PreTrainedModel) -> float:
+    """Of how many tokens, special ones included, a text may be to fit into the model; infinite if it does not say."""
     longest = _longest_input(loaded.config.to_dict())
-    return longest is None or length <= longest
+    return math.inf if longest is None else longest
 
 
 def _longest_input(config: dict[str, Any]) -> int | None:

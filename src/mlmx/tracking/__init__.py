@@ -187,11 +187,12 @@ class Tracker:
         table = sorted([*kept, *([step, round(epoch, 6), *row.values()] for row in rows)], key=lambda row: row[0])
         text = json.dumps(redacted({"columns": columns, "data": table}), ensure_ascii=False)
         self.run.write_text(EXAMPLES_FILE, text)
-        if TABLES not in self.told["tags"]:
+        first = TABLES not in self.told["tags"]
+        if first:
             self.told["tags"][TABLES] = json.dumps([{"path": EXAMPLES_FILE, "type": "table"}])
             self._write()
         if self.writer is not None:
-            self.writer.do(EXAMPLES_FILE, self._send_fills)
+            self.writer.do(EXAMPLES_FILE, partial(self._send_fills, first))
 
     def prune(self) -> None:
         """The training is ended early, as no better than others were by then; MLflow hears of it with its outcome."""
@@ -200,9 +201,10 @@ class Tracker:
             self.told["tags"][PRUNED] = "true"
         self._write()
 
-    def _send_fills(self, mlflow: MlflowRun) -> None:
+    def _send_fills(self, first: bool, mlflow: MlflowRun) -> None:
         mlflow.add_file(self.run.folder / EXAMPLES_FILE)
-        mlflow.describe({})
+        if first:  # its tag is new
+            mlflow.describe({})
 
     def annotate(self, text: str) -> None:
         """Put this below the opening of the MLflow run's description; one that a person has edited stays."""

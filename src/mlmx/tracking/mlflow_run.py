@@ -80,6 +80,7 @@ class MlflowRun:
             raise LookupError(f"it has no run {told.get('run_id')}")
         self.made = found is None
         run = found or client.create_run(experiment, told["started"], dict(told["tags"]), told["name"])
+        self.as_made = None if found else run  # until it is written to
         self.run_id: str = run.info.run_id
         self.deleted = run.info.lifecycle_stage == "deleted"
         self.local_artifacts = artifacts.local_folder(run.info.artifact_uri)
@@ -119,12 +120,10 @@ class MlflowRun:
 
     def describe(self, report: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
         """Dials, tags and the splits of the data report as datasets; returns how many of each were not there."""
-        run = self.client.get_run(self.run_id)
+        run, self.as_made = self.as_made or self.client.get_run(self.run_id), None
         params = [
             entities.Param(key, value) for key, value in self.told["params"].items() if key not in run.data.params
         ]
-        for start in range(0, len(params), MOST_PARAMS):
-            self.client.log_batch(self.run_id, params=params[start : start + MOST_PARAMS])
         wanted, there = {key: value[:LONGEST_TAG] for key, value in self.told["tags"].items()}, run.data.tags
         # A note may have been edited in MLflow since: only our own tags are put right, and a note that is still ours.
         ours = {note[:LONGEST_TAG] for note in self.told.get("notes", ())}
@@ -132,7 +131,10 @@ class MlflowRun:
         wrong = [key for key in differs if key.startswith("mlmx.") or (key == NOTE and there[key] in ours)]
         wrong += [key for key in wanted if key not in there]
         tags = [entities.RunTag(key, wanted[key]) for key in wrong]
-        self.client.log_batch(self.run_id, tags=tags)
+        for start in range(0, max(len(params), 1), MOST_PARAMS):
+            some, along = params[start : start + MOST_PARAMS], () if start else tags
+            if some or along:
+                self.client.log_batch(self.run_id, params=some, tags=along)
         known = {(one.dataset.name, one.dataset.digest) for one in (run.inputs.dataset_inputs if run.inputs else [])}
         inputs = {name: _dataset_input(report[name], name, to) for name, to in CONTEXTS.items() if name in report}
         self.datasets |= {name: (one.dataset.name, one.dataset.digest) for name, one in inputs.items()}

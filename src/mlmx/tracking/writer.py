@@ -17,6 +17,8 @@ from mlmx.runs import rows_of
 from mlmx.tracking import stores
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
     from mlmx.tracking import Store
     from mlmx.tracking.mlflow_run import MlflowRun
     from mlmx.tracking.system import Sample
@@ -53,6 +55,7 @@ class Writer:
         self.told: Mapping[str, Any] | None = None
         self.resumed = False
         self.mlflow: MlflowRun | None = None
+        self.connected: tuple[MlflowClient, str] | None = None
         self.file: tuple[int, int] | None = None  # of a local store
         self.samples: deque[Sample] = deque()  # of the machine
         self.deeds: deque[tuple[str, Deed]] = deque()
@@ -125,6 +128,7 @@ class Writer:
                 pause = SEND_EVERY_SECONDS
             except Exception as error:
                 self._say_away(error)
+                self.connected = None
                 self.failed_to_end = ending is not None
                 pause = RETRY_AFTER_SECONDS[min(self.failures, len(RETRY_AFTER_SECONDS)) - 1]
                 self.something.set()
@@ -140,12 +144,12 @@ class Writer:
             self.refused = []
         due = len(self.deeds)
         if self.mlflow is None:
-            client, experiment = connect(self.store)
+            self.connected = self.connected or connect(self.store)
             self.file = stores.file_of(self.store)  # before anyone hears of the run and could move the store away
             if self.told is None:
                 self.done = ending is not None
                 return
-            mlflow = MlflowRun(client, experiment, self.told, again=self.resumed or self.failures > 0)
+            mlflow = MlflowRun(*self.connected, self.told, again=self.resumed or self.failures > 0)
             if self.resumed:
                 mlflow.reopen()
             self.opened(mlflow.run_id)
