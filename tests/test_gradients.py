@@ -45,6 +45,24 @@ def test_gradients_are_scaled_to_the_norm_and_not_touched_within_it():
         assert torch.allclose(parameter.grad, one * 0.5 / norm, rtol=1e-4)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_is_that_of_clipped_gradients(fused: bool):
+    ours, theirs = (with_gradients((64, 32), (33,), size=0.1) for _ in range(2))
+    steps = [torch.optim.AdamW(parameters, lr=1e-2, fused=fused) for parameters in (ours, theirs)]
+    for size in (1.0, 0.001, 2.0):  # clipped, not clipped, clipped
+        for parameters in (ours, theirs):
+            for parameter, new in zip(parameters, with_gradients((64, 32), (33,), size=size), strict=True):
+                parameter.grad = new.grad
+        gradients.clip(ours, 0.7, steps[0])
+        torch.nn.utils.clip_grad_norm_(theirs, 0.7)
+        for optimizer in steps:
+            optimizer.step()
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.allclose(one, other, rtol=1e-5, atol=1e-9)
+            if one.grad is not None:
+                assert torch.allclose(one.grad, other.grad, rtol=1e-5, atol=1e-9)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_not_finite_shows(bad: float):
     parameters = with_gradients((4, 4), (3,))

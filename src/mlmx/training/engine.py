@@ -151,7 +151,8 @@ class CorrectedTrainer(CountedTrainer):
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
         if self._norm_is_ours:
-            return gradients.clip(model.parameters(), self.args.max_grad_norm)
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+            return gradients.clip(model.parameters(), self.args.max_grad_norm, optimizer)
         return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
