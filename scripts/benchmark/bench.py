@@ -174,7 +174,8 @@ def stepped(bench: Bench, *, model: Path | None, chunk_size: int, **others: Any)
     """`step_in_turns`, once for all rows that ask for the same."""
     wanted = ("stepped", model, chunk_size, *sorted(others.items()))
     if wanted not in bench.made:
-        at_least = {"least_seconds": bench.sizes.least_seconds} if bench.device == "cpu" else {}
-        found = step_in_turns(bench, bench.repeats, model=model, chunk_size=chunk_size, **at_least, **others)
-        bench.made[wanted] = found
+        least = bench.sizes.least_seconds if bench.device == "cpu" else 0
+        bench.made[wanted] = step_in_turns(
+            bench, bench.repeats, model=model, chunk_size=chunk_size, least_seconds=least, **others
+        )
     return bench.made[wanted]

@@ -55,7 +55,7 @@ def machine_lines(run: Mapping[str, Any]) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
     processor = f"{machine['usable cores']} × {machine['processor']} ({' '.join(machine['flags'])})"
     load = f"load {machine['load before the run']:g} before the run"
-    form = "quick form: the figures mean nothing" if settings["quick"] else f"medians of {settings['repeats']}"
+    form = "quick form: the figures mean nothing" if settings["quick"] else f"medians of {settings['repeats']} or more"
     lines = [
         f"{processor}, {machine['memory in GB']:g} GB, {machine['system']}, {load}",
         f"Python {machine['python']}, {packages}; mlmx at {machine['commit']}",

@@ -17,9 +17,8 @@ from typing import Any, TextIO
 from urllib.parse import quote, quote_plus
 
 STARS = "***"
-# The environment's names, looked through at every line; os.environ would decode each of them again every time, and
-# what lies behind it is looked through twenty times as fast.
-NAMES: Mapping[Any, Any] = getattr(os.environ, "_data", os.environ)
+# The environment's names, looked through at every line; os.environ would decode each of them again every time.
+NAMES: Mapping[Any, Any] = os.environb if os.supports_bytes_environ else os.environ
 LEAST_CHARACTERS = 8  # a shorter value would be found by chance in ordinary text
 SECRET_NAME = re.compile(
     r"(token|passw(or)?d|secret|secret_?key|api_?key|access_?key(_?id)?|private_?key|credentials)$", re.IGNORECASE
