@@ -59,6 +59,12 @@ def test_every_row_of_the_table_is_measured_on_both_sides(written: tuple[dict, s
             assert all(0 < one < math.inf for one in samples), (name, samples)
 
 
+def test_trainings_take_more_turns_than_asked_for_while_those_were_short(written: tuple[dict, str, str]):
+    for name in ("train_512_fp32", "train_128_shipped", "train_512_shipped", "minilm_128_shipped"):
+        samples = written[0]["rows"][name]["samples"]
+        assert len(samples["stock"]) == len(samples["mlmx"]) == 5, name  # times one repeat
+
+
 def test_a_comparison_is_made_of_the_two_figures(written: tuple[dict, str, str]):
     for name, row in written[0]["rows"].items():
         stock, mlmx = row["stock"], row["mlmx"]
