@@ -21,7 +21,7 @@ def heads(seed: int, batch: int = 3, count: int = 4, length: int = 40, size: int
 
 
 @pytest.mark.parametrize("tile", [cpu.TILE, 1, 7777])
-@pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 0.003])
+@pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 0.003, cpu.MOST])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_elements_are_dropped_at_the_rate_and_the_others_scaled(
     p: float, dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch
@@ -45,6 +45,18 @@ def test_neighbours_are_dropped_independently():
     for near in (torch.roll(kept, 1, 1), torch.roll(kept, 1, 0), torch.roll(kept, 8, 1)):
         both = (~kept & ~near).double().mean()
         assert both.item() == pytest.approx(0.09, abs=0.002)
+
+
+def test_every_byte_is_as_likely_and_a_row_has_one_of_two_thresholds(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mlmx.training.cpu.ZEROS", memoryview(bytes(1000)))  # fewer than are asked for
+    torch.manual_seed(6)
+    drawn, thresholds = cpu.Draws(0.1).draw(torch.Size([5000, 8, 128]))
+    counts = torch.bincount(drawn.flatten().int() + 128, minlength=256).double()
+    expected = drawn.numel() / 256
+    assert ((counts - expected) ** 2 / expected).sum() < 255 + 5 * math.sqrt(2 * 255), "chi-squared"
+    assert thresholds.shape == (5000, 1, 1)
+    assert thresholds.unique().tolist() == [25 - 128, 26 - 128]
+    assert (thresholds + 128).double().mean().item() == pytest.approx(25.6, abs=5 * math.sqrt(0.24 / 5000))
 
 
 def test_a_seed_repeats_the_draw_and_another_does_not():
@@ -123,6 +135,8 @@ def test_what_is_not_ours_stays_the_library_s():
         assert functional.dropout(x, 0.5, training=False) is x or torch.equal(functional.dropout(x, 0.5, False), x)
         assert torch.equal(functional.dropout(x, 0.0), x)
         assert not functional.dropout(x, 1.0).any()
+        assert functional.dropout(x[:0], 0.1).shape == (0, 8)
+        assert functional.dropout(torch.ones(9, 9, requires_grad=True), 0.999).grad_fn.name() != "_DropoutBackward"
         plain = functional.scaled_dot_product_attention(query, query, query)
         causal = functional.scaled_dot_product_attention(query, query, query, is_causal=True)
     assert torch.equal(plain, functional.scaled_dot_product_attention(query, query, query))

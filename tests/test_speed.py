@@ -160,8 +160,8 @@ def test_training_on_the_cpu_uses_our_dropout_and_scoring_none(
     from mlmx.training import cpu
 
     drawn = []
-    original = cpu.Bytes.draw
-    monkeypatch.setattr(cpu.Bytes, "draw", lambda self, shape: drawn.append(shape) or original(self, shape))
+    original = cpu.Draws.draw
+    monkeypatch.setattr(cpu.Draws, "draw", lambda self, shape: drawn.append(shape) or original(self, shape))
     train(tiny, corpus)
     assert drawn == [], "the tiny model has no dropout"
     train_scratch(corpus, ["model=scratch", "model.layers=1", "model.hidden_size=32", "model.heads=2"])
