@@ -1,7 +1,7 @@
 """The masked-positions head: hidden states are gathered where labels are set, before the vocabulary projection.
 
 Only targets have a loss, so no other position needs logits; nor, behind the last attention, anything at all: from
-there on each position is computed by itself, and the last layer's feed-forward network is spent on targets alone.
+there on each position is computed by itself, and the last layer's networks are spent on targets alone.
 Loss and gradients are those of the full head.
 """
 
@@ -16,9 +16,10 @@ log = logging.getLogger("mlmx")
 
 IGNORED = -100  # the label of a position that is not scored, as in torch's cross-entropy
 
-# Architecture → the module of its encoder behind whose output each position is computed by itself, "" for the whole
-# encoder: where layers share their weights (ALBERT) or the residual is added outside any module (ModernBERT).
-GATHERED_BEHIND = {
+# Architecture → the module of its encoder that gets a position's states, and the residual's, where nothing but that
+# position counts any more, "" for what follows the whole encoder: where layers share their weights (ALBERT) or the
+# residual is added outside any module (ModernBERT).
+GATHERED_BEFORE = {
     "albert": "",
     "bert": "encoder.layer.-1.attention.output",
     "camembert": "encoder.layer.-1.attention.output",
@@ -55,8 +56,8 @@ def masked_logits(
         room = min(room, len(labels))
         positions = chosen.to(torch.int8).argsort(descending=True, stable=True)[:room]
         lost = torch.where(chosen.sum() > room, torch.nan, 0.0)
-    if own.config.model_type in GATHERED_BEHIND:
-        with _gathering(_place(own), positions, lost):
+    if own.config.model_type in GATHERED_BEFORE:
+        with _gathering(own, positions, lost):
             logits = model(**inputs).logits.squeeze(0)
     else:
         _say_full_head(own.config.model_type)
@@ -72,38 +73,43 @@ def _rows(states: torch.Tensor, positions: torch.Tensor, lost: torch.Tensor | No
 
 
 class _gathering:  # noqa: N801 (a context manager, used as a word of the language)
-    """Inside the block the module's output is its rows at ``positions``: [B, T, D] → [1, M, D]."""
+    """Inside the block a module, or what follows the encoder, gets the rows at ``positions``: [B, T, D] → [1, M, D]."""
 
-    def __init__(self, place: torch.nn.Module, positions: torch.Tensor, lost: torch.Tensor | None) -> None:
-        self.place = place
+    def __init__(self, own: Any, positions: torch.Tensor, lost: torch.Tensor | None) -> None:
+        self.encoder, self.before = own.base_model, _place(own)
         self.positions, self.lost = positions, lost
 
     def __enter__(self) -> None:
-        self.handle = self.place.register_forward_hook(self._gather)
+        if self.before is None:
+            self.handle = self.encoder.register_forward_hook(self._gather_output)
+        else:
+            self.handle = self.before.register_forward_pre_hook(self._gather_inputs)
 
     def __exit__(self, *exception: object) -> None:
         self.handle.remove()
 
-    def _gather(self, _module: Any, _inputs: Any, output: Any) -> Any:
-        hidden = output if isinstance(output, torch.Tensor) else output.last_hidden_state
-        rows = _rows(hidden, self.positions, self.lost).unsqueeze(0)
-        if hidden is output:
-            return rows
-        output.last_hidden_state = rows
+    def _gather_inputs(self, _module: Any, states: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(self._gathered(each) for each in states)
+
+    def _gather_output(self, _module: Any, _inputs: Any, output: Any) -> Any:
+        output.last_hidden_state = self._gathered(output.last_hidden_state)
         return output
 
+    def _gathered(self, states: torch.Tensor) -> torch.Tensor:
+        return _rows(states, self.positions, self.lost).unsqueeze(0)
 
-def _place(own: Any) -> torch.nn.Module:
-    """The module behind which to gather."""
-    encoder: torch.nn.Module = own.base_model
-    path = GATHERED_BEHIND[own.config.model_type]
+
+def _place(own: Any) -> torch.nn.Module | None:
+    """The module before which to gather, None for behind the encoder."""
+    place: torch.nn.Module = own.base_model
+    path = GATHERED_BEFORE[own.config.model_type]
     # Activation checkpointing runs a layer a second time, when the hook is gone; DeBERTa's first layer may have a
     # convolution over neighbours behind it.
-    if getattr(own, "is_activation_checkpointing", False) or own.config.num_hidden_layers < 2:
-        path = ""
-    for name in filter(None, path.split(".")):
-        encoder = encoder[int(name)] if name == "-1" else getattr(encoder, name)  # type: ignore[index]
-    return encoder
+    if not path or getattr(own, "is_activation_checkpointing", False) or own.config.num_hidden_layers < 2:
+        return None
+    for name in path.split("."):
+        place = place[int(name)] if name == "-1" else getattr(place, name)  # type: ignore[index]
+    return place
 
 
 _said: set[str] = set()
