@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,39 @@ def test_numbers_that_keep_coming_keep_no_checkpoint_waiting(store: Path, output
     until(lambda: any((outputs / "mlartifacts").glob("models/*/artifacts/model/config.json")))
     assert next(calls) < 40, "it waited until nothing more came"
     list(calls)  # the training is over
+    made.finish("FINISHED", {})
+
+
+def test_many_numbers_do_not_wait_for_their_second(store: Path, outputs: Path, monkeypatch):
+    monkeypatch.setattr(writer, "SEND_EVERY_SECONDS", 1_000.0)
+    made = tracker(outputs / "run", tracking.local())
+    until(lambda: made.writer is not None and made.writer.mlflow is not None and not made.writer.deeds)
+    log_steps(made, range(2 * writer.LINES_AT_ONCE))
+    until(lambda: len(history(tracking.local(), made)) >= 3 * writer.LINES_AT_ONCE)
+    made.finish("FINISHED", {})
+    assert history(tracking.local(), made) == stored(logged(made))
+
+
+def test_many_numbers_do_not_hurry_the_next_try(store: Path, outputs: Path, monkeypatch):
+    from mlmx.tracking.mlflow_run import MlflowRun
+
+    tried: list[int] = []
+
+    def away(self: MlflowRun, rows: Any) -> int:
+        tried.append(len(rows))
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr(writer, "RETRY_AFTER_SECONDS", (1_000.0,))
+    monkeypatch.setattr(writer, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(MlflowRun, "log", away)
+    made = tracker(outputs / "run", tracking.local())
+    log_steps(made, range(1))
+    until(lambda: made.writer is not None and made.writer.failures > 0)
+    time.sleep(0.2)  # what woke the thread before is over
+    before = len(tried)
+    log_steps(made, range(1, 5 * writer.LINES_AT_ONCE))
+    time.sleep(0.3)
+    assert len(tried) == before
     made.finish("FINISHED", {})
 
 

@@ -28,6 +28,7 @@ log = logging.getLogger("mlmx")
 SEND_EVERY_SECONDS = 1.0
 RETRY_AFTER_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 READ_BYTES = 65_536  # of metrics.jsonl at a time: some 1,000 points
+LINES_AT_ONCE = 64  # that do not wait for the second to pass, so that little is left for the end of a run
 PATIENCE_SECONDS = 5.0  # at the end of a run, for an MLflow that is away
 SWITCH_SECONDS = 0.0005  # how long training waits for Python when this thread has it; by default ten times as long
 STALL_SECONDS = 300.0  # at the end of a run, for one deed of an MLflow that answers (weights on their way to a server)
@@ -39,10 +40,10 @@ class Writer:
     """Sends the numbers of metrics.jsonl, and what else is to be done in MLflow, in the order they came.
 
     The file is the queue: the thread reads on from where it has sent, so that memory stays bounded and nothing is lost
-    while MLflow is away. Numbers go about once a second. Deeds (files, checkpoints) are done at once, after the
-    numbers logged before them. Whatever fails is tried again, later and later. A point whose first sending had arrived
-    after all is not doubled: the store knows it by key, step, time and value. What MLflow has of a resumed run is not
-    sent again.
+    while MLflow is away. Numbers go about once a second, many of them sooner. Deeds (files, checkpoints) are done at
+    once, after the numbers logged before them. Whatever fails is tried again, later and later. A point whose first
+    sending had arrived after all is not doubled: the store knows it by key, step, time and value. What MLflow has of a
+    resumed run is not sent again.
 
     Args:
         opened: called in the thread with the id of the MLflow run, once there is one.
@@ -61,6 +62,7 @@ class Writer:
         self.deeds: deque[tuple[str, Deed]] = deque()
         self.refused: list[tuple[str, Deed]] = []  # to be tried once more at the end
         self.sent_bytes = 0
+        self.waiting_lines = 0
         self.failures = 0  # in a row
         self.reason = ""
         self.ending: tuple[str, bool, int] | None = None
@@ -84,7 +86,10 @@ class Writer:
 
     def log(self) -> None:
         """metrics.jsonl has another line."""
+        self.waiting_lines += 1
         self.something.set()
+        if self.waiting_lines >= LINES_AT_ONCE and not self.failures:
+            self.at_once.set()
 
     def do(self, what: str, deed: Deed) -> None:
         """Do this after the numbers logged so far."""
@@ -121,6 +126,7 @@ class Writer:
             self.something.wait()
             self.something.clear()
             self.at_once.clear()
+            self.waiting_lines = 0
             ending = self.ending  # looked at before the file, as the deeds are: they come after its numbers
             try:
                 self._catch_up(ending)
