@@ -95,6 +95,17 @@ def test_the_last_feed_forward_network_sees_targets_alone():
         assert seen == [(3, 16, 64), (1, int((batch["labels"] != -100).sum()), 64)], family
 
 
+def test_the_last_attention_s_output_projection_sees_targets_alone_where_its_residual_is_beside_it():
+    for family in set(CONFIGS) - {"albert", "modernbert", "distilbert", "mpnet"}:
+        loaded = AutoModelForMaskedLM.from_config(CONFIGS[family]).eval()
+        batch = batch_of(4)
+        seen: list[torch.Size] = []
+        for layer in loaded.base_model.encoder.layer:
+            layer.attention.output.dense.register_forward_hook(lambda m, i, out, seen=seen: seen.append(out.shape[:2]))
+        model.masked_logits(loaded, batch)
+        assert seen == [(3, 16), (1, int((batch["labels"] != -100).sum()))], family
+
+
 def test_a_compiled_model_is_compiled_once_and_gathers_each_batch_s_own_positions():
     from torch._dynamo.utils import counters
 

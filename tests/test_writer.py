@@ -216,7 +216,7 @@ def test_many_numbers_do_not_hurry_the_next_try(store: Path, outputs: Path, monk
     made = tracker(outputs / "run", tracking.local())
     log_steps(made, range(1))
     until(lambda: made.writer is not None and made.writer.failures > 0)
-    time.sleep(0.2)  # what woke the thread before is over
+    time.sleep(1)  # what woke the thread before is over
     before = len(tried)
     log_steps(made, range(1, 5 * writer.LINES_AT_ONCE))
     time.sleep(0.3)
