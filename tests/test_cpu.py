@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.nn import functional
+from transformers import BertConfig, BertForMaskedLM
 
 from mlmx.training import cpu
 from mlmx.training.cpu import CpuKernels
@@ -165,3 +167,39 @@ def test_frozen_weights_get_no_gradient():
         functional.linear(x, weight).sum().backward()
     assert torch.allclose(x.grad, weight.sum(0).expand(4, 8), atol=1e-6)
     assert weight.grad is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_over_many_masks_a_model_s_loss_and_gradients_are_distributed_as_the_library_s(dtype: torch.dtype):
+    torch.manual_seed(7)
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        initializer_range=0.2,  # attention far from uniform, and all that is dropped counts
+        attention_probs_dropout_prob=0.3,
+    )
+    model = BertForMaskedLM(config).train()
+    ids = torch.randint(50, (4, 24))
+    times = 150
+
+    def passes(ours: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        losses, gradients = [], []
+        for seed in range(times):
+            torch.manual_seed(times * ours + seed)
+            with CpuKernels() if ours else nullcontext(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                loss = functional.cross_entropy(model(ids).logits.flatten(0, 1).float(), ids.flatten())
+            losses.append(loss.item())
+            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()])]))
+        return torch.tensor(losses), torch.stack(gradients)
+
+    (loss, gradient), (expected_loss, expected) = passes(True), passes(False)
+    error = (expected_loss.var() / times + loss.var() / times).sqrt()
+    assert abs(loss.mean() - expected_loss.mean()) < 4 * error
+    assert loss.std().item() == pytest.approx(expected_loss.std().item(), rel=0.25)
+    by_chance = (gradient.var(0) + expected.var(0)).sum() / times
+    distance = (gradient.mean(0) - expected.mean(0)).square().sum()
+    assert 0.7 < distance / by_chance < 1.4
+    assert gradient.var(0).sum().item() == pytest.approx(expected.var(0).sum().item(), rel=0.1)
