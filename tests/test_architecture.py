@@ -18,6 +18,7 @@ LAYERS = [
     ["places", "redaction"],
     ["config"],
     ["space"],
+    ["metrics_file"],
     ["runs", "sources", "provenance", "draws", "memory", "threads", "interrupts", "identity", "documents", "retention"],
     ["alive", "lineage"],
     ["sweeps"],

@@ -6,12 +6,14 @@ import json
 import logging
 import os
 import re
+import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlmx import places, runs
+from mlmx import metrics_file, places, runs
 from mlmx.config import RequestError, TrainConfig
 from mlmx.runs import Run, all_runs, begin, discard_empty, find, outputs_dir
 
@@ -252,7 +254,7 @@ def test_what_a_kill_or_a_power_cut_leaves_behind_the_last_row_is_cut_off(torn: 
 
 
 def test_a_line_that_cannot_be_written_whole_is_not_there(tmp_path: Path):
-    run, file = Run(tmp_path), runs.MetricsFile(tmp_path)
+    run, file = Run(tmp_path), metrics_file.MetricsFile(tmp_path)
     file.append(1, 0.5, {"train/loss": 2.0})
 
     class FillsUp:
@@ -278,3 +280,18 @@ def test_a_line_that_cannot_be_written_whole_is_not_there(tmp_path: Path):
     file.close()
     assert [row["step"] for row in run.metrics()] == [1, 2]
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
+
+
+def test_a_line_s_time_is_the_moment_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = metrics_file.MetricsFile(tmp_path)
+    zone = datetime.now().astimezone().tzinfo
+    for microseconds in (1_790_000_000_000_000, 1_790_000_000_000_001, 1_790_000_000_999_999, 1_790_000_001_000_500):
+        monkeypatch.setattr(time, "time_ns", lambda now=microseconds: now * 1000 + 999)
+        written = datetime.fromisoformat(file.append(1, 0.5, {"train/loss": 2.0})["time"])
+        assert written == datetime.fromtimestamp(microseconds // 10**6, zone).replace(microsecond=microseconds % 10**6)
+        assert written.utcoffset() == zone.utcoffset(None)
+    monkeypatch.undo()
+    before = datetime.now(zone)
+    written = datetime.fromisoformat(file.append(1, 0.5, {"train/loss": 2.0})["time"])
+    file.close()
+    assert before <= written <= datetime.now(zone)

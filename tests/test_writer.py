@@ -134,7 +134,7 @@ def test_nobody_waits_for_a_server_that_does_not_answer(outputs: Path, caplog, m
 WRITES_UNTIL_KILLED = """
 import itertools, sys
 from pathlib import Path
-from mlmx.runs import MetricsFile
+from mlmx.metrics_file import MetricsFile
 file = MetricsFile(Path(sys.argv[1]))
 for step in itertools.count():
     file.append(step, 0.0, {"train/loss": 0.5})

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 
 from mlmx import space
 from mlmx.config import RequestError, TrainConfig, from_plain, path_of
+from mlmx.metrics_file import MetricsFile, rows_of
 from mlmx.places import outputs_dir
 from mlmx.redaction import RedactedStream, redact, redacted
 
@@ -163,67 +164,6 @@ def is_interim(checkpoint: Path) -> bool:
         return bool(json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["interim"])
     except (OSError, ValueError, KeyError):
         return False
-
-
-class MetricsFile:
-    """``metrics.jsonl`` of a run folder, kept open for more lines; what follows its last whole line is cut off.
-
-    A line has left the process when `append` returns, so that killing it loses none; it is not waited for until it is
-    on the disk, so that a power cut may take the last ones (`settle` waits).
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "metrics.jsonl"
-        self.file = self.path.open("a+b", buffering=0)
-        self.size = self._whole_bytes()
-        self.file.truncate(self.size)
-        self.zone = datetime.now().astimezone().tzinfo  # asking for it at each line takes as long as writing one
-
-    def append(self, step: int, epoch: float, metrics: Mapping[str, float]) -> dict[str, Any]:
-        """One line, whole or not at all; returns its row.
-
-        Raises:
-            OSError: it could not be written (a full disk, say).
-        """
-        row = {"step": step, "epoch": round(epoch, 6), "time": datetime.now(self.zone).isoformat(), **metrics}
-        line = memoryview((json.dumps(row) + "\n").encode())
-        written = 0
-        try:
-            while written < len(line):
-                written += self.file.write(line[written:])
-        except OSError:
-            self.file.truncate(self.size)  # half a line would spoil the next one
-            with space.writing(self.path):
-                raise
-        self.size += written
-        return row
-
-    def settle(self) -> None:
-        """Wait until every line so far is on the disk."""
-        os.fsync(self.file.fileno())
-
-    def close(self) -> None:
-        """No more lines."""
-        self.file.close()
-
-    def _whole_bytes(self) -> int:
-        """Where the last row ends: a process killed while writing, or a power cut, leaves something behind it."""
-        self.file.seek(0)
-        whole = position = 0
-        for line in self.file.read().splitlines(keepends=True):
-            position += len(line)
-            whole = position if rows_of([line]) else whole
-        return whole
-
-
-def rows_of(lines: Iterable[bytes]) -> list[dict[str, Any]]:
-    """The rows of lines of ``metrics.jsonl``; what is no whole line of JSON is left out."""
-    rows = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            row = json.loads(line) if line.endswith(b"\n") else None
-            rows += [row] if isinstance(row, dict) else []
-    return rows
 
 
 def begin(folder: Path, cfg: TrainConfig, overrides: tuple[str, ...], inputs: Mapping[str, Any]) -> Run:

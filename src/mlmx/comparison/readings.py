@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlmx import alive, identity
-from mlmx.runs import HELDOUT_FILE, Run, rows_of
+from mlmx.metrics_file import rows_of
+from mlmx.runs import HELDOUT_FILE, Run
 
 if TYPE_CHECKING:
     from mlmx.documents import DocumentSums

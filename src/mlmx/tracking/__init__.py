@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from mlmx import provenance
 from mlmx.config import require, table
+from mlmx.metrics_file import MetricsFile
 from mlmx.places import outputs_dir
 from mlmx.provenance import NOTE
 from mlmx.redaction import redact, redacted
-from mlmx.runs import EXAMPLES_FILE, MetricsFile, Run
+from mlmx.runs import EXAMPLES_FILE, Run
 from mlmx.tracking import stores
 from mlmx.tracking.models import Saved, Scores
 from mlmx.tracking.registry import register
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mlmx")
 PRUNED = "mlmx.pruned"  # tag of a trial that was ended early
-STEPS_SAID_EVERY_SECONDS = 0.1  # saying a step costs more than keeping its numbers
+STEPS_SAID_EVERY_SECONDS = 0.25  # saying a step costs several times what keeping its numbers does
 TABLES = "mlflow.loggedArtifacts"  # those that it shows side by side with other runs
 
 
@@ -159,21 +160,21 @@ class Tracker:
         Of steps that log many times a second some are said; scores always are.
         """
         self.latest = (step, epoch)
-        new = {name: value for name, value in metrics.items() if self._is_new((step, name), value)}
+        new = self._new(step, metrics)
+        scored = not all(name.startswith("train/") for name in metrics)
         if new:
-            self.last = self.last | new
-            self.first = self.first | new if step == 0 else self.first
+            self.last = {**self.last, **new}
+            self.first = {**self.first, **new} if step == 0 else self.first
             row = self.lines.append(step, epoch, new)
             if self.writer is not None:
                 self.writer.log()
-            if self.scores.add(row) and (saved := self.run.checkpoints / f"checkpoint-{step}").is_dir():
+            if scored and self.scores.add(row) and (saved := self.run.checkpoints / f"checkpoint-{step}").is_dir():
                 self._send_model(Saved(saved, step, epoch))  # it was saved before it was scored
-        self._say(step, epoch, metrics)
+        if scored or time.monotonic() >= self.said + STEPS_SAID_EVERY_SECONDS:
+            self._say(step, epoch, metrics, scored)
 
-    def _say(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
-        if all(name.startswith("train/") for name in metrics):
-            if time.monotonic() < self.said + STEPS_SAID_EVERY_SECONDS:
-                return
+    def _say(self, step: int, epoch: float, metrics: Mapping[str, float], scored: bool) -> None:
+        if not scored:
             self.said = time.monotonic()
         shown = "  ".join(f"{name} {value:,.5g}" for name, value in metrics.items() if not name.startswith("final/"))
         if shown:
@@ -218,10 +219,15 @@ class Tracker:
             self.system = SystemMetrics(self.told["started"], self.writer.log)
             self.writer.samples = self.system.waiting
 
-    def _is_new(self, point: tuple[int, str], value: float) -> bool:
-        """Whether a point was not there before, or only as a step that failed and was mended since."""
-        before = self.had.get(point)
-        return before is None or (not math.isfinite(before) and math.isfinite(value))
+    def _new(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Those that were not there before, or only as of a step that failed and was mended since."""
+        if not self.had:
+            return metrics
+        return {
+            name: value
+            for name, value in metrics.items()
+            if (was := self.had.get((step, name))) is None or (not math.isfinite(was) and math.isfinite(value))
+        }
 
     def checkpoint(self, folder: Path, step: int, epoch: float) -> None:
         """The weights, configuration and tokenizer of a saved checkpoint; its optimizer stays local."""

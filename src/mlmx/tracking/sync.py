@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from mlmx.config import RequestError
 from mlmx.lineage import DIFF_FILE, PACKAGES_FILE, resumed_name
+from mlmx.metrics_file import rows_of
 from mlmx.provenance import NOTE
-from mlmx.runs import EXAMPLES_FILE, HELDOUT_FILE, Run, rows_of
+from mlmx.runs import EXAMPLES_FILE, HELDOUT_FILE, Run
 from mlmx.tracking.models import Saved, Scores
 from mlmx.tracking.registry import register
 from mlmx.tracking.writer import batches

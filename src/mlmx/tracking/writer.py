@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlmx.runs import rows_of
+from mlmx.metrics_file import rows_of
 from mlmx.tracking import stores
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ class Writer:
     def log(self) -> None:
         """metrics.jsonl has another line."""
         self.waiting_lines += 1
-        self.something.set()
+        if not self.something.is_set():  # the thread clears it before it reads; setting it costs as much as the line
+            self.something.set()
         if self.waiting_lines >= LINES_AT_ONCE and not self.failures:
             self.at_once.set()
 
