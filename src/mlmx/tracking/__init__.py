@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mlmx")
 PRUNED = "mlmx.pruned"  # tag of a trial that was ended early
-STEPS_SAID_EVERY_SECONDS = 0.25  # saying a step costs several times what keeping its numbers does
+STEPS_SAID_EVERY_SECONDS = 0.25  # saying a step costs as much as keeping the numbers of two or three
 TABLES = "mlflow.loggedArtifacts"  # those that it shows side by side with other runs
 
 
