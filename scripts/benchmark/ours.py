@@ -21,10 +21,20 @@ from transformers import AutoTokenizer, Trainer
 from benchmark.sizes import MLM_PROBABILITY
 from benchmark.stock import load_reviews, step_numbers, thread_facts, timed_batches, work
 from benchmark.turns import Stopwatch, Turns
-from mlmx import cli, data, masking, runs, tracking
-from mlmx import train as command
-from mlmx.measure import Measure
-from mlmx.training import checkpoints, engine, resolve_precision
+from mlmx.commands import main
+from mlmx.commands import train as command
+from mlmx.data.cache import TokenCache
+from mlmx.data.chunks import concat
+from mlmx.data.masking import masker, token
+from mlmx.data.tokens import tokenize
+from mlmx.evaluation.measure import Measure
+from mlmx.runs import checkpoints
+from mlmx.runs.log import log_to, log_to_file
+from mlmx.runs.run import Run
+from mlmx.tracking.store import Store
+from mlmx.tracking.tracker import Tracker
+from mlmx.training import engine
+from mlmx.training.arguments import resolve_precision
 
 if TYPE_CHECKING:
     from benchmark.workers import Channel
@@ -47,7 +57,7 @@ def run_train(setup: dict[str, Any], *overrides: str) -> None:
         f"trainer={trainer}",
         f"tracking={setup['tracking']}",
     ]
-    code = cli.main(["train", *arguments, *overrides])
+    code = main.main(["train", *arguments, *overrides])
     if code:
         raise RuntimeError(f"mlmx train ended with {code}")
 
@@ -119,8 +129,8 @@ def prepare(
     def first_chunk(size: int) -> tuple[float, list[int]]:
         texts = load_reviews(reviews, folder)  # a table of its own each time, of which nothing is known yet
         began = time.perf_counter()
-        with data.TokenCache(Path(folder) / "tokens") as cache:
-            chunk = data.concat(cache.tokens(texts, tokenizer), size)[0]["input_ids"]
+        with TokenCache(Path(folder) / "tokens") as cache:
+            chunk = concat(cache.tokens(texts, tokenizer), size)[0]["input_ids"]
             cache.keep()
         return time.perf_counter() - began, chunk.tolist()
 
@@ -136,8 +146,8 @@ def mask(
 ) -> dict[str, Any]:
     """Median seconds of one masked batch, from rows in hand to tensors."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    chunks = data.concat(data.tokenize(load_reviews(reviews, folder), tokenizer), chunk_size)
-    collate = masking.masker(partial(masking.token), tokenizer, MLM_PROBABILITY, seed=42)
+    chunks = concat(tokenize(load_reviews(reviews, folder), tokenizer), chunk_size)
+    collate = masker(partial(token), tokenizer, MLM_PROBABILITY, seed=42)
     return timed_batches(collate, chunks.__getitems__(range(rows)), times)  # as torch's DataLoader asks for them
 
 
@@ -146,7 +156,7 @@ def track(_channel: Channel, folder: str, steps: int, step_seconds: float) -> di
 
     ``cpu_seconds`` are those of all threads, also where training does not wait for them.
     """
-    store = tracking.Store(f"sqlite:///{folder}/mlflow.db", "mlmx", Path(folder) / "mlartifacts")
+    store = Store(f"sqlite:///{folder}/mlflow.db", "mlmx", Path(folder) / "mlartifacts")
     _making_the_store, empty = (logged(store, Path(folder) / name, 0, step_seconds) for name in ("first", "empty"))
     full = logged(store, Path(folder) / "run", steps, step_seconds)
     waited = max(full["ending"] - empty["ending"], 0.0)
@@ -154,12 +164,12 @@ def track(_channel: Channel, folder: str, steps: int, step_seconds: float) -> di
     return {"seconds": (full["logging"] + waited) / steps, "cpu_seconds": cpu / steps}
 
 
-def logged(store: tracking.Store, folder: Path, steps: int, step_seconds: float) -> dict[str, float]:
+def logged(store: Store, folder: Path, steps: int, step_seconds: float) -> dict[str, float]:
     """Seconds that logging so many steps and then ending the run take from the training thread, and CPU seconds."""
     folder.mkdir(parents=True)
-    run, logging = runs.Run(folder), 0.0
-    with runs.log_to(), runs.log_to_file(run):
-        tracker = tracking.Tracker(run, store)
+    run, logging = Run(folder), 0.0
+    with log_to(), log_to_file(run):
+        tracker = Tracker(run, store)
         tracker.start("benchmark", "none", {}, {}, {})
         cpu = time.process_time()
         for step in range(steps):

@@ -59,7 +59,7 @@ def serve(side: str) -> None:
     os.dup2(2, 1)
     # As every command does where nothing else is at work: here the other side waits. The recipe sets nothing.
     if side == "mlmx":
-        import_module("mlmx.threads").set_waiting(awake=True)
+        import_module("mlmx.kernels.threads").set_waiting(awake=True)
     functions = import_module(MODULES[side])
     while True:
         name, given = channel.receive()

@@ -2,7 +2,7 @@
 
 import sys
 
-from mlmx.cli import main
+from mlmx.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

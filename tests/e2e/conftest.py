@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import Server, serving
+from tests.support.servers import Server, serving
 
 
 @pytest.fixture(scope="module")

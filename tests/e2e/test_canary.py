@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mlmx.cli import main
-from tests.servers import serving
+from mlmx.commands.main import main
+from tests.support.servers import serving
 
 NAMES = (
     *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from mlmx.cli import main
+from mlmx.commands.main import main
 
 # MLflow 3.17 asks SQLAlchemy 2.1 for a loader that is on its way out.
 DIALS = ("dataset.train_chunks=32", "dataset.eval_chunks=16", "heldout.documents=12")

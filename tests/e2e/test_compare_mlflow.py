@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from mlmx import tracking
-from mlmx.cli import main
-from mlmx.comparison import Table, csv_text, tabulate
-from mlmx.config import RequestError
-from mlmx.runs import Run
-from mlmx.tracking import Store, fetched
-from mlmx.tracking.sync import send
-from tests.made_runs import made
-from tests.servers import Server
+from mlmx.commands.main import main
+from mlmx.comparison.ranking import Table, tabulate
+from mlmx.comparison.text import csv_text
+from mlmx.config.errors import RequestError
+from mlmx.runs.run import Run
+from mlmx.tracking import read
+from mlmx.tracking import store as stores
+from mlmx.tracking.mirror import send
+from mlmx.tracking.store import Store
+from tests.support.made_runs import made
+from tests.support.servers import Server
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -55,10 +57,10 @@ def facts(table: Table) -> list[tuple[object, ...]]:
 def test_runs_of_a_server_are_compared_as_those_of_folders(
     server: Server, tmp_path: Path, outputs: Path, capsys: pytest.CaptureFixture[str]
 ):
-    store = tracking.server(uri=server.uri, experiment="an experiment")
+    store = stores.server(uri=server.uri, experiment="an experiment")
     runs = recorded(store, tmp_path / "runs", parent=True)
     local = tabulate(runs)
-    found = tabulate(fetched.fetch(store, tmp_path / "fetched"))
+    found = tabulate(read.fetch(store, tmp_path / "fetched"))
     assert facts(found) == facts(local)
     assert found.keys == local.keys == ["lr"]
     assert [found.differences[row.name] for row in found.rows[1:2]] == [local.differences["a"]]
@@ -100,7 +102,7 @@ def test_a_server_that_is_away_is_said_in_one_line(capsys: pytest.CaptureFixture
 def test_a_local_store_is_read_where_the_folders_are_gone(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    runs = recorded(tracking.local(experiment="mlmx"), tmp_path / "runs")
+    runs = recorded(stores.local(experiment="mlmx"), tmp_path / "runs")
     before = csv_text(tabulate(runs)).splitlines()[1].split(",")
     shutil.rmtree(tmp_path / "runs")
     assert main(["compare", "tracking=local", "--out", str(tmp_path / "a.csv")]) == 0
@@ -110,11 +112,11 @@ def test_a_local_store_is_read_where_the_folders_are_gone(
 
 
 def test_without_artifacts_params_and_histories_are_what_is_known(store: Path, tmp_path: Path):
-    local = tracking.local()
+    local = stores.local()
     runs = recorded(local, tmp_path / "runs")
     assert local.artifacts is not None
     shutil.rmtree(local.artifacts)
-    table = tabulate(fetched.fetch(local, tmp_path / "fetched"))
+    table = tabulate(read.fetch(local, tmp_path / "fetched"))
     assert table.keys == ["lr"]
     assert table.best is not None
     assert table.best.metrics["heldout/loss"] == pytest.approx(2.4)
@@ -124,6 +126,6 @@ def test_without_artifacts_params_and_histories_are_what_is_known(store: Path, t
 
 def test_reading_makes_nothing_in_the_store(store: Path, tmp_path: Path):
     with pytest.raises(RequestError, match=r"experiment=other: .* has no such experiment"):
-        fetched.fetch(tracking.local(experiment="other"), tmp_path / "fetched")
-    client, _ = _client(tracking.local())
+        read.fetch(stores.local(experiment="other"), tmp_path / "fetched")
+    client, _ = _client(stores.local())
     assert client.get_experiment_by_name("other") is None

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from mlmx import space
-from mlmx.cli import main
-from mlmx.runs import Run, all_runs
-from mlmx.training import checkpoints
+from mlmx.commands.main import main
+from mlmx.runs import checkpoints
+from mlmx.runs.disk import free_bytes
+from mlmx.runs.run import Run, all_runs
 from mlmx.training.engine import CorrectedTrainer
 
 MB = 2**20
@@ -47,9 +47,9 @@ def disk(outputs: Path) -> Iterator[Path]:
 def fill(disk: Path, leave: int = 0) -> None:
     """Take all space but ``leave`` bytes, as somebody else's file would."""
     with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as file:
-        while (free := space.free_bytes(disk) - leave) > 0:
+        while (free := free_bytes(disk) - leave) > 0:
             file.write(bytes(min(free, MB)))
-    assert space.free_bytes(disk) <= max(leave, 4096)
+    assert free_bytes(disk) <= max(leave, 4096)
 
 
 def make_space(disk: Path) -> None:
@@ -203,8 +203,8 @@ def test_a_full_store_costs_the_run_nothing_and_gets_everything_later(
 ):
     from mlflow import MlflowClient
 
-    from mlmx import tracking
-    from mlmx.tracking.sync import send
+    from mlmx.tracking.mirror import send
+    from mlmx.tracking.store import local
 
     steps = ["trainer.logging_strategy=steps", "trainer.logging_steps=1"]
     with small_disk(tmp_path / "other", "8m") as other:
@@ -220,7 +220,7 @@ def test_a_full_store_costs_the_run_nothing_and_gets_everything_later(
         assert "database or disk is full" in said.out
         assert f"python -m mlmx sync run={run.folder}" in said.out
         make_space(other)
-        send(run, tracking.local())
+        send(run, local())
         assert mlflow_run(outputs, run).info.status == "FINISHED"
         client = MlflowClient(f"sqlite:///{store}")
         history = client.get_metric_history(run.read_json("result.json")["run_id"], "train/loss")
@@ -243,7 +243,7 @@ def test_full_at_the_very_start(
 ):
     """Taken by somebody else between the question and the first file."""
     with small_disk(outputs, "120m") as disk:
-        monkeypatch.setattr("mlmx.train.require_space", lambda *parts: fill(disk))
+        monkeypatch.setattr("mlmx.commands.train.require_space", lambda *parts: fill(disk))
         assert main(request(tiny, corpus, "tracking=none")) == 1
         error = capsys.readouterr().err
         assert error.startswith("mlmx: disk full: ")

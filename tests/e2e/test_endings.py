@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from mlmx.cli import main
-from mlmx.runs import Run
-from tests.processes import ended, reached, started, wait_until
+from mlmx.commands.main import main
+from mlmx.runs.run import Run
+from tests.support.processes import ended, reached, started, wait_until
 
 ENDINGS = ("done", "error", "SIGINT", "SIGTERM", "SIGKILL")
 STATUS = {0: "FINISHED", 1: "FAILED", 130: "KILLED", 143: "KILLED", -signal.SIGKILL: "KILLED"}

@@ -16,14 +16,15 @@ from typing import Any
 
 import pytest
 
-from mlmx import tracking
-from mlmx.cli import main
-from mlmx.config import TrainConfig
-from mlmx.runs import Run, begin
+from mlmx.commands.main import main
+from mlmx.config.schema import TrainConfig
+from mlmx.runs.run import Run, begin_run
+from mlmx.tracking import store as stores
 from mlmx.tracking import writer
-from mlmx.tracking.sync import send
-from tests.servers import Server, Way
-from tests.test_tracking import REPORT, history, logged, until
+from mlmx.tracking.mirror import send
+from mlmx.tracking.tracker import Tracker
+from tests.support.servers import Server, Way
+from tests.tracking.test_tracking import REPORT, history, logged, until
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -42,16 +43,16 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "PATIENCE_SECONDS", 1.0)
 
 
-def tracker(folder: Path, uri: str, **more: Any) -> tracking.Tracker:
+def tracker(folder: Path, uri: str, **more: Any) -> Tracker:
     """A run's tracker, after `start`, as ``train tracking=server tracking.uri=…`` makes it."""
-    begin(folder, TrainConfig(tracking={"name": "server", "uri": uri}), (), {})
-    made = tracking.Tracker(Run(folder), tracking.server(uri=uri))
+    begin_run(folder, TrainConfig(tracking={"name": "server", "uri": uri}), (), {})
+    made = Tracker(Run(folder), stores.server(uri=uri))
     tags = {"mlmx.command": "python -m mlmx train", "mlmx.folder": str(folder)}
     made.start("a name", "heldout-1", {"lr": 1e-5, "seed": 42}, tags, REPORT, **more)
     return made
 
 
-def log_steps(made: tracking.Tracker, steps: range) -> None:
+def log_steps(made: Tracker, steps: range) -> None:
     for step in steps:
         made.log(step, step / 100, {"train/loss": 3 + 1 / (step + 1), "train/grad_norm": step * 0.5})
 
@@ -69,10 +70,10 @@ def checkpoint(run: Run, step: int, epoch: float) -> Path:
     return folder
 
 
-def assert_equal(server: Server, made: tracking.Tracker) -> None:
+def assert_equal(server: Server, made: Tracker) -> None:
     """The server's history is metrics.jsonl: no point twice, none missing."""
     made.run_id = made.run.read_json("mlflow.json")["run_id"]
-    there = history(tracking.server(uri=server.uri), made)
+    there = history(stores.server(uri=server.uri), made)
     assert there == logged(made)
     assert set(Counter((name, step) for name, step, *_ in there).values()) == {1}
 
@@ -86,7 +87,7 @@ def runs_for(server: Server, folder: Path) -> list[Any]:
     return [run for run in found if run.data.tags.get("mlmx.folder") == str(folder)]
 
 
-def models_of(server: Server, made: tracking.Tracker) -> dict[str, Path]:
+def models_of(server: Server, made: Tracker) -> dict[str, Path]:
     """Where the files of a run's models are, by name; each is there once, and an output of the run once."""
     from mlflow import MlflowClient
 
@@ -101,7 +102,7 @@ def models_of(server: Server, made: tracking.Tracker) -> dict[str, Path]:
     return {one.name: server.artifacts / one.artifact_location.partition(":/")[2].lstrip("/") for one in found}
 
 
-def in_touch(made: tracking.Tracker) -> bool:
+def in_touch(made: Tracker) -> bool:
     return made.writer is not None and made.writer.mlflow is not None and made.writer.failures == 0
 
 
@@ -281,7 +282,7 @@ def test_sending_again_doubles_nothing_on_a_real_server(server: Server, outputs:
     made = tracker(outputs / "train" / "run", server.uri)
     log_steps(made, range(1, 200))
     made.finish("FINISHED", {})
-    store = tracking.server(uri=server.uri)
+    store = stores.server(uri=server.uri)
     client, experiment = connect(store)
     told = made.run.read_json("mlflow.json")
     ignorant = MlflowRun(client, experiment, told, again=True)

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from mlmx import tracking
-from mlmx.cli import main
-from mlmx.runs import Run
-from tests.processes import ended, reached, started, wait_until
-from tests.servers import Server, postgres, postgres_program, serving
-from tests.test_resume import command
-from tests.test_tracking import history, logged
+from mlmx.commands.main import main
+from mlmx.runs.run import Run
+from mlmx.tracking import store
+from tests.support.processes import ended, reached, started, wait_until
+from tests.support.servers import Server, postgres, postgres_program, serving
+from tests.tracking.test_tracking import history, logged
+from tests.training.test_resume import command
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -74,7 +74,7 @@ def test_a_run_killed_and_resumed_is_whole_on_a_server(
     made: Any = SimpleNamespace(run=run, run_id=run_id, status="FINISHED")
     there, wanted = (
         [point for point in points if point[0] != "epoch"]  # which MLflow has once a step
-        for points in (history(tracking.server(uri=server.uri), made), logged(made))
+        for points in (history(store.server(uri=server.uri), made), logged(made))
     )
     assert there == wanted
     assert len(there) > 60

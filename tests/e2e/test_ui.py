@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import pytest
 
-from mlmx.cli import main
+from mlmx.commands.main import main
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]

@@ -15,7 +15,7 @@ from unittest import mock
 
 from hypothesis import HealthCheck, settings
 
-from mlmx.cli import main
+from mlmx.commands.main import main
 
 CPU_SECONDS = 30.0  # of one command line; other work on the machine does not count
 

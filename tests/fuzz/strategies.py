@@ -10,12 +10,13 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from mlmx.config import CONFIGS, group_names
-from mlmx.config.signatures import table
-from mlmx.data import CHUNKINGS, DATASETS
-from mlmx.masking import MASKINGS
-from mlmx.model import MODELS
-from mlmx.tracking import TRACKINGS
+from mlmx.config.options import table
+from mlmx.config.schema import CONFIGS, group_names
+from mlmx.data.chunks import CHUNKINGS
+from mlmx.data.masking import MASKINGS
+from mlmx.data.texts import DATASETS
+from mlmx.models.encoders import MODELS
+from mlmx.tracking.store import TRACKINGS
 
 SCALARS = [
     "0", "-0", "-0.0", "1", "-1", "2", "16", "0.5", "1.5", "1e-400", "1e400", "-1e400", "1e308", "nan", "-nan", "inf",

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mlmx import cli
-from mlmx.cli import COMMANDS
+from mlmx.commands import main
+from mlmx.commands.main import COMMANDS
 from tests.fuzz.harness import Bench, complaint, examples
 from tests.fuzz.strategies import LOCAL, request_of, requests, values
 
@@ -22,8 +22,8 @@ FEW, MANY = 15, 2000
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """Commands that are composed and checked as ever, and then do nothing."""
     for name in COMMANDS:
-        monkeypatch.setattr(importlib.import_module(f"mlmx.{name}"), name, lambda config, job: None)
-    monkeypatch.setattr(cli, "_sweep", lambda parsed, whole, jobs: cli._planned(parsed, whole, jobs) and 0)
+        monkeypatch.setattr(importlib.import_module(f"mlmx.commands.{name}"), name, lambda config, job: None)
+    monkeypatch.setattr(main, "_sweep", lambda parsed, whole, jobs: main._planned(parsed, whole, jobs) and 0)
     folder = tmp_path / "work"
     (folder / "conf").mkdir(parents=True)
     (folder / "good.txt").write_text("A film.\n" * 30, encoding="utf-8")

@@ -14,9 +14,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from mlmx.data import Chunks, concat, document, files, tokenize
-from mlmx.data.chunks import DOCUMENTS_PER_GROUP
-from mlmx.runs import all_runs
+from mlmx.data.chunks import DOCUMENTS_PER_GROUP, Chunks, concat, document
+from mlmx.data.texts import files
+from mlmx.data.tokens import tokenize
+from mlmx.runs.run import all_runs
 from tests.fuzz.harness import Bench, Ending, complaint, examples
 
 PLAIN = [f"A film that I rented once, and number {number} of many." for number in range(60)]

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlmx.config import TrainConfig
+from mlmx.config.schema import TrainConfig
 from tests.fuzz.harness import Bench, complaint, examples
 
 ODD_BYTES = [
@@ -48,7 +48,7 @@ READING = [
 def bench(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """A working folder with a model and a text; what trains or scores is checked as ever, and then does nothing."""
     for name in ("train", "predict", "evaluate"):
-        monkeypatch.setattr(importlib.import_module(f"mlmx.{name}"), name, lambda config, job: None)
+        monkeypatch.setattr(importlib.import_module(f"mlmx.commands.{name}"), name, lambda config, job: None)
     folder = tmp_path / "work"
     folder.mkdir()
     (folder / "good.txt").write_text("A film it is.\n" * 60, encoding="utf-8")

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlmx import training
-from mlmx.config import RequestError
+from mlmx.config.errors import RequestError
+from mlmx.training.arguments import SET_BY, training_arguments
 from tests.fuzz.harness import Bench, examples, misspoken
 from tests.fuzz.strategies import LOCAL
 
@@ -73,7 +73,7 @@ def fields() -> list[str]:
     import transformers
 
     names = inspect.signature(transformers.TrainingArguments).parameters
-    return sorted(name for name in names if name not in training.SET_BY)
+    return sorted(name for name in names if name not in SET_BY)
 
 
 ODD: list[Any] = [
@@ -84,7 +84,7 @@ ODD: list[Any] = [
 
 def check_field(folder: Path, name: str, value: Any) -> None:
     try:
-        made = training.arguments(
+        made = training_arguments(
             {"name": "corrected", name: value},
             folder,
             lr=1e-3,

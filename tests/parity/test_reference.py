@@ -15,8 +15,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from mlmx import cli
-from mlmx.model import load_model, scratch
+from mlmx.commands import main
+from mlmx.models.encoders import load_model, scratch
 
 CHUNK_SIZE, TRAIN, EVAL, EPOCHS, LR = 64, 64, 16, 3, 1e-3
 
@@ -73,7 +73,7 @@ def test_reference_repeats_the_recipe_loss_for_loss(small: Path, corpus: Path, o
     dials = [f"chunk_size={CHUNK_SIZE}", f"lr={LR}", f"epochs={EPOCHS}"]
     data = [f"dataset.path={corpus}", f"dataset.train_chunks={TRAIN}", f"dataset.eval_chunks={EVAL}"]
     parts = ["experiment=reference", f"model.path={small}", "dataset=files", "tracking=none", "trainer.use_cpu=true"]
-    assert cli.main(["train", *parts, *dials, *data]) == 0
+    assert main.main(["train", *parts, *dials, *data]) == 0
 
     (metrics,) = outputs.glob("train/*/metrics.jsonl")
     ours = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -91,7 +91,7 @@ def test_reference_differs_from_the_corrected_loss(small: Path, corpus: Path, ou
     data = [f"dataset.path={corpus}", f"dataset.train_chunks={TRAIN}", f"dataset.eval_chunks={EVAL}", "epochs=1"]
     parts = ["experiment=reference", f"model.path={small}", "dataset=files", "tracking=none", "trainer.use_cpu=true"]
     for trainer in ("reference", "default"):
-        assert cli.main(["train", *parts, f"trainer={trainer}", f"chunk_size={CHUNK_SIZE}", *data]) == 0
+        assert main.main(["train", *parts, f"trainer={trainer}", f"chunk_size={CHUNK_SIZE}", *data]) == 0
     results = [json.loads(path.read_text()) for path in outputs.glob("train/*/result.json")]
     finals = [result["metrics"]["eval/loss"] for result in results]
     assert abs(finals[0] - finals[1]) > 1e-4

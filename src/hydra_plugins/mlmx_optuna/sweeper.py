@@ -43,7 +43,7 @@ class OptunaSweeper(Sweeper):
     Args:
         n_trials: in all, those of earlier issues of the same sweep included.
         n_jobs: trials asked for, and given to the launcher, at a time.
-        sampler, pruner, startup_trials, seed: see `mlmx.searching`.
+        sampler, pruner, startup_trials, seed: see `mlmx.sweeps.search`.
     """
 
     def __init__(self, n_trials: int, n_jobs: int, params: Any, **study: Any) -> None:
@@ -57,7 +57,7 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        from mlmx.searching import Search
+        from mlmx.sweeps.search import Search
 
         assert self.config is not None
         assert self.hydra_context is not None

@@ -6,8 +6,8 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from mlmx.comparison.readings import Points, Row
-from mlmx.comparison.tables import Table
+from mlmx.comparison.ranking import Table
+from mlmx.comparison.rows import Points, Row
 
 WIDTH, HEIGHT = 60, 12  # characters
 CLOSE = 0.6  # of all heights those after step 0, below which they are drawn alone

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from mlmx.comparison.readings import Row, shown
-from mlmx.comparison.tables import Group, Table
+from mlmx.comparison.ranking import Group, Table
+from mlmx.comparison.rows import Row, shown
 
 if TYPE_CHECKING:
     import rich.table

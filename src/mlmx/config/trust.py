@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlmx.config.requests import RequestError, require
+from mlmx.config.errors import RequestError, require
 
 TRUST_FLAG = "--trust-remote-code"
 COMMANDS = ("train", "prepare", "evaluate", "predict")  # those that load a model

@@ -23,7 +23,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from mlmx.data.content import content_sha256
+from mlmx.data.hashing import content_sha256
 from mlmx.data.heldout import MarkedTokens, mark_words
 from mlmx.data.tokens import Tokens, tokenize, tokenizer_sha256
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlmx.config import RequestError, table
+from mlmx.config.errors import RequestError
+from mlmx.config.options import table
 from mlmx.data.tokens import Tokens
 
 DOCUMENTS_PER_GROUP = 1000

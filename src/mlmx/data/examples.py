@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlmx.data.content import document_keys, hashed_order
+from mlmx.data.hashing import document_keys, hashed_order
 from mlmx.data.heldout import WORD
 from mlmx.data.tokens import take_whole
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlmx.data.content import batches, document_keys, hashed_order, utf8
+from mlmx.data.hashing import batches, document_keys, hashed_order, utf8
 
 if TYPE_CHECKING:
     from datasets import Dataset

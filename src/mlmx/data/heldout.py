@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlmx.config import require
+from mlmx.config.errors import require
 from mlmx.data.chunks import Chunks, document
-from mlmx.data.content import batches, document_keys, hashed_order
+from mlmx.data.hashing import batches, document_keys, hashed_order
+from mlmx.data.rng import mix, sample_keys, uniform
 from mlmx.data.tokens import Tokens, take_whole, tokenize
-from mlmx.draws import mix, sample_keys, uniform
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlmx.data.chunks import Chunks, rows_sha256
-from mlmx.data.content import content_sha256, document_keys
+from mlmx.data.hashing import content_sha256, document_keys
 from mlmx.data.heldout import HeldoutChunks, Split
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlmx.data.content import batches
 from mlmx.data.fast import agreeing_ids
+from mlmx.data.hashing import batches
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,7 +10,7 @@ from mlmx.tracking.mlflow_run import connect
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-    from mlmx.tracking import Store
+    from mlmx.tracking.store import Store
 
 PAGE = 1000
 

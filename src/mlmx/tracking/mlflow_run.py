@@ -12,15 +12,15 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from mlmx.provenance import NOTE
-from mlmx.tracking import artifacts
-from mlmx.tracking.models import Models, Saved
-from mlmx.tracking.models import Point as Score
-from mlmx.tracking.stores import make
-from mlmx.tracking.writer import brief
+from mlmx.config.errors import brief
+from mlmx.runs.provenance import NOTE
+from mlmx.tracking import model_files
+from mlmx.tracking.logged_models import Models, Saved
+from mlmx.tracking.logged_models import Point as Score
+from mlmx.tracking.store import make
 
 if TYPE_CHECKING:
-    from mlmx.tracking import Store
+    from mlmx.tracking.store import Store
     from mlmx.tracking.system import Sample
 
 # Before MLflow is imported: nothing is sent to its makers or printed, and a call that fails does so in seconds and
@@ -83,7 +83,7 @@ class MlflowRun:
         self.as_made = None if found else run  # until it is written to
         self.run_id: str = run.info.run_id
         self.deleted = run.info.lifecycle_stage == "deleted"
-        self.local_artifacts = artifacts.local_folder(run.info.artifact_uri)
+        self.local_artifacts = model_files.local_folder(run.info.artifact_uri)
         self.has = self._points_there(found) if found else set()  # what need not be sent again
         self.epoch_at = -1  # the last step whose epoch has been sent
         self.refused: set[str] = set()  # names of metrics that MLflow does not take
@@ -204,10 +204,10 @@ class MlflowRun:
     def add_file(self, path: Path, folder: str | None = None) -> None:
         """One file as an artifact of the run."""
         if self.local_artifacts is None:
-            with artifacts.at_rest(path) as still:
+            with model_files.at_rest(path) as still:
                 self.client.log_artifact(self.run_id, str(still), folder)
         else:
-            artifacts.place(path, self.local_artifacts / (folder or "") / path.name)
+            model_files.place(path, self.local_artifacts / (folder or "") / path.name)
 
     def lacking(self, paths: Sequence[Path], folder: str | None = None) -> list[Path]:
         """Of these files, those that the artifacts in ``folder`` do not have as they are.
@@ -216,7 +216,7 @@ class MlflowRun:
         """
         if self.local_artifacts is not None:  # looked at; to be told by MLflow takes 20 ms
             there = self.local_artifacts / (folder or "")
-            return [path for path in paths if not artifacts.is_placed(path, there / path.name)]
+            return [path for path in paths if not model_files.is_placed(path, there / path.name)]
         listed = self.client.list_artifacts(self.run_id, folder)
         sizes = {PurePosixPath(artifact.path).name: artifact.file_size for artifact in listed}
         return [path for path in paths if sizes.get(path.name) != path.stat().st_size]

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlmx import retention
-from mlmx.tracking.models import REGISTERED, STEP, VERSIONS, Known, Saved, Scores
+from mlmx.runs import checkpoints
+from mlmx.tracking.logged_models import REGISTERED, STEP, VERSIONS, Known, Saved, Scores
 
 if TYPE_CHECKING:
     from mlmx.tracking.mlflow_run import MlflowRun
@@ -80,9 +80,9 @@ def register(mlflow: MlflowRun, name: str, saved: Iterable[Saved], scores: Score
         raise LookupError("MLflow has none of the models to register")
     measured = scores.losses()
     losses = {step: measured.get(step, {}) for step in by_step}
-    best, last = retention.best_step(losses), max(by_step)
+    best, last = checkpoints.best_step(losses), max(by_step)
     there = {one.tags.get(MODEL_ID) for one in versions_of(mlflow, name)}
-    metric = retention.loss_name(losses.values())
+    metric = checkpoints.loss_name(losses.values())
     made = 0
     for step in dict.fromkeys([last if best is None else best, last]):
         known = by_step[step]

@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlmx.metrics_file import rows_of
-from mlmx.tracking import stores
+from mlmx.config.errors import brief
+from mlmx.runs.metrics_file import rows_of
+from mlmx.tracking.store import file_of, require_still, trouble
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-    from mlmx.tracking import Store
     from mlmx.tracking.mlflow_run import MlflowRun
+    from mlmx.tracking.store import Store
     from mlmx.tracking.system import Sample
 
 log = logging.getLogger("mlmx")
@@ -152,7 +153,7 @@ class Writer:
         due = len(self.deeds)
         if self.mlflow is None:
             self.connected = self.connected or connect(self.store)
-            self.file = stores.file_of(self.store)  # before anyone hears of the run and could move the store away
+            self.file = file_of(self.store)  # before anyone hears of the run and could move the store away
             if self.told is None:
                 self.done = ending is not None
                 return
@@ -161,7 +162,7 @@ class Writer:
                 mlflow.reopen()
             self.opened(mlflow.run_id)
             self.mlflow = mlflow
-        stores.require_still(self.store, self.file)
+        require_still(self.store, self.file)
         for lines in batches(self.metrics, self.sent_bytes):
             self.mlflow.log(rows_of(lines))
             self.sent_bytes += sum(map(len, lines))
@@ -199,7 +200,7 @@ class Writer:
         self.failures += 1
         self.reason = brief(error)
         if self.failures == 2:  # the first one may be a connection that had gone stale
-            self.reason = stores.trouble(self.store) or self.reason
+            self.reason = trouble(self.store) or self.reason
             away = "MLflow cannot be reached (%s); the run goes on, every number is in %s and is sent when it is back"
             log.warning(away, self.reason, self.metrics)
 
@@ -242,8 +243,3 @@ def batches(metrics: Path, start: int) -> Iterator[list[bytes]]:
                 yield whole
             if len(whole) < len(lines):
                 return
-
-
-def brief(error: Exception) -> str:
-    """An error in one line, and not a long one."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

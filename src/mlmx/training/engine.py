@@ -18,12 +18,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from mlmx import interrupts
-from mlmx.config import WorkError
-from mlmx.training import checkpoints, gradients
-from mlmx.training.cpu import CpuKernels
+from mlmx.config.errors import WorkError
+from mlmx.kernels import gradients
+from mlmx.kernels.cpu import CpuKernels
+from mlmx.kernels.out_of_memory import Batch, brief, is_out_of_memory
+from mlmx.runs import checkpoints, signals
 from mlmx.training.guards import GuardedTrainer, RollBack
-from mlmx.training.out_of_memory import Batch, brief, is_out_of_memory
 from mlmx.training.progress import Progress
 from mlmx.training.reporter import Recorder, Reporter, StopEarly
 
@@ -60,7 +60,7 @@ class CountedTrainer(GuardedTrainer):
         # Scoring can be left at any moment, but not by one of several processes.
         with (
             torch.random.fork_rng(enabled=self.state.global_step == 0),
-            contextlib.nullcontext() if self.args.world_size > 1 else interrupts.at_once(),
+            contextlib.nullcontext() if self.args.world_size > 1 else signals.at_once(),
         ):
             found = self.scored(*args, **kwargs)
         self.scored_step = self.state.global_step
@@ -260,7 +260,7 @@ def run_and_save(trainer: CountedTrainer, folder: Path, checkpoint: Path | None 
         WorkError: a step whose loss is not finite ended the training, or memory did not suffice.
     """
     try:
-        with interrupts.deferred():
+        with signals.deferred():
             while not trained(trainer, checkpoint):
                 checkpoint = to_go_back_to(trainer)
             if trainer.scored_step != trainer.state.global_step or trainer.args.load_best_model_at_end:
@@ -274,7 +274,7 @@ def run_and_save(trainer: CountedTrainer, folder: Path, checkpoint: Path | None 
             f"out of memory outside of forward and backward passes ({brief(error)}): choose a smaller model, chunk_size"
             " or trainer.per_device_eval_batch_size"
         ) from error
-    interrupts.raise_noted()
+    signals.raise_noted()
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # whoever fills masks next gets fp32
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from mlmx.config import WorkError
-from mlmx.training import checkpoints
-from mlmx.training.out_of_memory import Batch, brief, is_out_of_memory, parts, release
+from mlmx.config.errors import WorkError
+from mlmx.kernels.out_of_memory import Batch, brief, is_out_of_memory, parts, release
+from mlmx.runs import checkpoints
 from mlmx.training.reporter import Recorder
 from mlmx.training.resumable import ResumableTrainer
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mlmx.training.flops import flops_per_token, matmul_peak
+from mlmx.kernels.flops import flops_per_token, matmul_peak
 
 if TYPE_CHECKING:
     from mlmx.training.engine import CountedTrainer

@@ -25,10 +25,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import nested_gather
 
-from mlmx import interrupts, retention
-from mlmx.config.commands import BEST_AND_LAST, KEEP_ALL
-from mlmx.runs import is_interim
-from mlmx.training import checkpoints
+from mlmx.config.schema import BEST_AND_LAST, KEEP_ALL
+from mlmx.runs import checkpoints, signals
+from mlmx.runs.checkpoints import is_interim
 from mlmx.training.mishaps import Mishaps
 
 FORMAT = 1
@@ -107,14 +106,14 @@ class ResumableTrainer(Trainer):
         self.last_norm = grad_norm
         self.last_lr = kwargs.get("learning_rate")
         saved_at = self.saved_at
-        stop, late = self._agreed(interrupts.noted(), time.monotonic() - saved_at > self.save_seconds)
+        stop, late = self._agreed(signals.noted(), time.monotonic() - saved_at > self.save_seconds)
         if stop:
             self._save_interim()
-            interrupts.raise_noted()
+            signals.raise_noted()
             raise SystemExit(143)  # the signal came to another process of this training
         try:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *others, **kwargs)
-        except interrupts.Interrupted:
+        except signals.Interrupted:
             self._save_interim()
             raise
         if late and self.saved_at == saved_at:
@@ -185,7 +184,7 @@ class ResumableTrainer(Trainer):
             checkpoints.write(folder, lambda aside: self._fill(aside, loss_sum))
             found = self.state.best_model_checkpoint
             bests = (Path(found) if found else None, self._best_of(folder.parent))
-            checkpoints.rotate(folder.parent, retention.limit_of(self.keep) or self.args.save_total_limit, *bests)
+            checkpoints.rotate(folder.parent, checkpoints.limit_of(self.keep) or self.args.save_total_limit, *bests)
         if self.args.world_size > 1:
             self.accelerator.wait_for_everyone()
         self.control.should_save = asked
@@ -196,8 +195,8 @@ class ResumableTrainer(Trainer):
         if self.keep != BEST_AND_LAST:
             return None
         there = {checkpoints.step_of(path): path for path in checkpoints.all_of(folder) if not is_interim(path)}
-        scores = retention.scores_of(self.state.log_history)
-        best = retention.best_step({step: scores[step] for step in there if step in scores})
+        scores = checkpoints.scores_of(self.state.log_history)
+        best = checkpoints.best_step({step: scores[step] for step in there if step in scores})
         return None if best is None else there[best]
 
     def _fill(self, aside: Path, loss_sum: float) -> None:
@@ -294,7 +293,7 @@ def _outlive_signals(begin: Callable[[int], None] | None, left: Any, worker: int
         if left.value:
             os._exit(0)
 
-    for number in interrupts.SIGNALS:
+    for number in signals.SIGNALS:
         signal.signal(number, arrived)
     if begin is not None:
         begin(worker)

@@ -1,0 +1,288 @@
+"""What stands on a command line: read, checked for form, and written as Hydra takes it."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+
+from mlmx.config.compose import key_of, quoted
+from mlmx.config.errors import RequestError, path_of, require
+from mlmx.config.redaction import redact, refuse_secrets
+from mlmx.config.schema import CONFIGS, group_names
+from mlmx.config.trust import TRUST_FLAG, TrustedCode, trusted_code_of
+
+LONGEST_OVERRIDE = 10_000  # characters
+MOST_LEVELS = 30  # of brackets
+MOST_JOBS = 1_000  # of a sweep
+GROUPS_ELSEWHERE = {"experiment": "tracking.experiment", "sweep": "sweep_folder"}  # keys of compare, groups of train
+
+
+def parse(command: str, arguments: Sequence[str]) -> argparse.Namespace:
+    """Hydra's flags, and the overrides.
+
+    Raises:
+        RequestError: what Hydra does not know, would pass over, or would answer without naming what was given.
+    """
+    # Hydra's own parser refuses a key=value behind a flag (model=minilm -m lr=1,2); intermixed does not.
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    parsed = parser.parse_intermixed_args(literal_texts(command, literal_files(command, arguments)))
+    parsed.overrides = [_without_secret(override) for override in parsed.overrides]
+    _refuse_secrets(command, parsed)
+    if command == "train":
+        parsed.overrides = [_resume_key(override) for override in parsed.overrides]
+    _require_well_formed(command, parsed)
+    return parsed
+
+
+def take_trusted_code(command: str, arguments: Sequence[str]) -> tuple[TrustedCode | None, list[str]]:
+    """What ``--trust-remote-code=owner/name@commit`` names, and the other arguments: Hydra never sees the flag.
+
+    Raises:
+        RequestError: no full commit, named twice, or a command that loads no model.
+    """
+    values, others = [], []
+    left = iter(arguments)
+    for argument in left:
+        flag, equals, value = argument.partition("=")
+        if flag == TRUST_FLAG:
+            values.append(value if equals else next(left, ""))
+        else:
+            others.append(argument)
+    if len(values) > 1:
+        _refuse(f"{TRUST_FLAG} is given {len(values)} times; one repository can be trusted")
+    return (trusted_code_of(command, values[0]) if values else None), others
+
+
+def _without_secret(override: str) -> str:
+    """A ``note`` is prose: a secret in it is replaced, and the run goes on. Anywhere else it is refused."""
+    key, equals, value = override.partition("=")
+    if key.lstrip("+") != "note" or redact(value) == value:
+        return override
+    print("mlmx: note: holds a secret, which is replaced by ***", file=sys.stderr)
+    return key + equals + redact(value)
+
+
+def _refuse_secrets(command: str, parsed: argparse.Namespace) -> None:
+    """In what Hydra or a launcher may write to a file: the overrides and the flags' values."""
+    for name, value in vars(parsed).items():
+        if isinstance(value, str):
+            refuse_secrets({f"--{name.replace('_', '-')}": value})
+    for override in parsed.overrides:
+        key, _, value = override.partition("=")
+        if (command, key) != ("predict", "text"):  # shown again, written nowhere
+            refuse_secrets({key: value})
+
+
+def _require_well_formed(command: str, parsed: argparse.Namespace) -> None:
+    """What Hydra would pass over or answer without naming what was given."""
+    _require_one_purpose(parsed)
+    groups = [*group_names(CONFIGS[command]), "experiment"]
+    for override in parsed.overrides:
+        _require_short_and_flat(override, literal=command == "predict" and override.startswith("text="))
+        key, equals, value = override.partition("=")
+        if not override.startswith("~") and not (key and equals):
+            _refuse(f"{override!r}: is no key=value (python -m mlmx {command} --help lists the keys)")
+        if key in groups and value == "null":
+            _refuse(f"{override}: no such option; give one that python -m mlmx {command} --help lists")
+    for flag, value in (("--config-name", parsed.config_name), ("--config-path", parsed.config_path)):
+        if value:
+            _refuse(f"{flag} {value}: not taken here, {command} names its own config; --config-dir adds a folder to it")
+    if parsed.config_dir and any(o.startswith("hydra.searchpath=") for o in parsed.overrides):
+        _refuse(f"--config-dir {parsed.config_dir}: goes not with hydra.searchpath; give the folders by one of the two")
+    if parsed.config_dir and not path_of("--config-dir", parsed.config_dir).is_dir():
+        _refuse(f"--config-dir {parsed.config_dir}: no such folder (looked in {Path.cwd()})")
+
+
+def _require_one_purpose(parsed: argparse.Namespace) -> None:
+    """Of the flags that say what to do, one; and none that unpickles a file."""
+    purposes = [flag for flag in ("run", "multirun", "cfg", "info", "shell_completion") if vars(parsed)[flag]]
+    flags = ", ".join("--" + purpose.replace("_", "-") for purpose in purposes)
+    if len(purposes) > 1:
+        _refuse(f"{flags}: each asks for something else; give one of them")
+    if parsed.resolve and not parsed.cfg:
+        _refuse("--resolve: goes with --cfg job")
+    if parsed.experimental_rerun is not None:
+        _refuse(f"--experimental-rerun {parsed.experimental_rerun}: not taken here; a run's overrides.yaml repeats it")
+
+
+def _require_short_and_flat(override: str, literal: bool) -> None:
+    """What Hydra's parser, whose time grows with the square of a list, reads within a second or two."""
+    require(
+        literal or len(override) <= LONGEST_OVERRIDE,
+        f"{override[:60]}…: is {len(override):,} characters long and may have {LONGEST_OVERRIDE:,}; "
+        "write it into a YAML file below --config-dir, or files as a glob",
+    )
+    level = deepest = 0
+    for sign in re.sub(r"\'[^']*'|\"[^\"]*\"", "", override):
+        level += (sign in "[{(") - (sign in "]})")
+        deepest = max(deepest, level)
+    require(deepest <= MOST_LEVELS, f"{override[:60]}…: is nested {deepest} levels deep and may be {MOST_LEVELS}")
+
+
+def _refuse(message: str) -> NoReturn:
+    raise RequestError(message)
+
+
+def _resume_key(override: str) -> str:
+    """``resume=last`` → ``resume.run=last``: beside it stands ``resume.allow``."""
+    return f"resume.run={override.removeprefix('resume=')}" if override.startswith("resume=") else override
+
+
+def literal_texts(command: str, arguments: list[str]) -> list[str]:
+    """``text=`` of ``predict`` is taken as it stands: a sentence is no Hydra expression.
+
+    ``text="A [MASK]." text="B [MASK]."`` → ``text=['A [MASK].','B [MASK].']``
+    """
+    if command != "predict":
+        return arguments
+    texts = [argument.removeprefix("text=") for argument in arguments if argument.startswith("text=")]
+    others = [argument for argument in arguments if not argument.startswith("text=")]
+    if not texts:
+        return others
+    return [*others, f"text=[{','.join(map(quoted, texts))}]"]
+
+
+def literal_files(command: str, arguments: Sequence[str]) -> list[str]:
+    """``--out``, single values of ``out=`` and ``runs=``, ``experiment=`` and ``sweep=`` of ``compare``, as they stand.
+
+    ``--out a.html out=b.csv runs=c`` → ``out=['a.html','b.csv'] runs=['c']``. Two that Hydra would take for groups:
+    ``experiment=x`` → ``tracking.experiment='x'``, ``sweep=x`` → ``sweep_folder='x'``.
+
+    Raises:
+        RequestError: ``--out`` without a file, or an experiment beside runs or a sweep.
+    """
+    if command != "compare":
+        return list(arguments)
+    _require_one_choice(arguments)
+    found: dict[str, list[str]] = {"out": [], "runs": []}
+    others, left = [], iter(arguments)
+    for argument in left:
+        key, equals, value = argument.partition("=")
+        if key == "--out":
+            value = value if equals else next(left, "")
+            require(bool(value), "--out: needs a file, such as --out report.html")
+        is_plain = bool(value) and value[0] not in "[{'\""
+        if key in ("--out", "out", "runs") and is_plain:
+            found[key.lstrip("-")].append(value)
+        elif key in GROUPS_ELSEWHERE:
+            others.append(f"{GROUPS_ELSEWHERE[key]}={quoted(value) if is_plain else value}")
+        else:
+            others.append(f"out={value}" if key == "--out" else argument)
+    return [*others, *(f"{key}=[{','.join(map(quoted, values))}]" for key, values in found.items() if values)]
+
+
+def _require_one_choice(arguments: Sequence[str]) -> None:
+    """Refuse two answers to the question which runs are meant."""
+    given = [one for one in arguments if one.partition("=")[0] in ("runs", "sweep", "experiment")]
+    names = {one.partition("=")[0] for one in given}
+    require(
+        len(names) <= 1 or "experiment" not in names,
+        f"{' and '.join(given)}: each says which runs to compare; give one of them",
+    )
+
+
+def flags_first(parsed: argparse.Namespace) -> list[str]:
+    """The command line that Hydra's own parser takes: flags, then overrides."""
+    flags: list[str] = []
+    for name, value in vars(parsed).items():
+        flag = "--" + name.replace("_", "-")
+        if name == "overrides" or value in (None, False):
+            continue
+        if name == "shell_completion":
+            flag = "--shell-completion"
+        flags += [flag] if value is True else [flag, str(value)]
+    return [*flags, *parsed.overrides]
+
+
+def jobs(parsed: argparse.Namespace, params: Mapping[str, Any] | None = None, grid: bool = True) -> list[list[str]]:
+    """The overrides of each job, those of Hydra's own node first: one list without ``-m``, the basic sweeper's grid
+    with it.
+
+    Args:
+        params: ``hydra.sweeper.params``, by which a config adds to the grid.
+        grid: the sweeper is Hydra's own, which takes lists only.
+
+    Raises:
+        RequestError: more jobs than anyone means, or an interval without a search.
+    """
+    of_hydra = [o for o in parsed.overrides if o.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    overrides: list[str] = [o for o in parsed.overrides if o not in of_hydra]
+    if not parsed.multirun:
+        return [[*of_hydra, *overrides]]
+    added = [f"{key}={value}" for key, value in (params or {}).items()]
+    parsed_overrides = OverridesParser.create(_config_loader()).parse_overrides([*added, *overrides])
+    intervals = [o.input_line for o in parsed_overrides if o.is_sweep_override() and not o.is_discrete_sweep()]
+    if intervals:
+        require(not grid, f"{intervals[0]}: an interval has no list of values; a search takes it: hydra/sweeper=optuna")
+        return [[*of_hydra, *job] for job in _ends(parsed_overrides)]
+    _require_few(parsed_overrides)
+    return [[*of_hydra, *job] for batch in BasicSweeper.split_arguments(parsed_overrides, None) for job in batch]
+
+
+def _ends(overrides: Sequence[Override]) -> list[list[str]]:
+    """Two jobs of a search in intervals, whose values are known to its sweeper only: at their lower and upper ends."""
+    ends: tuple[list[str], list[str]] = ([], [])
+    for override in overrides:
+        if not override.is_sweep_override():
+            values = [str(override.input_line)] * 2
+        elif override.is_discrete_sweep():
+            values = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        else:
+            interval = override.value()
+            assert isinstance(interval, IntervalSweep)
+            values = [f"{override.get_key_element()}={value}" for value in (interval.start, interval.end)]
+        require(bool(values), f"{override.input_line}: holds no value, so the sweep would make no run")
+        for job, value in zip(ends, (values[0], values[-1]), strict=True):
+            job.append(value)
+    return list(ends)
+
+
+def swept(parsed: argparse.Namespace, params: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """The keys of which a sweep tries several values, with what stands behind them: ``{"lr": "2e-5,5e-5"}``."""
+    added = [f"{key}={value}" for key, value in (params or {}).items()]
+    overrides = OverridesParser.create(_config_loader()).parse_overrides([*added, *parsed.overrides])
+    return {o.key_or_group: str(o.input_line).partition("=")[2] for o in overrides if o.is_sweep_override()}
+
+
+def fixed(parsed: argparse.Namespace, keys: Iterable[str]) -> list[str]:
+    """The overrides that hold for every job of a sweep over these keys; Hydra's own node is no part of a job."""
+    keys = set(keys)
+    return [
+        override
+        for override in parsed.overrides
+        if not override.lstrip("+~").startswith(("hydra.", "hydra/")) and key_of(override) not in keys
+    ]
+
+
+def _config_loader() -> ConfigLoader | None:
+    """What ``model=glob(*)`` is looked up in."""
+    hydra = GlobalHydra.instance()
+    return hydra.config_loader() if hydra.is_initialized() else None
+
+
+def _require_few(overrides: Sequence[Override]) -> None:
+    """Refuse a sweep of no run, or of more runs than anyone means, without listing them."""
+    number = 1
+    for override in filter(Override.is_sweep_override, overrides):
+        value = override.value()
+        # In order even where they are to be shuffled, which would list them all.
+        swept = value.range() if isinstance(value, RangeSweep) else override.sweep_iterator()
+        number *= sum(1 for _ in itertools.islice(swept, MOST_JOBS + 1))
+        require(number > 0, f"{override.input_line}: holds no value, so the sweep would make no run")
+        require(
+            number <= MOST_JOBS,
+            f"{override.input_line}: makes this a sweep of more than {MOST_JOBS:,} runs; sweep fewer values",
+        )

@@ -1,0 +1,226 @@
+"""``compare``: runs side by side, in the terminal and as files."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlmx.comparison.curves import plain_curves
+from mlmx.comparison.ranking import Table, tabulate
+from mlmx.comparison.rows import settings_of
+from mlmx.comparison.text import csv_text, markdown, plain, remarks, rich_table
+from mlmx.config.errors import RequestError, did_you_mean, path_of, require
+from mlmx.config.options import bind
+from mlmx.config.paths import outputs_dir
+from mlmx.config.schema import CompareConfig, Job
+from mlmx.runs.log import log_to
+from mlmx.runs.run import Run, all_runs, run_named
+from mlmx.sweeps.sweep import SWEEP_FILE, Sweep, all_sweeps
+
+if TYPE_CHECKING:
+    from mlmx.tracking.store import Store
+
+log = logging.getLogger("mlmx")
+LAST = "last"
+
+
+def check(cfg: CompareConfig) -> None:
+    """There are runs to compare, and a place for every file."""
+    for out in cfg.out:
+        path = path_of("out", out)
+        require(
+            path.absolute().parent.is_dir(), f"out={out}: there is no folder {path.absolute().parent}; make it first"
+        )
+        require(not path.is_dir(), f"out={out}: is a folder; give a file's name")
+    if cfg.tracking.get("name"):
+        store_of(cfg)
+        return
+    for key in cfg.tracking:
+        require(key == "experiment", f"tracking.{key}: goes with tracking=server or tracking=local; add one of them")
+    chosen(cfg)
+
+
+def compare(cfg: CompareConfig, job: Job) -> None:
+    """Show the table and the curves, and write the files that were asked for."""
+    with log_to(), found(cfg) as (what, those):
+        table = tabulate(those, cfg.sort)
+        show(table, f"{len(table.rows)} runs of {what}")
+        for out in cfg.out:
+            write(table, path_of("out", out), f"Runs of {what}")
+            log.info("written  %s", out)
+
+
+# ------------------------------------------------------------------------------------ which runs
+
+
+@contextlib.contextmanager
+def found(cfg: CompareConfig) -> Iterator[tuple[str, list[Run]]]:
+    """What is compared, in words, and its runs; those of an MLflow store lie in a folder for as long as the block."""
+    if not cfg.tracking.get("name"):
+        yield chosen(cfg)
+        return
+    from mlmx.tracking.read import fetch
+
+    store = store_of(cfg)
+    local = [run for run in cfg.runs if (path_of("runs", run) / "result.json").is_file()]
+    remote = [run for run in cfg.runs if run not in local]
+    with tempfile.TemporaryDirectory(prefix="mlmx-compare-") as folder:
+        those = [Run(path_of("runs", run).resolve()) for run in local]
+        if remote or not cfg.runs:
+            those += fetch(store, Path(folder), run_ids=remote, parent=cfg.sweep_folder)
+        what = f"sweep {cfg.sweep_folder}" if cfg.sweep_folder else f"experiment {store.experiment}"
+        require(bool(those), f"{store.uri}: has no run of {what}")
+        yield f"{store.uri}" if cfg.runs else f"{what} in {store.uri}", those
+
+
+def store_of(cfg: CompareConfig) -> Store:
+    """The MLflow store that is to be read."""
+    from mlmx.tracking.store import TRACKINGS
+
+    if cfg.tracking["name"] == "none":
+        raise RequestError("tracking=none: is no store to read runs from; leave it out for the run folders here")
+    store: Store = bind("tracking", cfg.tracking, TRACKINGS)[0]()
+    return store
+
+
+def chosen(cfg: CompareConfig) -> tuple[str, list[Run]]:
+    """What is compared, in words, and its runs, as the local folders tell.
+
+    Raises:
+        RequestError: no such run, sweep or experiment, or nothing to compare yet.
+    """
+    if cfg.runs:
+        return "those named", [named(wanted) for wanted in cfg.runs]
+    experiment = cfg.tracking.get("experiment")
+    if experiment:
+        return f"experiment {experiment}", of_experiment(str(experiment))
+    everything = all_sweeps() if cfg.sweep_folder in (None, LAST) else [Sweep(folder_of(str(cfg.sweep_folder)))]
+    if everything:
+        those = everything[-1].runs()
+        require(bool(those), f"{everything[-1].folder}: none of this sweep's jobs has begun")
+        return f"the sweep in {everything[-1].folder}", those
+    require(
+        cfg.sweep_folder is None, f"sweep=last: there is no sweep below {outputs_dir() / 'train'}; make one by train -m"
+    )
+    return of_last_experiment()
+
+
+def named(wanted: str) -> Run:
+    """A run by its folder or MLflow run id, or the last one."""
+    run = run_named(wanted, "runs")
+    if run is not None:
+        return run
+    everything = all_runs()
+    require(bool(everything), f"runs=last: no run below {outputs_dir() / 'train'}; train one first")
+    return everything[-1]
+
+
+def folder_of(sweep: str) -> Path:
+    """The folder of a sweep, also of one whose ``sweep.json`` was never written."""
+    folder = path_of("sweep", sweep)
+    jobs = folder.is_dir() and Sweep(folder).runs()
+    require(
+        bool(jobs) or (folder / SWEEP_FILE).is_file(),
+        f"sweep={sweep}: no sweep's folder; give one below {outputs_dir() / 'train'}, or runs=[…]",
+    )
+    return folder.resolve()
+
+
+def of_experiment(name: str) -> list[Run]:
+    """The runs here that were recorded in an MLflow experiment."""
+    by_experiment = experiments()
+    known = [known for known in by_experiment if known]
+    require(
+        name in by_experiment,
+        f"experiment={name}: no run below {outputs_dir() / 'train'} is of this experiment{did_you_mean(name, known)} "
+        f"(known: {', '.join(known) or 'none'}); for one of a server add tracking=server tracking.uri=…",
+    )
+    return by_experiment[name]
+
+
+def of_last_experiment() -> tuple[str, list[Run]]:
+    """Without a sweep: the finished runs of the experiment that the newest finished run is of."""
+    finished = [run for run in all_runs() if run.status == "FINISHED"]
+    require(
+        bool(finished),
+        f"no sweep and no finished run below {outputs_dir() / 'train'}; train some first, or name them: runs=[…]",
+    )
+    name = experiment_of(finished[-1])
+    return f"experiment {name}" if name else "no experiment", [r for r in finished if experiment_of(r) == name]
+
+
+def experiments() -> dict[str, list[Run]]:
+    """The runs of each experiment, oldest first; those without one under an empty name."""
+    by_name: dict[str, list[Run]] = {}
+    for run in all_runs():
+        by_name.setdefault(experiment_of(run), []).append(run)
+    return by_name
+
+
+def experiment_of(run: Run) -> str:
+    """The MLflow experiment a run was recorded in; empty where there is none, or nobody can tell."""
+    tracking = settings_of(run).get("tracking")
+    return str(tracking.get("experiment") or "") if isinstance(tracking, dict) else ""
+
+
+# --------------------------------------------------------------------------------------- showing
+
+
+def show(table: Table, title: str) -> None:
+    """The table, what is to be said of it, and the curves; in colour where somebody looks."""
+    curves = plain_curves(table)
+    if not sys.stdout.isatty():
+        log.info("%s\n\n%s\n%s", title, plain(table), f"\n{curves}\n" if curves else "")
+        return
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=False)
+    console.print(title, markup=False, style="bold")
+    console.print(rich_table(table, console.width))
+    for remark in remarks(table):
+        console.print(remark, markup=False)
+    if curves:
+        console.print(f"\n{curves}\n", markup=False, no_wrap=True, crop=True)
+
+
+def write(table: Table, path: Path, title: str) -> None:
+    """One file, by its suffix; what was there is replaced at once, or not at all."""
+    kind = path.suffix.lower()
+    if kind == ".csv":
+        contents = csv_text(table).encode()
+    elif kind == ".md":
+        contents = f"# {title}\n\n{markdown(table)}".encode()
+    else:
+        contents = drawn(table, path, title)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        aside.write_bytes(contents)
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def drawn(table: Table, path: Path, title: str) -> bytes:
+    """A chart, or the page that holds all of them.
+
+    Raises:
+        RequestError: there is nothing to draw.
+    """
+    from mlmx.comparison import page, plots
+
+    with tempfile.TemporaryDirectory(prefix="mlmx-charts-") as folder:
+        files = plots.draw(table, Path(folder))
+        if path.suffix.lower() == ".html":
+            return page.report(table, title, files).encode()
+        wanted = {file.name: file for file in files}
+        chart = wanted.get(path.name.lower()) or wanted.get("curves.png")
+        if chart is None:
+            raise RequestError(f"out={path}: these runs have nothing to draw; they have no losses yet")
+        return chart.read_bytes()

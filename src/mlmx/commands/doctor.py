@@ -1,0 +1,186 @@
+"""``doctor``: what became of runs that have not finished; what is dead is marked so, here and in MLflow."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlmx.config.errors import RequestError, brief
+from mlmx.config.options import bind
+from mlmx.config.paths import outputs_dir
+from mlmx.config.schema import DoctorConfig, Job
+from mlmx.runs import process, provenance
+from mlmx.runs.disk import RESERVE_FILE
+from mlmx.runs.log import log_to
+from mlmx.runs.process import heard_seconds_ago, is_alive, process_of
+from mlmx.runs.run import Run, all_runs
+from mlmx.sweeps.sweep import Sweep, all_sweeps, mark_dead
+from mlmx.tracking.mirror import RUN_FILE
+from mlmx.tracking.store import TRACKINGS, Store, reason
+
+if TYPE_CHECKING:
+    from mlmx.tracking.left_open import OpenRun
+
+log = logging.getLogger("mlmx")
+HALF_WRITTEN = (".*.tmp", "checkpoints/.*.tmp", RESERVE_FILE)  # in a run's folder
+HALF_WRITTEN_TOKENS = ".tokens-*"  # in the cache's folder
+
+
+def check(cfg: DoctorConfig) -> None:
+    """The store is a store."""
+    examined(cfg)
+
+
+def examined(cfg: DoctorConfig) -> Store | None:
+    """The MLflow store that is looked after."""
+    store: Store | None = bind("tracking", cfg.tracking, TRACKINGS)[0]()
+    return store
+
+
+def doctor(cfg: DoctorConfig, job: Job) -> None:
+    """Look after every run below outputs/train, the token cache and the MLflow store."""
+    with log_to():
+        dead = process.mark_dead()
+        mark_dead()
+        found = all_runs()
+        counts = Counter(str(run.status).lower() for run in found)
+        listed = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
+        log.info("runs     %s below %s", listed or "none", outputs_dir() / "train")
+        for run in found:
+            if run.status != "FINISHED":
+                log.info("%s", describe(run, run in dead))
+                clear(run)
+        for sweep in all_sweeps():
+            told = sweep.about()
+            if told.get("status") in ("KILLED", "FAILED"):
+                again = f"the same command keeps what is done: {told.get('command')}"
+                log.info("%-9s%s: a sweep; %s", told["status"].lower(), sweep.folder, again)
+        clear_cache(outputs_dir() / "cache")
+        settle(examined(cfg))
+
+
+def describe(run: Run, found_dead: bool) -> str:
+    """A line on a run that has not finished: whether it lives, or how to go on with it."""
+    who, status = process_of(run), str(run.status).lower()
+    process = f"process {who['pid']} on {who['host']}" if {"pid", "host"} <= who.keys() else "its process"
+    if is_alive(run):
+        heard = f"since {who.get('started')}, last heard {heard_seconds_ago(run):.0f} s ago"
+        return f"{status:<9}{run.folder}: {process} is at it {heard}"
+    truth = f"{process} is gone, marked KILLED; " if found_dead else ""
+    return f"{status:<9}{run.folder}: {truth}{how_to_go_on(run)}"
+
+
+def how_to_go_on(run: Run) -> str:
+    """The command, and where it takes the run up; a checkpoint is verified when it is loaded, not here."""
+    if not (run.folder / "config.yaml").is_file():
+        return "it had not begun; nothing is lost with its folder"
+    sealed = [path.parent for path in run.checkpoints.glob("checkpoint-*/manifest.json")]
+    newest = max(sealed, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+    place = newest.name if newest else "its start, for it has no checkpoint"
+    return f"go on from {place}: python -m mlmx train resume={shlex.quote(str(run.folder))}"
+
+
+# ----------------------------------------------------------------------------------------- clearing up
+
+
+def clear(run: Run) -> None:
+    """Remove what a process that was killed while writing left behind."""
+    with process.unless_held(run.folder) as is_free:
+        if is_free and not is_alive(run):
+            _remove(path for pattern in HALF_WRITTEN for path in run.folder.glob(pattern))
+
+
+def clear_cache(folder: Path) -> None:
+    """Remove half-written tokens; those of the last minutes may still be being written."""
+    quiet = time.time() - process.SILENCE_SECONDS
+    _remove(path for path in folder.glob(HALF_WRITTEN_TOKENS) if max(map(_written, _with_all(path))) < quiet)
+
+
+def _with_all(path: Path) -> Iterator[Path]:
+    yield path
+    yield from path.rglob("*")
+
+
+def _written(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in sorted(paths):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        log.info("removed  %s", path)
+
+
+# --------------------------------------------------------------------------------------------- MLflow
+
+
+def settle(store: Store | None) -> None:
+    """Tell MLflow how runs ended of which it still says RUNNING."""
+    if store is None or (store.artifacts is not None and not (store.artifacts.parent / "mlflow.db").exists()):
+        return
+    from mlmx.tracking.left_open import open_runs
+
+    try:
+        found = open_runs(store)
+    except Exception as error:
+        log.warning("mlflow   %s cannot be looked at (%s)", store.uri, reason(error, store))
+        return
+    for one in found:
+        try:
+            _settle(one, store)
+        except Exception as error:
+            log.warning("mlflow   run %s cannot be set right now (%s)", one.run_id, brief(error))
+
+
+def _settle(one: OpenRun, store: Store) -> None:
+    from mlmx.tracking.left_open import close
+    from mlmx.tracking.mirror import send
+
+    run = Run(Path(one.tags.get("mlmx.folder", "")))
+    sweep = Sweep(run.folder).about()
+    if sweep and is_of(one, run):
+        if sweep.get("status") in ("FINISHED", "FAILED", "KILLED"):
+            close(store, one.run_id, sweep["status"])
+            log.info("mlflow   sweep %s of %s said RUNNING, is %s now", one.run_id, run.folder, sweep["status"])
+    elif is_of(one, run):
+        if run.status == "RUNNING":
+            return
+        try:
+            send(run, store)
+        except RequestError:  # of a version that kept nothing to send
+            close(store, one.run_id, str(run.status))
+        log.info("mlflow   run %s of %s said RUNNING, is %s now", one.run_id, run.folder, run.status)
+    elif is_over(one):
+        close(store, one.run_id, "KILLED")
+        log.info("mlflow   run %s said RUNNING, is KILLED now; its process and its folder are gone", one.run_id)
+
+
+def is_of(one: OpenRun, run: Run) -> bool:
+    """Whether an MLflow run is that of the run in its folder, which may have been killed before it knew the id."""
+    told = run.read_json(RUN_FILE) or {"run_id": run.read_json("result.json").get("run_id")}
+    return told["run_id"] == one.run_id or (told["run_id"] is None and told.get("started") == one.started)
+
+
+def is_over(one: OpenRun) -> bool:
+    """Whether an MLflow run's process was one of this machine and is no more, as far as its tags tell."""
+    here = provenance.process()
+    tags = {name: one.tags.get(f"mlmx.{name}") for name in here}
+    if tags["host"] != here["host"]:
+        return False
+    if tags["boot_id"] is None:  # of a version that did not say more; or of a system that does not
+        started = provenance.boot_time()
+        return started is not None and one.started / 1000 < started
+    return tags["boot_id"] != here["boot_id"] or process.is_gone(_numbers(tags), here)
+
+
+def _numbers(tags: dict[str, str | None]) -> dict[str, Any]:
+    return {name: int(text) if text and text.isdecimal() else text for name, text in tags.items()}

@@ -1,0 +1,143 @@
+"""``evaluate``: score a run, or any masked-LM folder, with the run's protocol or on other texts."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlmx.commands import describe
+from mlmx.config.errors import RequestError, path_of
+from mlmx.config.options import bind
+from mlmx.config.paths import is_below_outputs, outputs_dir
+from mlmx.config.schema import EvaluateConfig, Job, TrainConfig
+from mlmx.data.cache import TokenCache
+from mlmx.data.heldout import HeldoutChunks, choose, heldout_chunks, split_off
+from mlmx.data.masking import Masker, masker
+from mlmx.data.texts import quick_check
+from mlmx.evaluation.measure import Measure
+from mlmx.experiment import Parts, gather, parts_of, token_cache
+from mlmx.kernels import memory
+from mlmx.models.encoders import load_model, load_tokenizer, require_fit, trained_from
+from mlmx.runs.log import log_to
+from mlmx.runs.run import Run, find_run
+from mlmx.tracking.store import TRACKINGS
+from mlmx.tracking.tracker import add_metrics
+
+log = logging.getLogger("mlmx")
+
+
+def check(cfg: EvaluateConfig) -> None:
+    """The run or folder is there, and so is what it is to be scored on."""
+    _, settings, run = resolve(cfg)
+    parts = scored_parts(settings, run)
+    require_fit(parts.encoder, settings.chunk_size)
+    quick_check(parts.source)
+    bind("tracking", cfg.tracking, TRACKINGS)
+
+
+def resolve(cfg: EvaluateConfig) -> tuple[Path, TrainConfig, Run | None]:
+    """The model's folder, the settings to score it with, and the run it belongs to (None for a bare folder)."""
+    folder = path_of("run", cfg.run)
+    run = None if (folder / "config.json").is_file() else find_run(cfg.run)
+    if run is None and not (cfg.dataset and cfg.chunk_size):
+        raise RequestError(
+            f"run={cfg.run}: is a model's folder, not a run; say what to score it on, "
+            "for example chunk_size=128 dataset=imdb_packaged"
+        )
+    folder = run.model if run else folder
+    made = run.config() if run else TrainConfig(chunking={"name": "concat"}, masking={"name": "token"})
+    settings = replace(
+        made,
+        model={"name": "pretrained", "path": str(folder)},
+        dataset=cfg.dataset or made.dataset,
+        chunk_size=cfg.chunk_size or made.chunk_size,
+        trainer={"name": "corrected"},  # scoring has one arithmetic
+        tracking={"name": "none"},
+    )
+    return folder, settings, run
+
+
+def scored_parts(settings: TrainConfig, run: Run | None) -> Parts:
+    """The parts to score with; the run's model may need the code of the model it was trained from."""
+    parts = parts_of(settings)
+    origin = run.config().model if run else settings.model
+    return replace(parts, encoder=trained_from(parts.encoder, origin))
+
+
+def evaluate(cfg: EvaluateConfig, job: Job) -> dict[str, float]:
+    """Print the scores, and keep them with the run."""
+    memory.keep_freed()
+    folder, settings, run = resolve(cfg)
+    parts = scored_parts(settings, run)
+    source_name = describe.source_name(settings, job)
+    with log_to():
+        with token_cache() as cache:
+            if cfg.dataset:
+                tokenizer, mask, heldout, report = other_texts(settings, parts, run, source_name, cache)
+                measure = Measure(tokenizer, mask, heldout, cfg.batch_size)
+            else:
+                made = gather(settings, parts, source_name, cache)
+                tokenizer, report = made.tokenizer, made.report
+                measure = Measure(tokenizer, made.mask, made.heldout, cfg.batch_size, made.eval_chunks)
+            loaded = load_model(parts.encoder, tokenizer, settings.seed)
+            if run is not None:  # a bare folder is scored without a trace
+                cache.keep()
+        loaded.to(device())  # type: ignore[arg-type]
+        scored = measure(loaded)
+        log.info("%s\n%s", folder, describe.scores(scored, report, measure.protocol))
+        if run is not None and is_below_outputs(run.folder):
+            record(cfg, run, settings.chunk_size, measure.protocol, scored)
+        elif run is not None:
+            log.info("not kept with the run: it lies outside %s; MLMX_OUTPUTS=<folder> moves that", outputs_dir())
+    return scored
+
+
+def other_texts(
+    settings: TrainConfig, parts: Parts, run: Run | None, source_name: str, cache: TokenCache
+) -> tuple[Any, Masker, HeldoutChunks, dict[str, Any]]:
+    """Documents of another dataset, all of them held out but those that the run was trained on.
+
+    At most ``heldout.documents`` are scored, chosen by content hash.
+    """
+    tokenizer = load_tokenizer(parts.encoder, settings.chunk_size)
+    mask = masker(parts.strategy, tokenizer, settings.mlm_probability, settings.seed)
+    texts = parts.source()
+    documents = texts.get("heldout", texts["train"]) if isinstance(texts, dict) else texts
+    left_out = 0
+    if run is not None:
+        trained = parts_of(run.config()).source()
+        split = split_off(trained, documents, source_name, parts.heldout.documents, 0, allow_overlap=True)
+        assert split.heldout is not None
+        chosen, left_out = split.heldout, split.left_out
+    else:
+        chosen = choose(documents, parts.heldout.documents)
+    heldout = heldout_chunks(chosen, tokenizer, settings.chunk_size, cache)
+    report = {"heldout": {"source": source_name, "chunks": len(heldout), "left_out_for_overlap": left_out}}
+    return tokenizer, mask, heldout, report
+
+
+def record(cfg: EvaluateConfig, run: Run, chunk_size: int, protocol: str, scored: dict[str, float]) -> None:
+    """Keep the scores with the run: on its own protocol in its results and in its MLflow run, others in a file.
+
+    ``evaluations.jsonl`` has a line per evaluation with what was scored, so that no number goes without it.
+    """
+    result = run.read_json("result.json")
+    line = {"dataset": dict(cfg.dataset) or "own", "chunk_size": chunk_size, "protocol": protocol, **scored}
+    run.append_line("evaluations.jsonl", line)
+    if protocol != result["protocol"] or chunk_size != run.config().chunk_size:
+        return
+    last = run.metrics()[-1]
+    metrics = {f"evaluate/{name}": value for name, value in scored.items()}
+    row = run.append_metrics(last["step"], last["epoch"], metrics)
+    run.write_json("result.json", result | {"metrics": result["metrics"] | metrics})
+    store = bind("tracking", cfg.tracking, TRACKINGS)[0]()
+    add_metrics(store, run, row)
+
+
+def device() -> str:
+    """CUDA, then MPS, then the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,310 @@
+"""``train``: texts → tokens → chunks → masked batches → model → training → numbers → tracking."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import math
+import os
+import shlex
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlmx.commands import describe
+from mlmx.config.schema import KEEP_ALL, Job, TrainConfig
+from mlmx.data.cache import TokenCache
+from mlmx.data.tokens import tokenizer_sha256
+from mlmx.evaluation.fills import Fills
+from mlmx.evaluation.measure import Measure
+from mlmx.experiment import Material, Parts, check_training, gather, parts_of, resume_of, token_cache
+from mlmx.kernels import memory
+from mlmx.models import encoders
+from mlmx.models.encoders import load_model, weights_sha256
+from mlmx.models.fill import fill_masks, prompt_of
+from mlmx.runs import checkpoints, disk, identity, process, provenance, signals
+from mlmx.runs.log import log_to, log_to_file
+from mlmx.runs.run import HELDOUT_FILE, Run, begin_run, discard_empty, reopen_run
+from mlmx.tracking.store import Store, store_of
+from mlmx.tracking.tracker import Tracker
+from mlmx.training.arguments import optimizer_bytes, saves, training_arguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainingArguments
+
+    from mlmx.training.reporter import StopEarly
+
+log = logging.getLogger("mlmx")
+LONGEST_UNIT = 32  # tokens of one word or span
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Everything a training needs; making it has refused whatever can be refused."""
+
+    arguments: TrainingArguments
+    material: Material
+    model: PreTrainedModel
+    measure: Measure
+
+
+def check(cfg: TrainConfig) -> None:
+    """Everything that can be judged before torch is imported and anything is written."""
+    check_training(cfg)
+
+
+def train(cfg: TrainConfig, job: Job, stop_early: StopEarly | None = None) -> float:
+    """One run, from the baseline to the saved model; returns its last ``heldout/loss``.
+
+    Args:
+        stop_early: is given each epoch and its scores, and says whether that was enough.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return follow(cfg, job)
+    dead = [run for run in process.mark_dead() if run.folder != job.folder]
+    return lead(cfg, job, dead, stop_early)
+
+
+def follow(cfg: TrainConfig, job: Job) -> float:
+    """The part of a further process of a distributed run (torchrun): it trains along and keeps no record."""
+    discard_empty(job.folder)
+    with tempfile.TemporaryDirectory(prefix="mlmx-rank-") as folder:
+        return lead(replace(cfg, tracking={"name": "none"}, resume={}), replace(job, folder=Path(folder)))
+
+
+def lead(cfg: TrainConfig, job: Job, dead: Sequence[Run] = (), stop_early: StopEarly | None = None) -> float:
+    """A run with its record.
+
+    Args:
+        dead: runs whose processes were found gone; MLflow gets to know it as well.
+    """
+    memory.keep_freed()
+    parts, clock, job = parts_of(cfg), Clock(), replace(job, overrides=identity.without_resume(job.overrides))
+    with log_to(), contextlib.ExitStack() as until_its_end:
+        with token_cache() as cache:
+            ready = make_ready(cfg, job, parts, clock, cache)
+            require_space(job, ready, cfg.keep)
+            until_its_end.enter_context(process.held(job.folder))
+            run = opened(cfg, job, ready)
+            cache.keep()
+        with log_to_file(run), recorded(run, parts.store, clock) as tracker, provenance.kept(run):
+            fills = partial(describe.fills, ready.model, ready.material.tokenizer, cfg.example, fill_masks)
+            announce(cfg, job, ready)
+            before = fills()  # before MLflow's thread wants Python as well, at each of its many small operations
+            start_record(cfg, job, ready, tracker)
+            tracker.settle([run for run in dead if store_of(run) == parts.store])
+            fit(cfg, ready, run, tracker, stop_early)
+            clock.lap("train")
+            log.info("before training  %s\nafter training   %s", before, fills())
+            conclude(ready, run, tracker)
+            draw_plots(run, describe.run_name(cfg, job))
+        log.info("%s", describe.ending(run, tracker.last, clock.seconds, tracker.store))
+    return tracker.last.get("heldout/loss", tracker.last.get("eval/loss", math.nan))
+
+
+def opened(cfg: TrainConfig, job: Job, ready: Ready) -> Run:
+    """The run's folder, new or, with ``resume=``, the one it was interrupted in.
+
+    Raises:
+        RequestError: the folder holds another run, or what is asked for is not the run in it.
+    """
+    inputs = inputs_of(ready)
+    folder, allowed = resume_of(cfg)
+    if folder is None:
+        return begin_run(job.folder, cfg, job.overrides, inputs)
+    run = Run(job.folder)
+    before = identity.dials(run.config()) | (run.read_json("inputs.json") or inputs)
+    drift = identity.differences(before, identity.dials(cfg) | inputs)
+    identity.require_allowed(drift, allowed)
+    for key, (was, now) in drift.items():
+        log.info("resume: %s was %s, is %s from here on", key, was, now)
+    return reopen_run(run, cfg, job.overrides, inputs, drift)
+
+
+def require_space(job: Job, ready: Ready, keep: str) -> None:
+    """Refuse a run that the disk has no place for."""
+    if not ready.arguments.should_save:
+        return
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in ready.model.parameters())
+    _, kept = saves(ready.arguments, len(ready.material.train_chunks), keep)
+    needed = disk.needed_bytes(weights, optimizer_bytes(ready.arguments, weights), kept)
+    there = disk.bytes_below(Run(job.folder).checkpoints)  # of a run that is gone on with
+    disk.require_free(job.folder, needed - there, kept)
+
+
+def inputs_of(ready: Ready) -> dict[str, Any]:
+    """What a run is made of beyond its dials."""
+    report = ready.material.report
+    return {
+        "data.train": report["train"]["sha256"],
+        "data.eval": report["eval"]["sha256"],
+        "data.heldout": ready.measure.protocol,
+        "tokenizer": tokenizer_sha256(ready.material.tokenizer),
+        "model.weights": weights_sha256(ready.model),
+        "precision": describe.precision(ready.arguments),
+        "processes": ready.arguments.world_size,
+    }
+
+
+def make_ready(cfg: TrainConfig, job: Job, parts: Parts, clock: Clock, cache: TokenCache) -> Ready:
+    """Load and check all parts of the run; writes nothing.
+
+    Raises:
+        RequestError: an option the library refuses, a model or text that does not fit, too few chunks.
+    """
+    arguments = training_arguments(
+        cfg.trainer,
+        Run(job.folder).checkpoints,
+        lr=cfg.lr,
+        epochs=cfg.epochs,
+        batch_size=cfg.batch_size,
+        weight_decay=cfg.weight_decay,
+        seed=cfg.seed,
+        precision=cfg.precision,
+    )
+    material = gather(cfg, parts, describe.source_name(cfg, job), cache)
+    clock.lap("data")
+    importlib.import_module("mlmx.training.engine")
+    memory.settle()
+    loaded = load_model(parts.encoder, material.tokenizer, cfg.seed)
+    prompt_of(loaded, material.tokenizer, cfg.example)
+    clock.lap("model")
+    # The stock trainer scores eval/* itself.
+    eval_chunks = None if cfg.trainer["name"] == "stock" else material.eval_chunks
+    batch_size = arguments.per_device_eval_batch_size
+    measure = Measure(material.tokenizer, material.mask, material.heldout, batch_size, eval_chunks)
+    return Ready(arguments, material, loaded, measure)
+
+
+def announce(cfg: TrainConfig, job: Job, ready: Ready) -> None:
+    """Say what is about to happen."""
+    log.info("%s", describe.introduction(cfg, job, ready.material.report, ready.arguments, ready.model))
+    log.info("%s", describe.masked_sample(ready.material.mask, ready.material.train_chunks, ready.material.tokenizer))
+
+
+def start_record(cfg: TrainConfig, job: Job, ready: Ready, tracker: Tracker) -> None:
+    """Write to the run folder and to MLflow what is known before training."""
+    tracker.start(
+        describe.run_name(cfg, job),
+        ready.measure.protocol,
+        describe.params(cfg, job, ready.arguments, ready.model, ready.material.report),
+        describe.tags(cfg, job, ready.material.report, ready.measure.protocol) | provenance.tags(),
+        ready.material.report,
+        cfg.register,
+        rotates=cfg.keep != KEEP_ALL or bool(ready.arguments.save_total_limit),
+    )
+
+
+def fit(cfg: TrainConfig, ready: Ready, run: Run, tracker: Tracker, stop_early: StopEarly | None) -> None:
+    """Train from the baseline to the last epoch and save the model."""
+    from mlmx.training.engine import make_trainer, run_and_save
+
+    trainer = make_trainer(
+        cfg.trainer["name"],
+        ready.arguments,
+        model=ready.model,
+        tokenizer=ready.material.tokenizer,
+        train_chunks=ready.material.train_chunks,
+        eval_chunks=ready.material.eval_chunks,
+        mask=ready.material.mask,
+        mlm_probability=cfg.mlm_probability,
+        masked_logits=encoders.masked_logits,
+        most_targets=most_targets(cfg, ready.material.mask.rates),
+        scores=ready.measure,
+        fills=Fills(ready.material.examples, ready.material.tokenizer, ready.measure),
+        recorder=tracker,
+        on_nan=cfg.on_nan,
+        stop_early=stop_early,
+    )
+    trainer.keep = cfg.keep
+    trainer.save_seconds = math.inf if cfg.save_minutes is None else cfg.save_minutes * 60
+    checkpoint = checkpoints.newest_whole(run.checkpoints)
+    if checkpoint is not None:
+        log.info("resume   from %s", checkpoint)
+    run_and_save(trainer, run.model, checkpoint)
+    tracker.model(run.model)
+
+
+def most_targets(cfg: TrainConfig, rates: Sequence[float]) -> int:
+    """More targets than a batch can have: the budget of each of its chunks, and a word or span beyond it."""
+    return cfg.batch_size * (math.ceil(max(rates) * cfg.chunk_size) + LONGEST_UNIT)
+
+
+def conclude(ready: Ready, run: Run, tracker: Tracker) -> None:
+    """What is measured once, at the end: losses by kind of word, and the sums that pairs of runs are compared by."""
+    found = ready.measure.breakdown(ready.model, ready.material.train_chunks)
+    step, epoch = tracker.latest
+    if found:
+        tracker.log(step, epoch, found)
+        log.info("%s", describe.by_word(found))
+    if ready.measure.documents is not None:
+        with disk.writing(run.folder / HELDOUT_FILE):
+            ready.measure.documents.save(run.folder / HELDOUT_FILE)
+
+
+def draw_plots(run: Run, title: str) -> list[Any]:
+    """The run's curves as PNG files."""
+    from mlmx.comparison.run_plots import draw
+
+    with disk.writing(run.plots):
+        return draw(run.metrics(), run.plots, title)
+
+
+@contextlib.contextmanager
+def recorded(run: Run, store: Store | None, clock: Clock) -> Iterator[Tracker]:
+    """A tracker whose run ends, however it ends, with its true status in the folder and in MLflow."""
+    tracker, status, retry = Tracker(run, store), "FAILED", False
+    disk.reserve(run.folder)
+    try:
+        yield tracker
+        status = "FINISHED"
+    except (signals.Interrupted, KeyboardInterrupt, SystemExit) as error:
+        status = "KILLED"
+        if os.environ.get("RANK", "0") == "0":  # the other processes have no folder to go on in
+            error.add_note(f"to go on: python -m mlmx train resume={shlex.quote(str(run.folder))}")
+        raise
+    except Exception as error:
+        if retry := disk.is_full(error):
+            raise disk.disk_full(error, run.folder) from error
+        raise
+    finally:
+        disk.release(run.folder)
+        end(tracker, status, clock, retry or status == "KILLED")
+
+
+def end(tracker: Tracker, status: str, clock: Clock, retry: bool) -> None:
+    """Write down how a run ended; what goes wrong with that does not hide what ended it.
+
+    Args:
+        retry: it can begin again if it has no checkpoint; what failed for a reason of its own would fail again.
+    """
+    resumable = status != "FINISHED" and (retry or bool(checkpoints.all_of(tracker.run.checkpoints)))
+    try:
+        numbers = tracker.first, tracker.last
+        tracker.annotate(describe.outcome(tracker.run, status, resumable, *numbers, tracker.store))
+        tracker.finish(status, clock.seconds, resumable)
+    except Exception as error:
+        if status == "FINISHED" and disk.is_full(error):
+            raise disk.disk_full(error, tracker.run.folder) from error
+        if status == "FINISHED":
+            raise
+        log.warning("%s: that it is %s could not be written (%s)", tracker.run.folder, status, error)
+
+
+@dataclass
+class Clock:
+    """Seconds spent per part of a run."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic)
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last lap under ``name``."""
+        spent = time.monotonic() - self.began - sum(v for k, v in self.seconds.items() if k != "total")
+        self.seconds[name] = round(spent, 3)
+        self.seconds["total"] = round(time.monotonic() - self.began, 3)

@@ -1,0 +1,287 @@
+"""Rows side by side: what varies, which may be ranked together, and by how much each differs from the best."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlmx.comparison.rows import Row, documents_of, rows_for
+from mlmx.config.errors import RequestError, did_you_mean
+from mlmx.runs import identity
+from mlmx.runs.run import Run
+
+if TYPE_CHECKING:
+    from mlmx.evaluation.bootstrap import Difference, DocumentSums
+
+YARDSTICK, ACROSS_TOKENIZERS, OWN = "heldout/loss", "heldout/bits_per_byte", "eval/loss"
+HIGHER_IS_BETTER = ("accuracy", "tokens_per_second", "mfu")
+# What two protocols, or two sets of validation chunks, may differ in; the first that differs explains those after it.
+IN_WORDS = {
+    "documents": "the choice of held-out documents",
+    "tokenizer": "the tokenizer",
+    "vocabulary": "the tokenizer's vocabulary",
+    "special_tokens": "the tokenizer's set of special tokens",
+    "tokens": "how the documents are split into tokens",
+    "rate": "the share of targets",
+    "shares": "what stands in the targets' place",
+    "version": "the version of the draws",
+    "chunks": "the set of validation chunks",
+    "mlm_probability": "mlm_probability",
+    "seed": "the seed of the masks",
+}
+EXPLAINED_BY = {"tokens": ("documents", "tokenizer", "vocabulary")}
+NOT_PART_OF_IT = ("source", "number")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Finished runs that may be ranked together, best first.
+
+    Attributes:
+        key: their protocol, or another name of what they were measured on.
+        parts: what that is made of.
+        best: the one that the others are compared with.
+    """
+
+    key: str
+    parts: dict[str, Any]
+    rows: list[Row]
+    best: Row
+
+
+@dataclass(frozen=True)
+class Table:
+    """Runs side by side.
+
+    Attributes:
+        rows: best first within a group, the largest group first, what is not ranked last.
+        keys: dials that vary.
+        groups: the ranked rows, by what they were measured on.
+        best: the best of all; None where the runs are of several groups.
+        differences: the paired difference of each row's ``heldout/loss`` to the best of its group, by `Row.name`.
+        sort: what rows are sorted by.
+        judge: what decides which is the best.
+        refusal: why not all of them are ranked together, in one sentence; empty where they are.
+    """
+
+    rows: list[Row]
+    keys: list[str]
+    groups: list[Group]
+    best: Row | None
+    differences: dict[str, Difference]
+    sort: str
+    judge: str
+    refusal: str
+
+    @property
+    def unranked(self) -> list[Row]:
+        """What has not finished, or was measured on nothing that others were."""
+        ranked = {row.name for group in self.groups for row in group.rows}
+        return [row for row in self.rows if row.name not in ranked]
+
+    def is_best(self, row: Row) -> bool:
+        """Whether a row is the best of its group."""
+        return any(row is group.best for group in self.groups)
+
+    @property
+    def alike(self) -> list[Row]:
+        """The rows whose curves may be drawn together: all that were measured as the largest group was."""
+        if not self.groups:
+            return self.rows
+        best = self.groups[0].best
+        if self.curve == YARDSTICK:
+            return [row for row in self.rows if row.protocol == best.protocol]
+        return [row for row in self.rows if row.validation == best.validation]
+
+    @property
+    def curve(self) -> str:
+        """The loss that learning curves are drawn of."""
+        return YARDSTICK if any(YARDSTICK in row.curves for row in self.rows) else OWN
+
+
+def tabulate(
+    runs: Sequence[Run],
+    sort: str = YARDSTICK,
+    keys: Sequence[str] | None = None,
+    failures: Mapping[Path, str] | None = None,
+) -> Table:
+    """Read runs and set them side by side.
+
+    Args:
+        sort: a metric; losses and times from the lowest, accuracies and speeds from the highest.
+        keys: dials to show, also groups (``model``); those that vary if None.
+        failures: why jobs failed, by their folders, which may not be there.
+
+    Raises:
+        RequestError: no run has the metric.
+    """
+    rows = rows_for(runs, failures or {})
+    chosen = list(keys) if keys is not None else varying(rows)
+    rows = [replace(row, varies={key: value for key in chosen for value in _value(row, key)}) for row in rows]
+    sort = _known(sort, rows)
+    judge = ACROSS_TOKENIZERS if sort == ACROSS_TOKENIZERS else YARDSTICK if _have(rows, YARDSTICK) else OWN
+    rows, samples = _measured(rows, judge)
+    groups = _groups(rows, sort, judge)
+    ranked = [row for group in groups for row in group.rows]
+    rest = [row for row in rows if not any(row is one for one in ranked)]
+    rest.sort(key=lambda row: (row.protocol or "~", _place(row, sort)))
+    return Table(
+        rows=[*ranked, *rest],
+        keys=chosen,
+        groups=groups,
+        best=groups[0].best if len(groups) == 1 else None,
+        differences=_differences(groups, samples),
+        sort=sort,
+        judge=judge,
+        refusal=_refusal(groups, judge),
+    )
+
+
+def varying(rows: Sequence[Row]) -> list[str]:
+    """Dials that are not the same in all configs that could be read, in the order of a config."""
+    known = [row.dials for row in rows if row.dials]
+    found = {key for dials in known[1:] for key in identity.differences(known[0], dials)}
+    order = dict.fromkeys(key for dials in known for key in dials)
+    return [key for key in order if key in found]
+
+
+def _value(row: Row, key: str) -> list[Any]:
+    """The value of a dial or the option of a group, as a list of one; none where it is not known."""
+    if key in row.dials:
+        return [row.dials[key]]
+    options = [row.choices.get(key), row.dials.get(f"{key}.path"), row.dials.get(f"{key}.name")]
+    return [option for option in options if option is not None][:1]
+
+
+def _known(sort: str, rows: Sequence[Row]) -> str:
+    names = dict.fromkeys(name for row in rows for name in row.metrics)
+    if sort in names:
+        return sort
+    if sort == YARDSTICK:
+        return OWN if OWN in names else sort
+    raise RequestError(
+        f"sort={sort}: none of these runs has such a metric{did_you_mean(sort, names)} "
+        f"(known: {', '.join(list(names)[:20]) or 'none'})"
+    )
+
+
+def _have(rows: Iterable[Row], metric: str) -> bool:
+    return any(math.isfinite(row.value(metric)) for row in rows)
+
+
+def _place(row: Row, metric: str) -> float:
+    """Where a row stands when sorted, lowest first; what has no number stands last."""
+    value = row.value(metric)
+    if math.isnan(value):
+        return math.inf
+    return -value if metric.endswith(HIGHER_IS_BETTER) else value
+
+
+# ------------------------------------------------------------------------------- who with whom
+
+
+def _measured_on(row: Row, judge: str) -> tuple[str, dict[str, Any]] | None:
+    """What a finished run was measured on, as a name that is that of all runs it may be ranked with."""
+    if row.status != "FINISHED" or not math.isfinite(row.value(judge)):
+        return None
+    if judge == OWN:
+        return (_digest(row.validation), row.validation) if row.validation else None
+    texts = {key: row.parts.get(key) for key in ("documents", "rate", "version")}
+    if judge == ACROSS_TOKENIZERS and texts["documents"]:
+        return _digest(texts), texts | {key: row.parts.get(key) for key in NOT_PART_OF_IT}
+    return (row.protocol, row.parts) if row.protocol else None
+
+
+def _digest(values: Any) -> str:
+    return json.dumps(values, sort_keys=True, default=str)
+
+
+def _groups(rows: Sequence[Row], sort: str, judge: str) -> list[Group]:
+    found: dict[str, Group] = {}
+    for row in rows:
+        measured = _measured_on(row, judge)
+        if measured is not None:
+            found.setdefault(measured[0], Group(*measured, [], row)).rows.append(row)
+    for key, group in found.items():
+        group.rows.sort(key=lambda row: _place(row, sort))
+        found[key] = replace(group, best=min(group.rows, key=lambda row: _place(row, judge)))
+    return sorted(found.values(), key=lambda group: (-len(group.rows), _place(group.best, judge)))
+
+
+def _refusal(groups: Sequence[Group], judge: str) -> str:
+    if len(groups) < 2:
+        return ""
+    first, reasons = groups[0], []
+    for group in groups[1:]:
+        reasons += [reason for reason in what_differs(first.parts, group.parts) if reason not in reasons]
+    because = " and ".join(reasons) if reasons else "something that was not recorded"
+    hint = ""
+    same_texts = len({str(group.parts.get("documents")) for group in groups}) == 1
+    if judge == YARDSTICK and same_texts and all(_have(group.rows, ACROSS_TOKENIZERS) for group in groups):
+        hint = f"; sort={ACROSS_TOKENIZERS} compares across tokenizers"
+    verb = "differ" if len(reasons) > 1 else "differs"
+    return f"these runs were not all measured alike and are ranked apart: {because} {verb}{hint}"
+
+
+def what_differs(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """In words, what two protocols differ in as far as both tell of it.
+
+    >>> what_differs({"documents": "a", "tokens": "b", "rate": 0.15}, {"documents": "c", "tokens": "d", "rate": 0.15})
+    ['the choice of held-out documents']
+    """
+    keys = [key for key in [*IN_WORDS, *one] if key in one and key in other and key not in NOT_PART_OF_IT]
+    found = [key for key in dict.fromkeys(keys) if one[key] != other[key]]
+    told = [key for key in found if not set(EXPLAINED_BY.get(key, ())) & set(found)]
+    return [IN_WORDS.get(key, key) for key in told]
+
+
+# ------------------------------------------------------------------------------- by how much
+
+
+Samples = dict[str, tuple[Any, int]]  # a row's name → the samples it is in, and its place there
+
+
+def _measured(rows: Sequence[Row], judge: str) -> tuple[list[Row], Samples]:
+    """Rows with their intervals, and bootstrap samples of those that scored the same targets."""
+    if judge == OWN:
+        return list(rows), {}
+    same: list[list[tuple[Row, DocumentSums]]] = []
+    for row in rows:
+        documents = documents_of(row) if row.status == "FINISHED" and row.protocol else None
+        if documents is None:
+            continue
+        for others in same:
+            if others[0][0].protocol == row.protocol and others[0][1].same_targets(documents):
+                others.append((row, documents))
+                break
+        else:
+            same.append([(row, documents)])
+    samples: Samples = {}
+    for those in same:
+        from mlmx.evaluation.bootstrap import resampled
+
+        drawn = resampled([documents for _, documents in those])
+        samples |= {row.name: (drawn, place) for place, (row, _) in enumerate(those)}
+    return [_with_interval(row, samples) for row in rows], samples
+
+
+def _with_interval(row: Row, samples: Samples) -> Row:
+    if row.name not in samples:
+        return row
+    drawn, place = samples[row.name]
+    return replace(row, interval=drawn.interval(place))
+
+
+def _differences(groups: Sequence[Group], samples: Samples) -> dict[str, Difference]:
+    found: dict[str, Difference] = {}
+    for group in groups:
+        drawn, of_best = samples.get(group.best.name, (None, 0))
+        for row in group.rows:
+            own, place = samples.get(row.name, (None, 0))
+            if drawn is not None and own is drawn and row is not group.best:
+                found[row.name] = drawn.difference(place, of_best)
+    return found

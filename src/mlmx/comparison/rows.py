@@ -1,0 +1,275 @@
+"""What the folder of a run tells, whatever state it is in; what cannot be read is left out and said."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlmx.runs import identity, process
+from mlmx.runs.metrics_file import rows_of
+from mlmx.runs.run import HELDOUT_FILE, Run
+
+if TYPE_CHECKING:
+    from mlmx.evaluation.bootstrap import DocumentSums
+
+CURVES = ("heldout/loss", "eval/loss")  # what is drawn over epochs
+STATES = ("FINISHED", "RUNNING", "FAILED", "KILLED")
+RESOLVED = ("precision", "processes")  # inputs of a run that say more than its config does
+MOST_CONFIG_BYTES = 100_000
+MOST_HELDOUT_BYTES = 100_000_000
+LAST_LINES = 20  # of metrics.jsonl, which are read whole
+
+Points = list[tuple[float, float]]  # (epoch, value)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run as it stands in a table.
+
+    Attributes:
+        name: what it is called in the table, no two alike.
+        title: the name it was given, or that of its dials.
+        varies: values of the table's keys; a key that is not in its config is missing.
+        dials: all of its config that makes it what it is, flat.
+        choices: the options of its groups (``{"model": "minilm"}``), where known.
+        metrics: the last value of each, and ``minutes``; may hold NaN.
+        interval: 95 % of its ``heldout/loss`` over documents.
+        status: FINISHED, RUNNING, FAILED, KILLED, or UNKNOWN.
+        protocol: what ``heldout/*`` was measured on; None where nothing was.
+        parts: what its protocol is made of, as far as it was recorded.
+        validation: what ``eval/*`` was measured on.
+        resumable: whether it ended early and can go on.
+        pruned: whether its search ended it early, as no better than other trials.
+        note: what could not be read, or why it failed.
+        curves: for each of `CURVES` its points over epochs, step 0 included.
+    """
+
+    run: Run
+    name: str
+    varies: dict[str, Any]
+    metrics: dict[str, float]
+    interval: tuple[float, float] | None
+    status: str
+    protocol: str | None
+    resumable: bool
+    pruned: bool = False
+    title: str = ""
+    dials: dict[str, Any] = field(default_factory=dict)
+    choices: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, Any] = field(default_factory=dict)
+    validation: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+    run_id: str | None = None
+    curves: dict[str, Points] = field(default_factory=dict)
+
+    def value(self, metric: str) -> float:
+        """A metric's last value; NaN where there is none."""
+        return self.metrics.get(metric, math.nan)
+
+
+def rows_for(runs: Sequence[Run], failures: Mapping[Path, str]) -> list[Row]:
+    """A row per run, each folder once, and one per failed job that never had a run.
+
+    Args:
+        failures: why jobs failed, by their folder.
+    """
+    folders = list(dict.fromkeys([*(run.folder for run in runs), *failures]))
+    rows = [read(Run(folder), failures.get(folder, "")) for folder in folders]
+    return [replace(row, name=name) for row, name in zip(rows, _names(rows), strict=True)]
+
+
+def _names(rows: Sequence[Row]) -> list[str]:
+    """The name a run was given, where it is its own; else the end of its folder's path, as long as it takes."""
+    length, paths = 1, [row.run.folder.parts for row in rows]
+    while len({path[-length:] for path in paths}) < len(paths):
+        length += 1
+    ends = ["/".join(path[-length:]) for path in paths]
+    given = Counter([row.name for row in rows] + ends)
+    return [row.name if row.name and given[row.name] == 1 else shown(end) for row, end in zip(rows, ends, strict=True)]
+
+
+def read(run: Run, failure: str = "") -> Row:
+    """A run's row; its ``name`` is the one it was given, if any."""
+    notes = [failure] if failure else []
+    result, report, inputs = (_json(run, name, notes) for name in ("result.json", "data.json", "inputs.json"))
+    config = _config(run, notes)
+    dials = _dials(config, inputs, notes)
+    curves, last = _points(run, notes)
+    metrics = last | _numbers(result.get("metrics"))
+    seconds = _numbers(result.get("seconds")).get("total")
+    protocol = str(result.get("protocol") or "none")
+    status = "FAILED" if failure and not result else _status(run, result)
+    return Row(
+        run=run,
+        name=shown(str(config.get("run_name") or "")),
+        title=shown(str(result.get("run_name") or "")),
+        varies={},
+        metrics=metrics | ({} if seconds is None else {"minutes": seconds / 60}),
+        interval=None,
+        status=status,
+        protocol=None if protocol == "none" else shown(protocol),
+        resumable=bool(result.get("resumable")) or (status == "KILLED" and result.get("status") == "RUNNING"),
+        pruned=bool(result.get("pruned")),
+        dials=dials,
+        choices=_choices(run),
+        parts=_parts(report, inputs),
+        validation=_validation(report, dials),
+        note=shown("; ".join(notes)),
+        run_id=result.get("run_id"),
+        curves=curves,
+    )
+
+
+def _json(run: Run, name: str, notes: list[str]) -> dict[str, Any]:
+    try:
+        return run.read_json(name)
+    except (OSError, ValueError):
+        notes.append(f"{name} cannot be read")
+        return {}
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """The config as it was written, also by another version; empty where it is unreadable."""
+    return _config(run, [])
+
+
+def _config(run: Run, notes: list[str]) -> dict[str, Any]:
+    import yaml  # type: ignore[import-untyped]
+
+    path = run.folder / "config.yaml"
+    try:
+        if not path.is_file():
+            return {}
+        if path.stat().st_size > MOST_CONFIG_BYTES:
+            raise ValueError("too large")
+        found = _yaml_loader()(path.read_text(encoding="utf-8")).get_single_data()
+        if not isinstance(found, dict):
+            raise ValueError("no mapping")
+        return {str(key): value for key, value in found.items()}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        notes.append("config.yaml cannot be read")
+        return {}
+
+
+@cache
+def _yaml_loader() -> Any:
+    """Reads plain values only, and takes for numbers what OmegaConf does; in C, ten times as fast, if possible."""
+    import yaml
+    from omegaconf._utils import get_yaml_loader
+
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+        yaml_implicit_resolvers = get_yaml_loader().yaml_implicit_resolvers
+
+    return Loader
+
+
+def _dials(config: Mapping[str, Any], inputs: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    try:
+        found = identity.recorded_dials(config)
+    except (ValueError, RecursionError):  # an anchor that holds itself, or many times many
+        notes.append("config.yaml cannot be read")
+        return {}
+    return found | {key: inputs[key] for key in RESOLVED if found and key in inputs}
+
+
+def _choices(run: Run) -> dict[str, str]:
+    """The options of its groups, as MLflow was told them."""
+    try:
+        params = run.read_json("mlflow.json").get("params")
+    except (OSError, ValueError):
+        return {}
+    return {str(key): str(value) for key, value in params.items()} if isinstance(params, dict) else {}
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    if not isinstance(values, Mapping):
+        return {}
+    return {str(key): value for key, value in values.items() if type(value) in (int, float)}
+
+
+def _status(run: Run, result: Mapping[str, Any]) -> str:
+    """As the folder says; of a process that is gone, what it could not say."""
+    said = result.get("status")
+    if said == "RUNNING" and (run.folder / "result.json").is_file():
+        try:
+            return "RUNNING" if process.is_alive(run) else "KILLED"
+        except (OSError, ValueError, TypeError):
+            return "RUNNING"
+    return str(said) if said in STATES else "UNKNOWN"
+
+
+def _parts(report: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the protocol was made of; of an earlier version, what else tells of it."""
+    heldout = report.get("heldout")
+    if not isinstance(heldout, Mapping):
+        return {}
+    told = heldout.get("protocol_parts")
+    found = dict(told) if isinstance(told, Mapping) else {}
+    if not found:
+        found = {"documents": heldout.get("content_sha256"), "tokenizer": inputs.get("tokenizer")}
+    found |= {"source": heldout.get("source"), "number": heldout.get("documents")}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _validation(report: Mapping[str, Any], dials: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``eval/*`` asks: the chunks, and the masks on them."""
+    chunks = report.get("eval")
+    if not isinstance(chunks, Mapping) or not chunks.get("sha256"):
+        return {}
+    masks = {key: value for key, value in dials.items() if key in ("mlm_probability", "seed") or "masking." in key}
+    return {"chunks": chunks["sha256"], **masks}
+
+
+def _points(run: Run, notes: list[str]) -> tuple[dict[str, Points], dict[str, float]]:
+    """The curves, and the last value of each metric as far as the last lines and those of scorings tell."""
+    curves: dict[str, Points] = {name: [] for name in CURVES}
+    last: dict[str, float] = {}
+    try:
+        for row in _telling_rows(run.folder / "metrics.jsonl"):
+            numbers = _numbers(row)
+            last |= {name: value for name, value in numbers.items() if "/" in name}
+            for name in CURVES:
+                if name in numbers and "epoch" in numbers:
+                    curves[name].append((numbers["epoch"], numbers[name]))
+    except OSError:
+        notes.append("metrics.jsonl cannot be read")
+    # A resumed run repeats what it lost: the last word on an epoch counts.
+    return {name: sorted(dict(points).items()) for name, points in curves.items() if points}, last
+
+
+def _telling_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows that hold scores, and the last ones; the many lines between are not parsed."""
+    if not path.is_file():
+        return
+    lines: deque[bytes] = deque(maxlen=LAST_LINES)
+    with path.open("rb") as file:
+        for line in file:
+            if len(lines) == LAST_LINES and (b'"eval/' in lines[0] or b'"heldout/' in lines[0]):
+                yield from rows_of([lines[0]])
+            lines.append(line)
+    yield from rows_of(lines)
+
+
+def documents_of(row: Row) -> DocumentSums | None:
+    """The sums per held-out document behind a run's ``heldout/loss``; None where there are none, or of another time."""
+    from mlmx.evaluation.bootstrap import DocumentSums
+
+    path = row.run.folder / HELDOUT_FILE
+    try:
+        if path.stat().st_size > MOST_HELDOUT_BYTES:
+            return None
+        found = DocumentSums.load(path)
+        mean = found.sums().totals["loss"] / found.sums().tokens
+    except Exception:  # of many kinds, from zip's and numpy's
+        return None
+    return found if math.isclose(mean, row.value("heldout/loss"), rel_tol=1e-6) else None
+
+
+def shown(text: str) -> str:
+    """A text of a file as one line without what a terminal would act on."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in " ".join(text.split()))

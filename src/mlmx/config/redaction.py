@@ -1,0 +1,222 @@
+"""Secrets out of text: what would let somebody in is replaced by ``***`` wherever mlmx shows or writes text.
+
+Secrets are the values of environment variables whose names say so (``HF_TOKEN``, ``MLFLOW_TRACKING_PASSWORD``,
+``AWS_SECRET_ACCESS_KEY`` and the like), the credentials in an address, and tokens known by their form. Imports nothing
+heavy: every line that is shown passes through here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from types import TracebackType
+from typing import Any, TextIO
+from urllib.parse import quote, quote_plus
+
+from mlmx.config.errors import RequestError, require
+from mlmx.config.trust import TRUST_FLAG
+
+STARS = "***"
+# The environment's names, looked through at every line; os.environ would decode each of them again every time.
+NAMES: Mapping[Any, Any] = os.environb if os.supports_bytes_environ else os.environ
+LEAST_CHARACTERS = 8  # a shorter value would be found by chance in ordinary text
+SECRET_NAME = re.compile(
+    r"(token|passw(or)?d|secret|secret_?key|api_?key|access_?key(_?id)?|private_?key|credentials)$", re.IGNORECASE
+)
+# Every pattern begins with a literal and is bounded, so that a line of megabytes takes no longer than its length asks.
+# Credentials in an address, up to its host: a password may hold a slash or an @ of its own, a token may stand alone.
+USERINFO = re.compile(
+    r"(://)(?!\*\*\*@)"
+    r"(?:[^\s/?#@:'\"\[]{1,256}:(?!\d{1,5}\b(?!@))[^\s'\"]{0,1024}@|[^\s/?#'\"]{1,1024}@)"
+)
+PARAMETER = re.compile(
+    r"([?&](?:[\w.%-]{0,64}?(?:token|secret|passw(?:or)?d|signature|credential|api[-_]?key|access[-_]?key(?:id)?)"
+    r"|sig|key)=)(?!\*\*\*)[^&;#\s'\"]+",
+    re.IGNORECASE,
+)
+HEADER = re.compile(r"(authorization['\"]?\s*[:=]\s*['\"]?(?:basic|bearer)\s+)(?!\*\*\*)[^\s'\"]+", re.IGNORECASE)
+KNOWN_FORM = re.compile(r"()(?:\bhf_[A-Za-z0-9]{16,}|\bapi_org_[A-Za-z0-9]{16,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b)")
+
+
+def redact(text: str) -> str:
+    """The text with ``***`` in place of every secret.
+
+    >>> redact("cannot reach http://ann:s3cret@host:5000/api")
+    'cannot reach http://***@host:5000/api'
+    """
+    values = tuple(dict.fromkeys(form for _, value in _secrets() for form in _forms(value)))
+    if values:
+        text = _any_of(values).sub(STARS, text)
+    if "://" in text:
+        text = USERINFO.sub(rf"\1{STARS}@", text)
+    if "?" in text or "&" in text:
+        text = PARAMETER.sub(rf"\1{STARS}", text)
+    for pattern in (HEADER, KNOWN_FORM):
+        text = pattern.sub(rf"\1{STARS}", text)
+    return text
+
+
+def redacted(value: Any) -> Any:
+    """The same value with every text in it redacted, keys included; lists and mappings are copied."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {redacted(key): redacted(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redacted(inner) for inner in value]
+    return value
+
+
+def exposed(text: str) -> str | None:
+    """What secret a text holds, in words, or None.
+
+    >>> exposed("http://ann:s3cret@host"), exposed("http://host:5000")
+    ('credentials in an address', None)
+    """
+    if redact(text) == text:
+        return None
+    if USERINFO.search(text) or PARAMETER.search(text):
+        return "credentials in an address"
+    for name, value in _secrets():
+        if any(form in text for form in _forms(value)):
+            return f"the value of {name}"
+    return "an access token"
+
+
+def _secrets() -> Iterator[tuple[str, str]]:
+    """Names and values of the environment variables that hold secrets."""
+    for name in filter(_is_secret, NAMES):
+        value = os.environ.get(os.fsdecode(name), "").strip()
+        if len(value) >= LEAST_CHARACTERS:
+            yield os.fsdecode(name), value
+
+
+@lru_cache(maxsize=1024)
+def _is_secret(name: str | bytes) -> bool:
+    return SECRET_NAME.search(os.fsdecode(name)) is not None
+
+
+@lru_cache(maxsize=256)
+def _forms(value: str) -> tuple[str, ...]:
+    """A secret as it may stand in text: itself, in an address, in JSON, in an exception, on one line."""
+    return (
+        value,
+        quote(value, safe=""),
+        quote_plus(value),
+        json.dumps(value)[1:-1],
+        json.dumps(value, ensure_ascii=False)[1:-1],
+        repr(value)[1:-1],
+        " ".join(value.split()),
+    )
+
+
+@lru_cache(maxsize=8)
+def _any_of(values: tuple[str, ...]) -> re.Pattern[str]:
+    """The longest first: one secret may begin another."""
+    return re.compile("|".join(re.escape(value) for value in sorted(values, key=len, reverse=True)))
+
+
+class RedactedStream:
+    """A text stream that shows no secret; else it is the stream it stands for."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        self.stream.write(redact(text))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A ``sys.excepthook`` whose traceback holds no secret."""
+    import sys
+    import traceback
+
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
+
+
+# ---------------------------------------------------------------- What no config may hold, wherever a value comes from
+
+MOST_BITS = 4096  # of a whole number
+
+
+def refuse_code(values: Any) -> None:
+    """Refuse a plain, resolved config that could run code: names are looked up in tables, never imported.
+
+    Raises:
+        RequestError: ``_target_`` or ``trust_remote_code`` anywhere in it.
+    """
+    for path, key, _ in _entries(values, ""):
+        require(
+            key != "_target_",
+            f"{redact(path)}: a config names functions by 'name:', _target_ is not accepted; "
+            "your own functions come in through the entry point group mlmx.plugins",
+        )
+        require(
+            "trust_remote_code" not in key,
+            f"{redact(path)}: cannot be switched on by a config; name the repository on the command line: "
+            f"{TRUST_FLAG}=owner/name@<40 hexadecimal digits>",
+        )
+
+
+def refuse_secrets(values: Any) -> None:
+    """Refuse a plain config that holds what would let somebody in: it is going to be written to files.
+
+    Raises:
+        RequestError: credentials in an address, or an access token; the line shows ``***`` in their place.
+    """
+    for path, key, value in _entries(values, ""):
+        for text in (key, value):
+            what = exposed(text) if isinstance(text, str) else None
+            if what is not None:
+                shown = f"={redact(value)}" if isinstance(value, str) else ""
+                raise RequestError(
+                    f"{redact(path)}{shown}: holds {what}, and a config is written to files; {remedy(what)}"
+                )
+
+
+def refuse_unwritable(values: Any) -> None:
+    """Refuse what no file can hold as UTF-8, what would end a file's name early, and endless numbers.
+
+    Raises:
+        RequestError: half of a character (a byte of the command line that is no UTF-8), a NUL, a number too long.
+    """
+    for path, key, value in _entries(values, ""):
+        if isinstance(value, int) and value.bit_length() > MOST_BITS:
+            raise RequestError(f"{path}: is a number of more than {MOST_BITS:,} bits; give a smaller one")
+        for text in (key, value):
+            if isinstance(text, str) and any(sign == "\0" or "\ud800" <= sign <= "\udfff" for sign in text):
+                raise RequestError(f"{path}={value!r}: holds a NUL or half a character; write it in UTF-8")
+
+
+def remedy(what: str) -> str:
+    """What to do about a secret in a request, by what `exposed` calls it."""
+    if what == "credentials in an address":
+        return (
+            "leave them out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a tracking server, "
+            "HF_TOKEN for the hub, in the environment"
+        )
+    return "leave it out; libraries read it from the environment"
+
+
+def _entries(value: Any, path: str) -> Iterator[tuple[str, str, Any]]:
+    """``(path, key, value)`` of everything inside, lists and mappings included."""
+    items: Any = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    for key, inner in items:
+        where = f"{path}.{key}" if path else str(key)
+        yield where, str(key), inner
+        yield from _entries(inner, where)

@@ -1,0 +1,170 @@
+"""Sums per held-out document, and what two runs differ by on them: numpy only, so that comparing needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlmx.config.errors import require
+
+LEVEL, DRAWS, SEED = 0.95, 2000, 0
+MOST_AT_ONCE = 2_000_000  # drawn documents
+MOST_BYTES = 200_000_000  # of a file's arrays, unpacked
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Additive parts of a score.
+
+    Attributes:
+        tokens: number of targets.
+        totals: Σ over targets of each metric, float64.
+    """
+
+    tokens: int = 0
+    totals: Mapping[str, float] = field(default_factory=dict)
+
+    def __add__(self, other: Sums) -> Sums:
+        names = [*self.totals, *(name for name in other.totals if name not in self.totals)]
+        totals = {name: self.totals.get(name, 0.0) + other.totals.get(name, 0.0) for name in names}
+        return Sums(self.tokens + other.tokens, totals)
+
+
+@dataclass(frozen=True)
+class DocumentSums:
+    """Additive parts per held-out document: what two runs can be compared by, pair by pair.
+
+    Attributes:
+        keys: uint64[D], each document's key.
+        tokens: int64[D], number of targets.
+        totals: float64[D] per metric, Σ over the document's targets.
+    """
+
+    keys: NDArray[np.uint64]
+    tokens: NDArray[np.int64]
+    totals: dict[str, NDArray[np.float64]]
+
+    def sums(self) -> Sums:
+        """All documents together."""
+        return Sums(int(self.tokens.sum()), {name: float(total.sum()) for name, total in self.totals.items()})
+
+    def save(self, path: Path) -> None:
+        """One small .npz; no pickle."""
+        arrays: dict[str, Any] = {"keys": self.keys, "tokens": self.tokens, **self.totals}
+        np.savez_compressed(path, allow_pickle=False, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> DocumentSums:
+        """What `save` wrote.
+
+        Raises:
+            ValueError: arrays larger than any run's, or not of one length.
+        """
+        with np.load(path, allow_pickle=False) as file:
+            unpacked = sum(entry.file_size for entry in file.zip.infolist())
+            if unpacked > MOST_BYTES:
+                raise ValueError(f"{path}: holds {unpacked:,} bytes")
+            totals = {name: file[name] for name in file.files if name not in ("keys", "tokens")}
+            found = cls(file["keys"], file["tokens"], totals)
+        if len({len(array) for array in (found.keys, found.tokens, *totals.values())}) > 1:
+            raise ValueError(f"{path}: its arrays are not of one length")
+        return found
+
+    def same_targets(self, other: DocumentSums) -> bool:
+        """Whether both are of the same targets, as far as their documents and numbers tell."""
+        return np.array_equal(self.keys, other.keys) and np.array_equal(self.tokens, other.tokens)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean loss per target of one run minus another's, with a bootstrap interval over documents."""
+
+    mean: float
+    low: float
+    high: float
+    documents: int
+
+    @property
+    def is_told_apart(self) -> bool:
+        """Whether the interval leaves out no difference at all."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """Bootstrap samples of the loss of several runs on the same targets, all runs on the same draws.
+
+    Documents are drawn with replacement: they differ far more than runs do, and targets of one document are no
+    independent observations (Koehn 2004, paired bootstrap).
+
+    Attributes:
+        samples: float64[draws, R], mean loss per target.
+        means: float64[R], that of all documents as they are.
+        documents: number of documents.
+    """
+
+    samples: NDArray[np.float64]
+    means: NDArray[np.float64]
+    documents: int
+
+    def interval(self, run: int, level: float = LEVEL) -> tuple[float, float]:
+        """That of the loss of one run, over documents."""
+        return _quantiles(self.samples[:, run], level)
+
+    def difference(self, one: int, other: int, level: float = LEVEL) -> Difference:
+        """How much more loss ``one`` has than ``other``."""
+        low, high = _quantiles(self.samples[:, one] - self.samples[:, other], level)
+        return Difference(float(self.means[one] - self.means[other]), low, high, self.documents)
+
+
+def resampled(runs: Sequence[DocumentSums], *, draws: int = DRAWS, seed: int = SEED) -> Resampled:
+    """Bootstrap samples of runs that scored the same targets.
+
+    Raises:
+        RequestError: they did not.
+    """
+    first = runs[0]
+    require(
+        all(run.same_targets(first) for run in runs),
+        "these runs did not score the same held-out targets; only runs of one protocol can be compared",
+    )
+    losses = [np.ascontiguousarray(run.totals["loss"], np.float64) for run in runs]
+    samples = []
+    for times in _drawn(first, draws, seed):
+        # A product for each run: one for all rounds a run's sums by its place among them, and equal runs would differ.
+        sums = np.stack([times @ of_run for of_run in losses], axis=1)
+        samples.append(sums / np.maximum(times @ first.tokens, 1)[:, None])
+    means = np.array([of_run.sum() for of_run in losses]) / max(int(first.tokens.sum()), 1)
+    return Resampled(np.concatenate(samples), means, len(first.keys))
+
+
+def _drawn(documents: DocumentSums, draws: int, seed: int) -> Iterator[NDArray[np.float64]]:
+    """How often each document is in each of the next draws, float64[some, D]; few enough for the memory."""
+    rng, number = np.random.default_rng(seed), len(documents.keys)
+    at_once = max(1, MOST_AT_ONCE // max(number, 1))
+    for start in range(0, draws, at_once):
+        some = min(at_once, draws - start)
+        places = rng.integers(0, number, (some, number)) + number * np.arange(some)[:, None]
+        yield np.bincount(places.ravel(), minlength=some * number).reshape(some, number).astype(np.float64)
+
+
+def _quantiles(samples: NDArray[np.float64], level: float) -> tuple[float, float]:
+    tail = (1 - level) / 2
+    low, high = np.quantile(samples, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def paired_difference(
+    one: DocumentSums, other: DocumentSums, *, level: float = LEVEL, draws: int = DRAWS, seed: int = SEED
+) -> Difference:
+    """How much more loss ``one`` has than ``other`` on the same held-out targets (nats per target).
+
+    Raises:
+        RequestError: the two did not score the same targets.
+    """
+    return resampled([one, other], draws=draws, seed=seed).difference(0, 1, level)

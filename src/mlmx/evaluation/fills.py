@@ -1,0 +1,68 @@
+"""What a model puts into the same held-out sentences, before training and after each epoch: a table to be compared.
+
+``examples.json`` is in the form of MLflow's tables: ``{"columns": […], "data": [[…], …]}``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlmx.data.examples import Example
+from mlmx.data.masking import batch, pad
+from mlmx.evaluation.measure import Measure, fast_kernels
+from mlmx.models.encoders import longest_input, masked_logits
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Fills:
+    """Fills the gaps of the examples with a model, in fp32, without drawing a random number.
+
+    Args:
+        measure: says how many rows fit into memory at once, mostly all of them.
+    """
+
+    examples: Sequence[Example]
+    tokenizer: PreTrainedTokenizerBase
+    measure: Measure
+
+    def __call__(self, trained: PreTrainedModel) -> list[dict[str, Any]]:
+        """A row per example that the model can hold: sentence, the word that stood there, and the likeliest ones."""
+        most = longest_input(trained)
+        held = [example for example in self.examples if len(example.input_ids) <= most]
+        with fast_kernels(trained):
+            return self.measure.within_memory(lambda: self._filled(trained, held))
+
+    def _filled(self, trained: PreTrainedModel, held: Sequence[Example]) -> list[dict[str, Any]]:
+        from mlmx.evaluation import scoring
+
+        rows, size, top = [], self.measure.batch_size, min(TOP, len(self.tokenizer))
+        with scoring.evaluating(trained):
+            for some in (held[first : first + size] for first in range(0, len(held), size)):
+                found = scoring.likeliest(trained, self._batch(some), masked_logits, top)
+                rows += [self._row(*parts) for parts in zip(some, *(part.tolist() for part in found), strict=True)]
+        return rows
+
+    def _row(self, example: Example, ids: list[int], probabilities: list[float], own: float) -> dict[str, Any]:
+        return {
+            "sentence": example.sentence,
+            "target": example.target,
+            "target_probability": round(own, 4),
+            **{f"fill_{n}": str(self.tokenizer.decode([token])).strip() for n, token in enumerate(ids, start=1)},
+            "probabilities": " ".join(f"{probability:.4f}" for probability in probabilities),
+        }
+
+    def _batch(self, some: Sequence[Example]) -> dict[str, torch.Tensor]:
+        rows = [{"input_ids": np.array(example.input_ids, np.int64), "word_starts": None} for example in some]
+        ids, _, real = pad(rows, self.measure.vocabulary.pad_id)
+        at = np.arange(len(some)) * ids.shape[1] + np.array([example.position for example in some])
+        return batch(ids, at, self.measure.vocabulary.mask_id, real)

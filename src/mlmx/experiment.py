@@ -1,0 +1,222 @@
+"""From a config to the parts of an experiment: options bound and checked, then data gathered.
+
+Shared by the commands that look at data: ``train``, ``prepare`` and ``evaluate``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from mlmx.config.errors import require
+from mlmx.config.options import bind
+from mlmx.config.paths import outputs_dir
+from mlmx.config.schema import TrainConfig, load_option
+from mlmx.data import cache
+from mlmx.data.cache import TokenCache
+from mlmx.data.chunks import CHUNKINGS, Chunks, require_amounts, split_chunks
+from mlmx.data.examples import Example, choose_examples
+from mlmx.data.hashing import content_sha256
+from mlmx.data.heldout import (
+    HeldoutChunks,
+    Split,
+    dataset_heldout,
+    heldout_chunks,
+    heldout_dials,
+    split_off,
+)
+from mlmx.data.masking import MASKINGS, Masker, masker, rate_schedule, replacement_shares, require_budget, try_out
+from mlmx.data.protocol import protocol_parts
+from mlmx.data.report import data_report
+from mlmx.data.texts import DATASETS, quick_check
+from mlmx.models.encoders import MODELS, Encoder, load_tokenizer, require_fit, require_there
+from mlmx.runs import identity
+from mlmx.tracking.store import TRACKINGS, Store
+from mlmx.training.arguments import require_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def token_cache() -> TokenCache:
+    """The tokens kept below outputs/cache; used as a context."""
+    return cache.token_cache(outputs_dir() / "cache")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The group options of a config as functions with their options filled in, all checked."""
+
+    encoder: Encoder
+    source: partial[Any]
+    split: partial[Any]
+    chunking: partial[Any]
+    heldout: HeldoutSource
+    strategy: partial[Any]
+    shares: tuple[float, float]
+    final_probability: float | None
+    store: Store | None
+
+
+def parts_of(cfg: TrainConfig) -> Parts:
+    """Bind every group of a config.
+
+    Raises:
+        RequestError: an unknown name or option, a wrong type or value.
+    """
+    (encoder,) = bind("model", cfg.model, MODELS)
+    source, split, _ = bind("dataset", cfg.dataset, DATASETS, split_chunks, dataset_heldout)
+    (chunking,) = bind("chunking", cfg.chunking, CHUNKINGS)
+    strategy, shares, schedule = bind("masking", cfg.masking, MASKINGS, replacement_shares, rate_schedule)
+    (store,) = bind("tracking", cfg.tracking, TRACKINGS)
+    require_names(cfg.trainer)
+    require(
+        cfg.trainer["name"] != "stock" or (cfg.masking == {"name": "token"} and cfg.chunking == {"name": "concat"}),
+        "trainer.name=stock: is the library's own collator on joined documents; it goes with masking=token and "
+        "chunking=concat, both without options",
+    )
+    heldout = heldout_source(cfg)
+    return Parts(encoder(), source, split, chunking, heldout, strategy, shares(), schedule(), store())
+
+
+def resume_of(cfg: TrainConfig) -> tuple[str | None, list[str]]:
+    """The folder of the run to go on with, if any, and what may have changed about it."""
+    found: tuple[str | None, list[str]] = bind(
+        "resume", {"name": "resume_dials", **cfg.resume}, {"resume_dials": identity.resume_dials}
+    )[0]()
+    return found
+
+
+def reuse_of(cfg: TrainConfig) -> bool:
+    """Whether a sweep that is issued again takes up what it has."""
+    found: bool = bind("sweep", {"name": "sweep_dials", **cfg.sweep}, {"sweep_dials": sweep_dials})[0]()
+    return found
+
+
+def texts_sha256(parts: Parts) -> dict[str, str | None]:
+    """Hashes of the texts that a run would be trained and measured on, as in data.json's ``content_sha256``."""
+    texts = parts.heldout.split(parts.source())
+    return {
+        "corpus": content_sha256(texts.train),
+        "heldout": None if texts.heldout is None else content_sha256(texts.heldout),
+    }
+
+
+def check_training(cfg: TrainConfig) -> None:
+    """Everything that can be judged before torch is imported and anything is written."""
+    parts = parts_of(cfg)
+    resume_of(cfg)
+    reuse_of(cfg)
+    require(
+        cfg.on_nan == "stop" or cfg.trainer["name"] != "stock",
+        f"on_nan={cfg.on_nan}: trainer.name=stock takes every step as the library does and can only stop; leave on_nan "
+        "out, or choose trainer=default",
+    )
+    require(
+        cfg.register is None or parts.store is not None,
+        f"register={cfg.register}: the registry is MLflow's, and tracking=none leaves it out; choose tracking=local or "
+        "tracking=server",
+    )
+    require("[MASK]" in cfg.example, f"example={cfg.example!r}: holds no [MASK] to fill")
+    require_amounts(**parts.split.keywords)
+    require_fit(parts.encoder, cfg.chunk_size)
+    require_budget("mlm_probability", cfg.mlm_probability, cfg.chunk_size)
+    require_budget("masking.final_probability", parts.final_probability or 1.0, max(cfg.chunk_size, 4))
+    try_out(parts.strategy)
+    for source in filter(None, (parts.source, parts.heldout.source)):
+        quick_check(source)
+    require_there(parts.encoder)
+
+
+def gather(cfg: TrainConfig, parts: Parts, source_name: str, cache: TokenCache) -> Material:
+    """texts → tokens → chunks, and the masker over them.
+
+    Args:
+        cache: where tokens come from; what is made is written once the caller lets it `keep`.
+
+    Raises:
+        RequestError: a model or text that does not fit, too few chunks, held-out texts among the training ones.
+    """
+    tokenizer = load_tokenizer(parts.encoder, cfg.chunk_size)
+    mask = masker(
+        parts.strategy, tokenizer, cfg.mlm_probability, cfg.seed, parts.shares, parts.final_probability, cfg.epochs
+    )
+    texts = parts.heldout.split(parts.source())
+    chunks = parts.chunking(cache.tokens(texts.train, tokenizer), cfg.chunk_size)
+    train_chunks, eval_chunks = parts.split(chunks)
+    heldout = None if texts.heldout is None else heldout_chunks(texts.heldout, tokenizer, cfg.chunk_size, cache)
+    splits = {"train": train_chunks, "eval": eval_chunks}
+    report = data_report(source_name, texts, tokenizer, parts.chunking, chunks, splits, heldout)
+    if heldout is not None:
+        report["heldout"]["protocol_parts"] = protocol_parts(heldout, tokenizer)
+    examples = () if texts.heldout is None else choose_examples(texts.heldout, tokenizer)
+    return Material(tokenizer, mask, train_chunks, eval_chunks, heldout, report, examples)
+
+
+@dataclass(frozen=True)
+class HeldoutSource:
+    """Where held-out documents come from, and how many; ``source`` is None for the dataset's own or a share."""
+
+    source: partial[Any] | None
+    origin: str
+    documents: int
+    share: float
+    allow_overlap: bool
+
+    def split(self, texts: Any) -> Split:
+        """Training and held-out documents; see `data.split_off`."""
+        other = self.source() if self.source else None
+        if isinstance(other, dict):
+            other = other.get("heldout", other["train"])
+        return split_off(texts, other, self.origin, self.documents, self.share, self.allow_overlap)
+
+
+def heldout_source(cfg: TrainConfig) -> HeldoutSource:
+    """Bind the ``heldout`` node and what the dataset says of it.
+
+    Raises:
+        RequestError: an unknown option, or the training source named as the held-out one.
+    """
+    dials = bind("heldout", {"name": "heldout_dials", **cfg.heldout}, {"heldout_dials": heldout_dials})[0]
+    asked, documents, share = dials()
+    *_, says = bind("dataset", cfg.dataset, DATASETS, split_chunks, dataset_heldout)
+    named, allow_overlap = says()
+    wanted = asked or named
+    if not wanted:
+        return HeldoutSource(None, "the dataset's own held-out split", documents, share, allow_overlap)
+    options = load_option("dataset", wanted) if isinstance(wanted, str) else wanted
+    source, *_ = bind("heldout.dataset", options, DATASETS, split_chunks, dataset_heldout)
+    training, *_ = bind("dataset", cfg.dataset, DATASETS, split_chunks, dataset_heldout)
+    origin = wanted if isinstance(wanted, str) else ":".join(str(v) for v in (options["name"], options.get("path")))
+    require(
+        _call(source) != _call(training),
+        f"heldout.dataset={origin}: is the training source itself; name another dataset, or leave it out for "
+        "a share of documents that is then not trained on",
+    )
+    return HeldoutSource(source, f"heldout.dataset={origin}", documents, share, allow_overlap)
+
+
+def _call(bound: partial[Any]) -> tuple[Any, dict[str, Any]]:
+    """A bound function and all its options, those left to their defaults as well."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(bound.func).parameters.items()}
+    return bound.func, defaults | bound.keywords
+
+
+@dataclass(frozen=True)
+class Material:
+    """The data of an experiment, ready to be masked, and the report on it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    mask: Masker
+    train_chunks: Chunks
+    eval_chunks: Chunks
+    heldout: HeldoutChunks | None
+    report: dict[str, dict[str, Any]]
+    examples: tuple[Example, ...] = ()
+
+
+def sweep_dials(*, reuse: bool = True) -> bool:
+    """The ``sweep`` node: whether a sweep that is issued again takes up what it has, or begins anew."""
+    return reuse

@@ -1,0 +1,274 @@
+"""Checkpoints that are whole or not there.
+
+A checkpoint is written aside, brought to the disk file by file, sealed by a manifest of sha256 sums, and then renamed.
+Whoever reads one compares it with its manifest first. Nothing in it is a pickle: tensors are safetensors, the rest
+JSON::
+
+    checkpoints/checkpoint-120/  model.safetensors config.json tokenizer.json …   loads by from_pretrained
+                                 optimizer.safetensors trainer_state.json state.json  what resuming needs
+                                 manifest.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mlmx.config.schema import BEST_AND_LAST, KEEP_ALL
+from mlmx.runs import disk
+
+log = logging.getLogger("mlmx")
+PREFIX = "checkpoint-"
+MANIFEST = "manifest.json"
+
+
+class DamagedError(ValueError):
+    """A checkpoint is not what was written."""
+
+
+def write(folder: Path, fill: Callable[[Path], None], manifest: bool = True) -> None:
+    """A folder with what ``fill`` puts into it, there as a whole or not at all; one of the same name is replaced.
+
+    Raises:
+        OSError: it could not be written (a full disk, say); what was there before is as it was.
+    """
+    with disk.writing(folder):
+        _write(folder, fill, manifest)
+
+
+def _write(folder: Path, fill: Callable[[Path], None], manifest: bool) -> None:
+    aside = folder.with_name(f".{folder.name}.tmp")
+    old = folder.with_name(f".{folder.name}.old.tmp")
+    for leftover in (aside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        fill(aside)
+        files = sorted(path for path in aside.rglob("*") if path.is_file())
+        for path in files:
+            _to_disk(path)
+        if manifest:
+            sums = {path.relative_to(aside).as_posix(): {"sha256": sha256(path)} | _size(path) for path in files}
+            (aside / MANIFEST).write_text(json.dumps({"files": sums}, indent=1) + "\n", encoding="utf-8")
+            _to_disk(aside / MANIFEST)
+        _to_disk(aside)
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
+        _to_disk(folder.parent)
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for leftover in (aside, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def verify(folder: Path) -> None:
+    """Compare a checkpoint with its manifest.
+
+    Raises:
+        DamagedError: what is missing, too short or changed.
+    """
+    for name, wanted in _manifest(folder).items():
+        path = folder / name
+        if not path.is_file():
+            raise DamagedError(f"{name} is missing")
+        if _size(path)["bytes"] != wanted["bytes"] or sha256(path) != wanted["sha256"]:
+            raise DamagedError(f"{name} is not what was written")
+
+
+def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    if not (folder / MANIFEST).is_file():
+        raise DamagedError("it has no manifest")
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return {name: {"bytes": wanted["bytes"], "sha256": wanted["sha256"]} for name, wanted in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{MANIFEST} cannot be read") from error
+
+
+def all_of(checkpoints: Path) -> list[Path]:
+    """The checkpoints of a run by their names, newest first."""
+    if not checkpoints.is_dir():
+        return []
+    found = [path for path in checkpoints.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer step a checkpoint was saved at."""
+    return int(folder.name.removeprefix(PREFIX))
+
+
+def newest_whole(checkpoints: Path) -> Path | None:
+    """The newest checkpoint that is what was written; damaged ones before it are moved aside, and said.
+
+    Half-written folders of a process that was killed are cleared.
+    """
+    clear_half_written(checkpoints)
+    for folder in all_of(checkpoints):
+        try:
+            verify(folder)
+            return folder
+        except DamagedError as error:
+            aside = _unused(folder.with_name(f"damaged-{folder.name}"))
+            folder.rename(aside)
+            log.warning("checkpoint %s is damaged (%s); moved to %s", folder.name, error, aside)
+    return None
+
+
+def clear_half_written(checkpoints: Path) -> None:
+    """Remove what a process that was killed while saving left behind."""
+    for leftover in checkpoints.glob(f".{PREFIX}*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Take a checkpoint away; one that is half gone no longer bears its name."""
+    aside = folder.with_name(f".{folder.name}.tmp")
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def rotate(checkpoints: Path, limit: int | None, *best: Path | None) -> None:
+    """Keep the newest ``limit`` checkpoints (all if None or 0) and the best; of interim ones only the newest."""
+    kept = {folder.resolve() for folder in best if folder is not None}
+    newest, *older = all_of(checkpoints)
+    for folder in older:
+        if is_interim(folder):
+            remove(folder)
+    for folder in all_of(checkpoints)[limit:] if limit else []:
+        if folder != newest and folder.resolve() not in kept:
+            remove(folder)
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _size(path: Path) -> dict[str, int]:
+    return {"bytes": path.stat().st_size}
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unused(path: Path) -> Path:
+    number, found = 1, path
+    while found.exists():
+        number += 1
+        found = path.with_name(f"{path.name}-{number}")
+    return found
+
+
+# ------------------------------------------------------------------------------- states as JSON and tensors
+
+
+def flattened(state: Any, tensors: dict[str, Any], path: str = "") -> Any:
+    """A nested state as JSON, its tensors put into ``tensors`` under the paths that stand in their places.
+
+    >>> taken = {}
+    >>> flattened({"step": 3, 0: (1.5, None)}, taken)
+    {'dict': [['step', 3], [0, {'tuple': [1.5, None]}]]}
+
+    Raises:
+        TypeError: a value that is neither tensor nor plain.
+    """
+    import numpy as np
+    import torch
+
+    if isinstance(state, (torch.Tensor, np.ndarray)):
+        tensors[path] = torch.as_tensor(state).detach().contiguous().cpu()
+        return {"tensor": path, "numpy": isinstance(state, np.ndarray)}
+    if isinstance(state, dict):
+        return {"dict": [[key, flattened(value, tensors, f"{path}.{key}")] for key, value in state.items()]}
+    if isinstance(state, (list, tuple)):
+        items = [flattened(value, tensors, f"{path}.{number}") for number, value in enumerate(state)]
+        return {type(state).__name__: items} if type(state) in (list, tuple) else {"list": items}
+    if state is None or isinstance(state, (bool, int, float, str)):
+        return state
+    raise TypeError(f"{path.lstrip('.')}: a {type(state).__name__} cannot be kept in a checkpoint")
+
+
+def restored(kept: Any, tensors: dict[str, Any]) -> Any:
+    """The state that `flattened` made this of."""
+    if not isinstance(kept, dict):
+        return kept
+    if "tensor" in kept:
+        tensor = tensors[kept["tensor"]]
+        return tensor.numpy() if kept["numpy"] else tensor
+    if "dict" in kept:
+        return {key: restored(value, tensors) for key, value in kept["dict"]}
+    [(kind, items)] = kept.items()
+    made = [restored(item, tensors) for item in items]
+    return tuple(made) if kind == "tuple" else made
+
+
+# -------------------------------------------------------- Which checkpoints a run keeps, and which of them is its best
+
+LOSSES = ("heldout/loss", "eval/loss")  # what checkpoints are compared by: the first that any of them has
+
+
+def limit_of(keep: str) -> int | None:
+    """How many of the newest checkpoints stay, whatever they score; None for all of them.
+
+    >>> limit_of("all"), limit_of("best+last"), limit_of("3")
+    (None, 1, 3)
+    """
+    return {KEEP_ALL: None, BEST_AND_LAST: 1}[keep] if keep in (KEEP_ALL, BEST_AND_LAST) else int(keep)
+
+
+def loss_name(scores: Iterable[Mapping[str, float]]) -> str | None:
+    """By which of `LOSSES` these are compared; None where none of them has one."""
+    there = {name for one in scores for name in one}
+    return next((name for name in LOSSES if name in there), None)
+
+
+def best_step(scores: Mapping[int, Mapping[str, float]]) -> int | None:
+    """The step with the lowest held-out loss, else evaluation loss; the earlier of equals.
+
+    A step with a loss that is not finite is never the best.
+
+    >>> best_step({5: {"heldout/loss": 2.0, "eval/loss": 3.0}, 10: {"heldout/loss": 1.5, "eval/loss": math.nan}})
+    5
+    """
+    name = loss_name(scores.values()) or ""
+    finite = {
+        step: one[name]
+        for step, one in sorted(scores.items())
+        if name in one and all(math.isfinite(one[loss]) for loss in LOSSES if loss in one)
+    }
+    return min(finite, key=lambda step: finite[step], default=None)
+
+
+def scores_of(history: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+    """The losses of each step by our names, from rows with a ``step``; the library's own are ``eval_loss``."""
+    found: dict[int, dict[str, float]] = {}
+    for row in history:
+        for name in LOSSES:
+            value = row.get(name, row.get(name.replace("/", "_")))
+            if value is not None:
+                found.setdefault(int(row["step"]), {})[name] = float(value)
+    return found
+
+
+def is_interim(checkpoint: Path) -> bool:
+    """Whether a checkpoint was saved by a signal or the clock: it is of no use once there is a newer one."""
+    try:
+        return bool(json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["interim"])
+    except (OSError, ValueError, KeyError):
+        return False

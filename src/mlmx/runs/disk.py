@@ -1,0 +1,130 @@
+"""Disk space: how much a run will write, what a full disk could not take, and a little kept back to say so."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlmx.config.errors import WorkError, require
+
+OTHER_BYTES = 16 * 2**20  # logs, numbers, plots, rows of the MLflow store
+RESERVE_FILE, RESERVE_BYTES = ".reserve", 2**20
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# Libraries that pass an error on as text: safetensors, sqlite.
+FULL_IN_WORDS = ("No space left on device", "Disk quota exceeded", "database or disk is full")
+
+
+class DiskFullError(WorkError):
+    """The one line a full disk ends a command with."""
+
+
+# ----------------------------------------------------------------------------------------- before a run
+
+
+def needed_bytes(weights: int, optimizer: int, kept: int) -> int:
+    """The most that a run takes at any time, without what it reads.
+
+    Args:
+        weights, optimizer: bytes of the model, and of the optimizer's state of it.
+        kept: the most checkpoints that are there when one has been saved; MLflow's links to them take no space.
+    """
+    checkpoint = weights + optimizer
+    aside = checkpoint  # the one that is being written, or that a signal saves
+    # The final model comes when none is written; until then its place is that of weights that MLflow lets go of late.
+    return kept * checkpoint + aside + weights + OTHER_BYTES
+
+
+def require_free(folder: Path, needed: int, kept: int) -> None:
+    """Refuse a run that the disk has no place for.
+
+    Raises:
+        RequestError: what is needed, what is free and what to do.
+    """
+    free = free_bytes(folder)
+    fewer = "keep fewer checkpoints (keep=1), " if kept > 1 else ""
+    require(
+        needed <= free,
+        f"{folder}: the run will take up to {in_words(needed)}, and {in_words(free)} are free there; make space, "
+        f"{fewer}or write to another disk (MLMX_OUTPUTS=<folder>)",
+    )
+
+
+def free_bytes(folder: Path) -> int:
+    """What may still be written on the disk of a folder, which need not be there yet."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def bytes_below(folder: Path) -> int:
+    """Size of all files in a folder, which need not be there."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def in_words(size: int) -> str:
+    """Bytes as people read them.
+
+    >>> in_words(999), in_words(12_345), in_words(3_210_000_000)
+    ('999 B', '12.3 kB', '3.21 GB')
+    """
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}"
+    return f"{size} B"
+
+
+# --------------------------------------------------------------------------------------- a full disk
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, is that of a full disk or a spent quota."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        said = isinstance(error, DiskFullError) or any(words in str(error) for words in FULL_IN_WORDS)
+        if said or getattr(error, "errno", None) in FULL:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A full disk inside the block says what it had no place for.
+
+    Raises:
+        OSError: ENOSPC with that path, whatever a library made of it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_full(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+
+
+def disk_full(error: BaseException, run: Path | None = None) -> DiskFullError:
+    """The error of a full disk as one line: what was not written, what is free, how to go on with the run."""
+    if isinstance(error, DiskFullError):
+        return error
+    named = getattr(error, "filename", None)
+    what = Path(named) if isinstance(named, str) else None
+    free = f" ({in_words(free_bytes(what.absolute()))} free there)" if what else ""
+    then = f"go on: python -m mlmx train resume={shlex.quote(str(run))}" if run else "run the command again"
+    return DiskFullError(f"disk full: {what or 'a file'} could not be written{free}; make space and {then}")
+
+
+def reserve(folder: Path) -> None:
+    """Keep some space back in a run's folder, for the lines that say that there is none; `release` gives it free."""
+    with contextlib.suppress(OSError), (folder / RESERVE_FILE).open("wb") as file:
+        file.write(os.urandom(RESERVE_BYTES))  # zeros would take no space on some disks
+
+
+def release(folder: Path) -> None:
+    """Free what `reserve` kept."""
+    with contextlib.suppress(OSError):
+        (folder / RESERVE_FILE).unlink(missing_ok=True)

@@ -1,0 +1,141 @@
+"""What a run's numbers come from, and what of it has changed since: a resumed run must be the same experiment."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from mlmx.config.errors import RequestError, did_you_mean, require
+from mlmx.config.schema import TrainConfig
+
+# Keys of `train` that change neither what is learnt nor what is measured. The precision counts as it was resolved.
+WITHOUT_EFFECT = (
+    "run_name",
+    "note",
+    "example",
+    "tracking",
+    "resume",
+    "save_minutes",
+    "keep",
+    "register",
+    "precision",
+    "sweep",
+)
+TRAINER_WITHOUT_EFFECT = (
+    "use_cpu",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "logging_first_step",
+    "logging_steps",
+    "logging_strategy",
+    "per_device_eval_batch_size",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+)
+MOST_KEYS = 10_000
+INPUTS = ("data", "tokenizer", "precision", "processes")
+
+
+def dials(cfg: TrainConfig) -> dict[str, Any]:
+    """The keys that make a run what it is, flat: ``{"lr": 5e-5, "model.path": …}``."""
+    return recorded_dials({f.name: getattr(cfg, f.name) for f in fields(cfg)})
+
+
+def recorded_dials(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of plain values, also of a config that this version does not know.
+
+    Raises:
+        ValueError: more keys than any config has.
+    """
+    kept = {key: value for key, value in values.items() if key not in WITHOUT_EFFECT}
+    flat = dict(itertools.islice(_flat("", kept), MOST_KEYS + 1))
+    if len(flat) > MOST_KEYS:
+        raise ValueError(f"holds more than {MOST_KEYS:,} keys")
+    return {key: value for key, value in flat.items() if key.removeprefix("trainer.") not in TRAINER_WITHOUT_EFFECT}
+
+
+def _flat(path: str, value: Any) -> Iterable[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _flat(f"{path}.{key}" if path else str(key), inner)
+    else:
+        yield path, value
+
+
+def fingerprint(*parts: Mapping[str, Any] | str) -> str:
+    """A short name for what a run's numbers come from: 16 hexadecimal digits of the sha256 of its parts.
+
+    >>> fingerprint({"lr": 1e-4, "seed": 2}) == fingerprint({"seed": 2, "lr": 1e-4}) != fingerprint({"lr": 1e-4}, "x")
+    True
+    """
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ, with both; one that is missing counts as None.
+
+    >>> differences({"lr": 1, "seed": 2}, {"lr": 3, "seed": 2})
+    {'lr': (1, 3)}
+    """
+    keys = [*before, *(key for key in now if key not in before)]
+    return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
+
+
+def require_allowed(found: Mapping[str, tuple[Any, Any]], allowed: Iterable[str]) -> None:
+    """Refuse to continue a run of which more has changed than was allowed.
+
+    Args:
+        allowed: keys, or groups of them: ``trainer`` allows ``trainer.max_grad_norm``.
+
+    Raises:
+        RequestError: with every difference.
+    """
+    names = list(allowed)
+    left = {key: pair for key, pair in found.items() if not any(_covers(name, key) for name in names)}
+    listed = "; ".join(f"{key} was {_short(was)}, is {_short(now)}" for key, (was, now) in left.items())
+    everything = ",".join(dict.fromkeys([*names, *left]))
+    require(
+        not left,
+        f"resume: this is not the run that was interrupted ({listed}); put it back as it was, "
+        f"or go on all the same, on record, with resume.allow=[{everything}]",
+    )
+
+
+def _covers(name: str, key: str) -> bool:
+    return key == name or key.startswith(f"{name}.")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:12]}…"
+
+
+def without_resume(overrides: Iterable[str]) -> tuple[str, ...]:
+    """The overrides that make a run what it is."""
+    return tuple(override for override in overrides if not override.startswith("resume."))
+
+
+def resume_dials(*, run: str | None = None, allow: list[str] | None = None) -> tuple[str | None, list[str]]:
+    """The ``resume`` node: the folder of the run to go on with, and what may have changed about it.
+
+    ``allow`` holds dials, groups and their keys, and `INPUTS`.
+
+    Raises:
+        RequestError: another name.
+    """
+    require_names(allow or [])
+    return run, allow or []
+
+
+def require_names(allowed: Iterable[str]) -> None:
+    """Refuse what ``resume.allow`` cannot hold."""
+    known = [*(f.name for f in fields(TrainConfig) if f.name not in WITHOUT_EFFECT), *INPUTS]
+    for name in allowed:
+        if str(name).partition(".")[0] not in known:
+            raise RequestError(f"resume.allow={name}: no such dial{did_you_mean(str(name), known)}")

@@ -1,0 +1,88 @@
+"""``metrics.jsonl``: every number of a run, a line of JSON per logging.
+
+The first place that a number goes to; what MLflow has comes from here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mlmx.runs import disk
+
+
+class MetricsFile:
+    """``metrics.jsonl`` of a run folder, kept open for more lines; what follows its last whole line is cut off.
+
+    A line has left the process when `append` returns, so that killing it loses none; it is not waited for until it is
+    on the disk, so that a power cut may take the last ones (`settle` waits).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.file = self.path.open("a+b", buffering=0)
+        self.size = self._whole_bytes()
+        self.file.truncate(self.size)
+        self.zone = datetime.now().astimezone().tzinfo  # asking for it at each line takes as long as writing one
+        self.second, self.date = 0, ""
+
+    def append(self, step: int, epoch: float, metrics: Mapping[str, float]) -> dict[str, Any]:
+        """One line, whole or not at all; returns its row.
+
+        Raises:
+            OSError: it could not be written (a full disk, say).
+        """
+        epoch = round(epoch * 1e6) / 1e6  # the same as round(epoch, 6), in a third of the time
+        row = {"step": step, "epoch": epoch, "time": self._now(), **metrics}
+        line = memoryview((json.dumps(row) + "\n").encode())
+        written = 0
+        try:
+            while written < len(line):
+                written += self.file.write(line[written:])
+        except OSError:
+            self.file.truncate(self.size)  # half a line would spoil the next one
+            with disk.writing(self.path):
+                raise
+        self.size += written
+        return row
+
+    def _now(self) -> str:
+        """As `datetime.isoformat` gives it; asking it at each line takes as long as writing one, too."""
+        now = time.time()
+        second = int(now)
+        if second != self.second:
+            self.second, self.date = second, datetime.fromtimestamp(second, self.zone).isoformat()
+        return f"{self.date[:19]}.{int((now - second) * 1e6):06}{self.date[19:]}"
+
+    def settle(self) -> None:
+        """Wait until every line so far is on the disk."""
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """No more lines."""
+        self.file.close()
+
+    def _whole_bytes(self) -> int:
+        """Where the last row ends: a process killed while writing, or a power cut, leaves something behind it."""
+        self.file.seek(0)
+        whole = position = 0
+        for line in self.file.read().splitlines(keepends=True):
+            position += len(line)
+            whole = position if rows_of([line]) else whole
+        return whole
+
+
+def rows_of(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    """The rows of lines of ``metrics.jsonl``; what is no whole line of JSON is left out."""
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            row = json.loads(line) if line.endswith(b"\n") else None
+            rows += [row] if isinstance(row, dict) else []
+    return rows

@@ -1,0 +1,205 @@
+"""Which runs are alive: a run's process holds a lock on its folder, says who it is, and says so again and again.
+
+::
+
+    outputs/train/<time>/.lock          held as long as the process lives, whatever ends it
+    outputs/train/<time>/process.json   {"host", "boot_id", "pid_namespace", "pid", "pid_started", "started"};
+                                        its time is the heartbeat, every 30 seconds
+
+On one machine the lock is the truth. Other machines that share the disk may not see it; there the heartbeat decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from mlmx.config.errors import RequestError
+from mlmx.runs import provenance
+from mlmx.runs.run import Run, all_runs
+
+log = logging.getLogger("mlmx")
+
+LOCK_FILE, PROCESS_FILE = ".lock", "process.json"
+HEARTBEAT_SECONDS = 30.0
+SILENCE_SECONDS = 300.0  # without a heartbeat a process elsewhere counts as dead
+LOOK_SECONDS = 0.5  # another process that only looks whether the lock is held takes it for less than this
+WRITTEN_ALL_ALONG = ("result.json", "metrics.jsonl", "train.log")
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """A run's folder as this process's own, from before its first file to its end; made if it is not there.
+
+    Where the run does not begin, or a request to go on with it is refused, nothing tells that it was held.
+
+    Raises:
+        RequestError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, lock = folder / PROCESS_FILE, FileLock(folder / LOCK_FILE)
+    old_lock, old_run = Path(lock.lock_file).exists(), (folder / "result.json").exists()
+    try:
+        lock.acquire(timeout=LOOK_SECONDS, poll_interval=0.02)
+    except Timeout:
+        raise RequestError(f"{folder}: {holder(Run(folder))}") from None
+    before = path.read_bytes() if path.is_file() else None
+    try:
+        Run(folder).write_json(PROCESS_FILE, {**provenance.process(), "started": _now()})
+        with _heartbeat(path):
+            yield
+    except BaseException as error:
+        refused = old_run and isinstance(error, RequestError)
+        if refused or not (folder / "result.json").exists():
+            _put_back(path, before)
+            if not old_lock:
+                Path(lock.lock_file).unlink(missing_ok=True)
+        raise
+    finally:
+        lock.release()
+
+
+def _put_back(path: Path, contents: bytes | None) -> None:
+    with contextlib.suppress(OSError):  # what is under way says more
+        if contents is None:
+            path.unlink(missing_ok=True)
+        else:
+            path.write_bytes(contents)
+
+
+def holder(run: Run) -> str:
+    """Who is at a run, and what to do about it, in words."""
+    who = process_of(run)
+    if not who:
+        return "is in use by another process; wait for it, or choose another hydra.run.dir"
+    since = f"since {who.get('started')}" if who.get("started") else ""
+    return (
+        f"is in use by process {who.get('pid')} on {who.get('host')} {since}; wait for it, end it, or choose another "
+        "hydra.run.dir"
+    )
+
+
+@contextlib.contextmanager
+def _heartbeat(path: Path) -> Iterator[None]:
+    """The file's time is now, again and again, inside the block."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(HEARTBEAT_SECONDS):
+            with contextlib.suppress(OSError):  # a disk that is away for a while is no end
+                os.utime(path)
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def process_of(run: Run) -> dict[str, Any]:
+    """What the run's process said of itself; empty where it said nothing or half of it."""
+    with contextlib.suppress(OSError, ValueError):
+        return run.read_json(PROCESS_FILE)
+    return {}
+
+
+def heard_seconds_ago(run: Run) -> float:
+    """Seconds since the last heartbeat; for a run without one, since its files were last written."""
+    path = run.folder / PROCESS_FILE
+    paths = [path] if path.is_file() else [run.folder / name for name in WRITTEN_ALL_ALONG]
+    return time.time() - max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
+
+
+def is_alive(run: Run, running: bool | None = None) -> bool:
+    """Whether the process that makes a run is still there.
+
+    Args:
+        running: whether its files say so; None: as its ``result.json`` does.
+    """
+    who, here = process_of(run), provenance.process()
+    running = run.status == "RUNNING" if running is None else running
+    if not who:
+        return running and heard_seconds_ago(run) < SILENCE_SECONDS
+    if is_gone(who, here):
+        return False
+    if _of_one_machine(who, here):
+        return _is_locked(run.folder)
+    restarted = provenance.boot_time()
+    if who.get("host") == here["host"] and restarted and time.time() - heard_seconds_ago(run) < restarted:
+        return False  # not heard since this machine started anew; a later heartbeat is one of its namesake
+    return running and heard_seconds_ago(run) < SILENCE_SECONDS
+
+
+def is_gone(who: dict[str, Any], here: dict[str, Any]) -> bool:
+    """Whether a process is known to have ended: of this machine and namespace, and its pid is free or another's."""
+    if not _of_one_machine(who, here) or who.get("pid_namespace") != here["pid_namespace"]:
+        return False
+    if here["pid_started"] is None:  # no /proc: the lock has to tell
+        return False
+    return provenance.pid_started(int(who.get("pid") or 0)) != who.get("pid_started")
+
+
+def _of_one_machine(who: dict[str, Any], here: dict[str, Any]) -> bool:
+    if here["boot_id"] is None:
+        return bool(who.get("host") == here["host"])
+    return bool(who.get("boot_id") == here["boot_id"])
+
+
+def _is_locked(folder: Path) -> bool:
+    with unless_held(folder) as is_free:
+        return not is_free
+
+
+@contextlib.contextmanager
+def unless_held(folder: Path) -> Iterator[bool]:
+    """Whether nobody holds a run's folder; if so, nobody can inside the block."""
+    lock = FileLock(folder / LOCK_FILE)
+    if not Path(lock.lock_file).is_file():  # of an older version, or a copy
+        yield True
+        return
+    try:
+        lock.acquire(blocking=False)
+    except (Timeout, OSError):  # a lock of another user's cannot be opened: left alone
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def mark_dead() -> list[Run]:
+    """Write KILLED where a run says RUNNING and its process is no more; returns these runs, oldest first."""
+    return [run for run in all_runs() if run.status == "RUNNING" and not is_alive(run) and _mark(run)]
+
+
+def _mark(run: Run) -> bool:
+    with unless_held(run.folder) as is_free:
+        if not is_free or run.status != "RUNNING":  # resumed, or ended, since it was looked at
+            return False
+        try:
+            result = run.read_json("result.json")
+        except ValueError:
+            result = {}
+        try:
+            resumable = (run.folder / "config.yaml").is_file()  # else it had not begun
+            run.write_json("result.json", result | {"status": "KILLED", "resumable": resumable})
+        except OSError as error:
+            log.info("%s: its process is gone, but KILLED cannot be written (%s)", run.folder, error)
+            return False
+    return True
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")

@@ -1,0 +1,257 @@
+"""Where a run comes from: commit, command, machine, process."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import platform
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.metadata import distributions, version
+from pathlib import Path
+from typing import Any
+
+from mlmx.config.redaction import redact
+from mlmx.runs.run import Run
+
+log = logging.getLogger("mlmx")
+PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "hydra-core", "mlflow")
+
+# Tags that MLflow itself reads: what a run is nested under, and its description in markdown.
+PARENT, NOTE = "mlflow.parentRunId", "mlflow.note.content"
+PROCESS_TAGS = ("mlmx.host", "mlmx.boot_id", "mlmx.pid_namespace", "mlmx.pid", "mlmx.pid_started")
+
+
+def tags() -> dict[str, str]:
+    """Tags of an MLflow run that say how to make it again."""
+    import mlmx
+
+    return {
+        "mlmx.version": mlmx.__version__,
+        **process_tags(),
+        **machine(),
+        "mlmx.python": platform.python_version(),
+        "mlflow.source.name": "mlmx",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.user": os.environ.get("USER") or os.environ.get("LOGNAME") or "unknown",
+        **code(),
+    }
+
+
+def process_tags() -> dict[str, str]:
+    """Those that say which process is at a run."""
+    return {tag: str(value) for tag, value in zip(PROCESS_TAGS, process().values(), strict=True) if value is not None}
+
+
+@cache  # asked once: this process runs the code that it has loaded
+def code() -> Mapping[str, str]:
+    """Versions of what computes, and the commit of this code; an installed wheel has none."""
+    found = {"mlmx.packages": " ".join(f"{name}=={version(name)}" for name in PACKAGES)}
+    source = checkout()
+    commit = git(source, "rev-parse", "HEAD") if source else None
+    if source and commit:
+        found["mlflow.source.git.commit"] = commit
+        found["mlmx.git_dirty"] = str(bool(git(source, "status", "--porcelain"))).lower()
+    return found
+
+
+def checkout() -> Path | None:
+    """Where this code is under git; None of an installed wheel."""
+    folder = Path(__file__).resolve().parents[3]
+    return folder if (folder / ".git").exists() else None
+
+
+@cache
+def code_version() -> str:
+    """Version of mlmx and a hash of its source: a change that was not committed is another version, too."""
+    import mlmx
+
+    package = Path(__file__).resolve().parents[1]
+    sources = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        sources.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
+    return f"{mlmx.__version__}+{sources.hexdigest()[:12]}"
+
+
+def process() -> dict[str, Any]:
+    """Which process this is, so that nobody takes another one for it; None where the system does not tell.
+
+    A pid alone is used again and means something within its namespace (a container's) only; the boot's id tells
+    machines of one name, and a machine from itself after a restart.
+    """
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    namespace = Path("/proc/self/ns/pid")
+    return {
+        "host": socket.gethostname(),
+        "boot_id": boot_id.read_text(encoding="ascii").strip() if boot_id.is_file() else None,
+        "pid_namespace": namespace.readlink().name if namespace.is_symlink() else None,
+        "pid": os.getpid(),
+        "pid_started": pid_started(os.getpid()),
+    }
+
+
+def pid_started(pid: int) -> int | None:
+    """When a process began, in clock ticks since the machine did; None where it is no more, or /proc is not there."""
+    try:
+        said = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    state, *fields = said.rpartition(")")[2].split()  # the name before may hold spaces and brackets
+    return None if state in "ZX" else int(fields[18])  # a zombie has ended; proc(5) counts the field as number 22
+
+
+def boot_time() -> float | None:
+    """When this machine began, in seconds since 1970."""
+    try:
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    except (AttributeError, OSError):
+        return None
+
+
+def machine() -> dict[str, str]:
+    """Tags of what a run computes on: in words, and number by number, to filter by."""
+    memory = memory_bytes()
+    gpus = [bytes_ for _, bytes_ in _gpus()]
+    return {
+        "mlmx.hardware": hardware(),
+        "mlmx.cores": str(_usable_cores()),
+        **({"mlmx.memory_gib": _gib(memory)} if memory else {}),
+        **({"mlmx.gpus": str(len(gpus)), "mlmx.gpu_memory_gib": _gib(min(gpus))} if gpus else {}),
+    }
+
+
+def hardware() -> str:
+    """``2 × AMD EPYC · 31 GiB`` or ``NVIDIA H100 (79 GiB) · 8 × …``, as far as the system tells."""
+    memory = memory_bytes()
+    gpus = [f"{name} ({bytes_ / 2**30:.0f} GiB)" for name, bytes_ in _gpus()]
+    own = [f"{_usable_cores()} × {_processor()}", *([f"{memory / 2**30:.0f} GiB"] if memory else [])]
+    return " · ".join([*gpus, *own])
+
+
+def _gib(bytes_: int) -> str:
+    return f"{bytes_ / 2**30:.1f}"
+
+
+def _gpus() -> list[tuple[str, int]]:
+    """Name and bytes of each, where torch is loaded."""
+    torch = sys.modules.get("torch")
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if torch else []
+    return [(str(gpu.name), int(gpu.total_memory)) for gpu in found]
+
+
+def memory_bytes() -> int | None:
+    """Main memory that this process may use: the machine's, or what a container is given of it."""
+    try:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            there = min(there, int(Path(limit).read_text(encoding="ascii")))
+        except (OSError, ValueError):  # "max"
+            continue
+    return there
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def git(folder: Path, *arguments: str) -> str | None:
+    """What git says; None where it fails, or is not there."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+# -------------------------------------------------------------------- What a run was made with, in files of its folder
+
+PACKAGES_FILE, DIFF_FILE = "packages.txt", "git.diff"
+MOST_DIFF_BYTES = 2**20
+PATIENCE_SECONDS = 5.0  # at the end of a run that was shorter than this takes
+
+
+@contextlib.contextmanager
+def kept(run: Run) -> Iterator[None]:
+    """The files are written during the block, by a thread: the training does not wait for git or a slow disk."""
+    thread = threading.Thread(target=_write, args=(run,), name="lineage", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join(PATIENCE_SECONDS)
+
+
+def _write(run: Run) -> None:
+    try:
+        for name, text in ((PACKAGES_FILE, packages()), (DIFF_FILE, redact(changes()))):
+            path = run.folder / name
+            other = path.is_file() and path.read_text(encoding="utf-8") != text  # than it was begun with
+            if text:
+                run.write_text(resumed_name(name) if other else name, text)
+    except Exception as error:  # the run does not need them
+        log.warning("%s: what it was made with could not be kept (%s)", run.folder, error)
+
+
+def resumed_name(name: str) -> str:
+    """``git.diff`` → ``git.resumed.diff``."""
+    stem, _, kind = name.rpartition(".")
+    return f"{stem}.resumed.{kind}"
+
+
+@cache
+def packages() -> str:
+    """As ``pip freeze`` lists them, headed by Python and the system."""
+    versions: dict[str, str] = {}
+    for found in distributions():  # of two of a name the first is imported
+        versions.setdefault(str(found.name), found.version)
+    listed = "".join(f"{name}=={versions[name]}\n" for name in sorted(versions, key=str.lower))
+    return f"# Python {platform.python_version()}, {platform.platform()}\n{listed}"
+
+
+@cache
+def changes() -> str:
+    """The code's own changes since its commit, and the names of files that git does not know; at most 1 MiB."""
+    folder = checkout()
+    if folder is None or code().get("mlmx.git_dirty") != "true":
+        return ""
+    unknown = git(folder, "ls-files", "--others", "--exclude-standard") or ""
+    head = "".join(f"# not known to git: {name}\n" for name in unknown.splitlines())
+    return _bounded(head.encode() + _diff(folder))
+
+
+def _diff(checkout: Path) -> bytes:
+    # Neither colours nor programs that a user's settings may name; read no further than is kept.
+    command = ["git", "-C", str(checkout), "diff", "--no-color", "--no-ext-diff", "--no-textconv", "HEAD"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        found = process.stdout.read(MOST_DIFF_BYTES + 1)
+        process.kill()
+    return found
+
+
+def _bounded(found: bytes) -> str:
+    if len(found) <= MOST_DIFF_BYTES:
+        return found.decode(errors="replace")
+    whole = found[: found.rindex(b"\n", 0, MOST_DIFF_BYTES) + 1] if b"\n" in found[:MOST_DIFF_BYTES] else b""
+    return whole.decode(errors="replace") + f"# cut here: more than {MOST_DIFF_BYTES:,} bytes\n"

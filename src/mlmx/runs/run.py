@@ -1,0 +1,251 @@
+"""A run on disk: where it lies, what its files are called, how to find it again.
+
+::
+
+    outputs/train/<time>/   config.yaml overrides.yaml train.log metrics.jsonl result.json data.json mlflow.json
+                            plots/*.png  model/  checkpoints/
+    outputs/mlflow.db  outputs/mlartifacts/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from mlmx.config.errors import RequestError, path_of
+from mlmx.config.paths import outputs_dir
+from mlmx.config.redaction import redacted
+from mlmx.config.schema import TrainConfig, from_plain
+from mlmx.runs import disk
+from mlmx.runs.checkpoints import is_interim
+from mlmx.runs.metrics_file import MetricsFile, rows_of
+
+log = logging.getLogger("mlmx")
+FIRST_FILES = ("overrides.yaml", "inputs.json", "result.json", "config.yaml")
+EXAMPLES_FILE = "examples.json"  # a table of what a run puts into the same held-out sentences after each epoch
+HELDOUT_FILE = "heldout.npz"  # per-document sums of the last scoring, by which pairs of runs are compared
+
+
+def discard_empty(folder: Path) -> None:
+    """Remove a run folder that nothing was written to, and the empty folders above it, outputs/ included."""
+    outputs = outputs_dir()
+    while outputs in (folder, *folder.parents):
+        contents = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        if contents == {"multirun.yaml"}:  # Hydra's own note of a sweep of which no job started
+            (folder / "multirun.yaml").unlink()
+        elif contents:
+            return
+        if folder.is_dir():
+            folder.rmdir()
+        folder = folder.parent
+
+
+# ---------------------------------------------------------------------------------- one run's files
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of one training."""
+
+    folder: Path
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def plots(self) -> Path:
+        return self.folder / "plots"
+
+    @property
+    def status(self) -> str | None:
+        """RUNNING, FINISHED, FAILED or KILLED, as far as the folder knows."""
+        return self.result().get("status")
+
+    def result(self) -> dict[str, Any]:
+        """What ``result.json`` says; where it is torn, as by a power cut, no ending was written."""
+        try:
+            return self.read_json("result.json")
+        except ValueError:
+            return {"status": "RUNNING"}
+
+    def saved(self) -> list[Path]:
+        """The whole checkpoints that were asked for (not those saved on the way), by name; their files are not read."""
+        found = sorted(self.checkpoints.glob("checkpoint-*"))
+        return [folder for folder in found if (folder / "manifest.json").is_file() and not is_interim(folder)]
+
+    def write_json(self, name: str, value: Any) -> None:
+        """As `write_text`. Numbers stay what they are, secrets do not."""
+        self.write_text(name, json.dumps(redacted(value), indent=2, ensure_ascii=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write aside, then rename: a reader never sees half a file."""
+        target = self.folder / name
+        aside = target.with_name(f".{name}.tmp")
+        try:
+            with disk.writing(target):
+                aside.write_text(text, encoding="utf-8")
+                aside.replace(target)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
+
+    def append_metrics(self, step: int, epoch: float, metrics: Mapping[str, float]) -> dict[str, Any]:
+        """One line of ``metrics.jsonl``, of a run that has ended; returns its row."""
+        with contextlib.closing(MetricsFile(self.folder)) as file:
+            return file.append(step, epoch, metrics)
+
+    def append_line(self, name: str, row: Mapping[str, Any]) -> None:
+        """One JSON object as a line of a file of the run."""
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(redacted(row)) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of ``metrics.jsonl``, oldest first."""
+        path = self.folder / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        with path.open("rb") as file:
+            return rows_of(file)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """``result.json`` or ``data.json``; empty where the run has none yet."""
+        path = self.folder / name
+        try:
+            value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except RecursionError as error:
+            raise ValueError(f"{path}: {error}") from error
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: holds no JSON object")
+        return value
+
+    def config(self) -> TrainConfig:
+        """The resolved config the run was made with."""
+        path = self.folder / "config.yaml"
+        try:
+            loaded = OmegaConf.to_container(OmegaConf.load(path))
+            assert isinstance(loaded, dict)
+        except Exception as error:  # of many kinds, from YAML's and OmegaConf's
+            raise RequestError(
+                f"{path}: cannot be read ({type(error).__name__}: {error}); choose another run"
+            ) from error
+        config = from_plain("train", {str(key): value for key, value in loaded.items()})
+        assert isinstance(config, TrainConfig)
+        return config
+
+
+def begin_run(folder: Path, cfg: TrainConfig, overrides: tuple[str, ...], inputs: Mapping[str, Any]) -> Run:
+    """Write the first files of a run; refuse a folder that already holds one.
+
+    Args:
+        inputs: what the run is made of beyond its config, see `identity`.
+    """
+    if (folder / "config.yaml").exists():
+        raise RequestError(
+            f"{folder}: already holds a run; choose another hydra.run.dir, or go on with it by resume={folder}"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return _written(Run(folder), cfg, overrides, inputs)
+    except OSError:  # a full disk
+        for name in FIRST_FILES:
+            (folder / name).unlink(missing_ok=True)
+        raise
+
+
+def reopen_run(
+    run: Run,
+    cfg: TrainConfig,
+    overrides: tuple[str, ...],
+    inputs: Mapping[str, Any],
+    drift: Mapping[str, tuple[Any, Any]],
+) -> Run:
+    """Begin a run again in its own folder; what has changed about it is kept in ``drift.jsonl``."""
+    if drift:
+        when = datetime.now().astimezone().isoformat()
+        changes = {key: {"was": was, "is": now} for key, (was, now) in drift.items()}
+        run.append_line("drift.jsonl", {"time": when, "changes": changes})
+    return _written(run, cfg, overrides, inputs)
+
+
+def _written(run: Run, cfg: TrainConfig, overrides: tuple[str, ...], inputs: Mapping[str, Any]) -> Run:
+    plain = {f.name: getattr(cfg, f.name) for f in fields(cfg)} | {"resume": {"run": None, "allow": []}}
+    run.write_text("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted(list(overrides)))))
+    run.write_json("inputs.json", inputs)
+    run.write_json("result.json", run.read_json("result.json") | {"status": "RUNNING"})
+    run.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted(plain))))
+    return run
+
+
+def find_run(wanted: str) -> Run:
+    """The finished run a user means: its folder, its MLflow run id, or ``last``.
+
+    Raises:
+        RequestError: no such run, or one that has not finished.
+    """
+    run = run_named(wanted)
+    if run is None:
+        finished = [run for run in all_runs() if run.status == "FINISHED"]
+        if not finished:
+            raise RequestError(f"run=last: no finished run below {outputs_dir() / 'train'}; train one first")
+        return finished[-1]
+    if run.status != "FINISHED" or not (run.model / "config.json").is_file():
+        raise RequestError(f"run={wanted}: this run is unfinished (status {run.status}); choose one that finished")
+    return run
+
+
+def run_named(wanted: str, key: str = "run") -> Run | None:
+    """The run of this folder or MLflow run id, in whatever state; None for ``last``.
+
+    Raises:
+        RequestError: no such run.
+    """
+    if wanted == "last":
+        return None
+    folder = path_of(key, wanted)
+    if (folder / "result.json").is_file():
+        return Run(folder.resolve())
+    by_id = [run for run in all_runs() if wanted and run.result().get("run_id") == wanted]
+    if not by_id:
+        raise RequestError(
+            f"{key}={wanted}: no such run; give a run folder (below {outputs_dir() / 'train'}), an MLflow run id, "
+            "or last"
+        )
+    return by_id[0]
+
+
+def all_runs() -> list[Run]:
+    """Every run below outputs/train, oldest first."""
+    found = folders_with("result.json", outputs_dir() / "train")
+    return sorted((Run(folder) for folder in found), key=lambda run: _started(run.folder))
+
+
+def folders_with(name: str, top: Path) -> Iterator[Path]:
+    """Folders that hold a file of that name; not looked for inside them: a run has many files, and there may be
+    thousands of runs."""
+    for folder, subfolders, names in os.walk(top):
+        if name in names:
+            subfolders.clear()
+            yield Path(folder)
+
+
+def _started(folder: Path) -> float:
+    path = folder / "overrides.yaml"  # written once, at the start
+    return path.stat().st_mtime if path.is_file() else -math.inf
+
+
+# ----------------------------------------------------------------------------------------- speech

@@ -1,0 +1,214 @@
+"""A search over dials by Optuna: its study, what a trial is told and asks, and the plots of it.
+
+The study lies in the sweep's folder (``study.db``), so a search that was ended goes on when it is issued again. A
+trial's number is the number of its job. Optuna is an extra and imported where it is used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+from omegaconf import DictConfig
+
+from mlmx.config.errors import RequestError, did_you_mean, require
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+    from optuna.distributions import BaseDistribution
+
+STUDY_FILE, STUDY = "study.db", "mlmx"
+SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler", "gp": "GPSampler", "qmc": "QMCSampler"}
+PRUNERS = ("median", "hyperband", "none")
+KILLED, PRUNED = "killed", "pruned"  # attributes of a trial
+
+
+def require_possible(sweeper: DictConfig) -> None:
+    """Refuse options of ``hydra.sweeper`` that no search can be made with.
+
+    Raises:
+        RequestError: which, and what is allowed.
+    """
+    for name, known in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
+        value = str(sweeper[name])
+        listed = f"choose one of {', '.join(known)}{did_you_mean(value, known)}"
+        require(value in known, f"hydra.sweeper.{name}={value}: {listed}")
+    for name in ("n_trials", "n_jobs"):
+        require(sweeper[name] >= 1, f"hydra.sweeper.{name}={sweeper[name]}: must be at least 1")
+    require(
+        importlib.util.find_spec("optuna") is not None,
+        "hydra/sweeper=optuna: needs Optuna, which is not installed; pip install 'mlmx[optuna]'",
+    )
+
+
+def _study(folder: Path, **options: Any) -> Study:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # the jobs say what happens
+    storage = f"sqlite:///{folder / STUDY_FILE}"
+    return optuna.create_study(study_name=STUDY, storage=storage, load_if_exists=True, direction="minimize", **options)
+
+
+class Search:
+    """A study and its space.
+
+    Args:
+        overrides: of the command line and the config, the swept ones among them.
+        startup_trials: before the sampler learns from what it has seen, and the pruner may end a run.
+        seed: of the sampler; a search that goes on draws new numbers.
+    """
+
+    def __init__(
+        self, folder: Path, overrides: Sequence[Override], sampler: str, pruner: str, startup_trials: int, seed: int
+    ) -> None:
+        self.space = {str(o.key_or_group): distribution(o) for o in overrides if o.is_sweep_override()}
+        self.keys = {str(o.key_or_group): o.get_key_element() for o in overrides}
+        self.fixed = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
+        require(bool(self.space), "hydra/sweeper=optuna: nothing to search; give a dial several values or an interval")
+        self.study = _study(folder)
+        drawn = len(self.study.get_trials(deepcopy=False))
+        self.study.sampler = _sampler(sampler, seed + drawn, startup_trials)
+        self.study.pruner = _pruner(pruner, startup_trials)
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """Trials of a process that was killed are tried again first, with the same values."""
+        from optuna.trial import TrialState
+
+        for trial in self.study.get_trials(states=(TrialState.RUNNING,)):
+            _trial(self.study, trial.number).set_user_attr(KILLED, True)
+            self.study.tell(trial.number, state=TrialState.FAIL)
+            self.study.enqueue_trial(trial.params)
+
+    def made(self) -> int:
+        """Trials that have come to an end of their own."""
+        return sum(
+            trial.state.is_finished() and not trial.user_attrs.get(KILLED)
+            for trial in self.study.get_trials(deepcopy=False)
+        )
+
+    def ask(self, number: int) -> list[Trial]:
+        """The next trials; none where ``number`` is not positive."""
+        return [self.study.ask(self.space) for _ in range(number)]
+
+    def overrides(self, trial: Trial) -> list[str]:
+        """The job of a trial."""
+        return [*self.fixed, *(f"{self.keys[name]}={value}" for name, value in trial.params.items())]
+
+    def tell(self, trial: Trial, value: Any) -> None:
+        """What came out; a trial without a finite number failed, and that is all."""
+        from optuna.trial import TrialState
+
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            self.study.tell(trial, state=TrialState.FAIL)
+        elif self.study.get_trials(deepcopy=False)[trial.number].user_attrs.get(PRUNED):
+            self.study.tell(trial, state=TrialState.PRUNED)
+        else:
+            self.study.tell(trial, value)
+
+
+def distribution(override: Override) -> BaseDistribution:
+    """Optuna's form of Hydra's: ``choice``, ``range``, ``interval``; ``tag(log, …)`` counts in orders of magnitude."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    value, line = override.value(), override.input_line
+    log = isinstance(value, (IntervalSweep, RangeSweep)) and "log" in value.tags
+    try:
+        if isinstance(value, IntervalSweep):
+            assert value.start is not None
+            assert value.end is not None
+            if isinstance(value.start, int) and isinstance(value.end, int):
+                return IntDistribution(value.start, value.end, log=log)
+            return FloatDistribution(value.start, value.end, log=log)
+        if isinstance(value, RangeSweep) and not value.shuffle:
+            items = list(value.range())
+            if all(isinstance(item, int) for item in items):
+                return IntDistribution(int(items[0]), int(items[-1]), step=1 if log else int(value.step), log=log)
+        assert isinstance(value, (ChoiceSweep, RangeSweep)) or override.is_sweep_override()
+        return CategoricalDistribution([*override.sweep_string_iterator()])
+    except ValueError as error:
+        raise RequestError(f"{line}: is no space to search ({error})") from error
+
+
+def _sampler(name: str, seed: int, startup_trials: int) -> Any:
+    import optuna
+
+    more = {"n_startup_trials": startup_trials} if name in ("tpe", "gp") else {}
+    return getattr(optuna.samplers, SAMPLERS[name])(seed=seed, **more)
+
+
+def _pruner(name: str, startup_trials: int) -> Any:
+    from optuna import pruners
+
+    if name == "median":
+        return pruners.MedianPruner(n_startup_trials=startup_trials)
+    return pruners.HyperbandPruner() if name == "hyperband" else pruners.NopPruner()
+
+
+# ------------------------------------------------------------------------------------- within a job
+
+
+def stop_early(
+    folder: Path, number: int, pruner: str, startup_trials: int
+) -> Callable[[float, Mapping[str, float]], bool]:
+    """Reports a trial's scores, epoch by epoch, to the study below ``folder`` and asks whether it is to go on."""
+    study = _study(folder, pruner=_pruner(pruner, startup_trials))
+    trial = _trial(study, number)
+
+    def reported(epoch: float, scores: Mapping[str, float]) -> bool:
+        value = scores.get("heldout/loss", scores.get("eval/loss", math.nan))
+        if epoch <= 0 or not math.isfinite(value):
+            return False
+        trial.report(value, round(epoch))
+        stop = bool(trial.should_prune())
+        if stop:
+            trial.set_user_attr(PRUNED, True)
+        return stop
+
+    return reported
+
+
+def _trial(study: Study, number: int) -> Trial:
+    from optuna import Trial
+
+    return Trial(study, study.get_trials(deepcopy=False)[number]._trial_id)
+
+
+# ---------------------------------------------------------------------------------------------- plots
+
+
+def draw(folder: Path, plots: Path) -> list[Path]:
+    """How the search went, and which dials mattered, as PNG files; empty where there was no search or too little."""
+    if not (folder / STUDY_FILE).is_file():
+        return []
+    import warnings
+
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import optuna.visualization.matplotlib as visual
+    from optuna.trial import TrialState
+
+    study = _study(folder)
+    if len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < 2:
+        return []
+    written = []
+    named: dict[str, Callable[[Study], Any]] = {
+        "search_history": visual.plot_optimization_history,
+        "search_importance": visual.plot_param_importances,
+        "search_epochs": visual.plot_intermediate_values,
+    }
+    for name, plot in named.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that these plots are experimental
+            figure = plot(study).figure
+        figure.set_size_inches(8, 4.5)
+        figure.tight_layout()
+        written.append(plots / f"{name}.png")
+        figure.savefig(written[-1], dpi=110)
+        mpl.pyplot.close(figure)
+    return written

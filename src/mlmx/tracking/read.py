@@ -1,0 +1,152 @@
+"""Runs of an MLflow store as run folders, for whoever has only the store."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlmx.config.errors import RequestError, WorkError, brief, did_you_mean, require
+from mlmx.runs.provenance import PARENT
+from mlmx.runs.run import HELDOUT_FILE, Run
+from mlmx.tracking.mirror import RUN_FILE
+from mlmx.tracking.store import trouble
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient, entities
+
+    from mlmx.tracking.store import Store
+
+FILES = ("config.yaml", "overrides.yaml", "data.json", "result.json", HELDOUT_FILE)
+CURVES = ("heldout/loss", "eval/loss", "epoch")  # whose histories are read; of other metrics the last value
+MOST_BYTES = 100_000_000  # of a file
+AT_ONCE = 8  # runs that are read at a time
+PAGE = 1000
+
+
+def fetch(store: Store, folder: Path, *, run_ids: Sequence[str] = (), parent: str | None = None) -> list[Run]:
+    """Runs with their params, histories and small files, each as a folder below ``folder``, oldest first.
+
+    Args:
+        run_ids: which; or ``parent``, the run of a sweep whose jobs are meant; else those of the store's experiment.
+
+    Raises:
+        RequestError: no such run or experiment.
+        WorkError: the store does not answer.
+    """
+    from mlflow import MlflowClient
+
+    import mlmx.tracking.mlflow_run  # noqa: F401 (sets MLflow up)
+
+    if store.artifacts is not None:
+        path = store.artifacts.parent / "mlflow.db"
+        require(path.exists(), f"tracking=local: no MLflow store at {path} yet; train something first")
+        if wrong := trouble(store):  # MLflow would try long, or migrate it
+            raise WorkError(wrong)
+    client = MlflowClient(store.uri)
+    try:
+        found = _chosen(client, store, run_ids, parent)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(partial(_as_folder, client), found, _folders(folder, found)))
+    except (RequestError, WorkError):
+        raise
+    except Exception as error:  # of many kinds, from MLflow's and the network's
+        raise WorkError(f"{store.uri}: cannot be read ({trouble(store) or brief(error)})") from error
+
+
+def _chosen(client: MlflowClient, store: Store, run_ids: Sequence[str], parent: str | None) -> list[entities.Run]:
+    if run_ids:
+        return [_run(client, store, run_id) for run_id in dict.fromkeys(run_ids)]
+    experiments = {one.name: one.experiment_id for one in client.search_experiments(max_results=PAGE)}
+    if parent:
+        require(re.fullmatch(r"[\w-]+", parent) is not None, f"sweep={parent}: is no MLflow run id")
+        return _pages(client, list(experiments.values()), f"tags.`{PARENT}` = '{parent}'")
+    require(
+        store.experiment in experiments,
+        f"experiment={store.experiment}: {store.uri} has no such experiment"
+        f"{did_you_mean(store.experiment, experiments)} (it has: {', '.join(experiments) or 'none'})",
+    )
+    found = _pages(client, [experiments[store.experiment]], "")
+    parents = {run.data.tags.get(PARENT) for run in found}
+    return [run for run in found if run.info.run_id not in parents]
+
+
+def _run(client: MlflowClient, store: Store, run_id: str) -> entities.Run:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        raise RequestError(f"runs={run_id}: is no run folder, and {store.uri} has no run of this id") from error
+
+
+def _pages(client: MlflowClient, experiments: list[str], wanted: str) -> list[entities.Run]:
+    found: list[entities.Run] = []
+    token = None
+    while True:
+        order = ["attributes.start_time ASC"]
+        page = client.search_runs(experiments, wanted, max_results=PAGE, order_by=order, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+def _folders(folder: Path, found: Sequence[entities.Run]) -> list[Path]:
+    """A folder per run, called by the beginning of its id; what a server calls its runs is no path."""
+    ids = [re.sub(r"\W", "_", run.info.run_id)[:64] for run in found]
+    short = [one[:8] for one in ids]
+    return [folder / one for one in (short if len(set(short)) == len(ids) else ids)]
+
+
+def _as_folder(client: MlflowClient, run: entities.Run, folder: Path) -> Run:
+    folder.mkdir(parents=True)
+    made, run_id = Run(folder), run.info.run_id
+    for artifact in client.list_artifacts(run_id):
+        if artifact.path in FILES and (artifact.file_size or 0) <= MOST_BYTES:
+            client.download_artifacts(run_id, artifact.path, str(folder))
+    if not (folder / "config.yaml").is_file():  # its artifacts are elsewhere: the dials that are params
+        made.write_text("config.yaml", json.dumps({key: _number(text) for key, text in run.data.params.items()}))
+    metrics = {name: _unbounded(value) for name, value in run.data.metrics.items() if name != "epoch"}
+    try:
+        result = made.read_json("result.json")
+    except ValueError:
+        result = {}
+    about = {"run_id": run_id, "run_name": run.info.run_name, "protocol": run.data.tags.get("mlmx.protocol")}
+    kept = result.get("metrics")
+    metrics = (kept if isinstance(kept, dict) else {}) | metrics  # MLflow refuses some names
+    made.write_json("result.json", result | about | {"status": run.info.status, "metrics": metrics})
+    made.write_json(RUN_FILE, {"params": dict(run.data.params)})
+    _write_histories(client, run, made)
+    return made
+
+
+def _write_histories(client: MlflowClient, run: entities.Run, made: Run) -> None:
+    rows: dict[int, dict[str, Any]] = {}
+    for name in CURVES:
+        for point in client.get_metric_history(run.info.run_id, name) if name in run.data.metrics else ():
+            rows.setdefault(point.step, {"step": point.step})[name] = _unbounded(point.value)
+    lines = (json.dumps(rows[step]) + "\n" for step in sorted(rows))
+    made.write_text("metrics.jsonl", "".join(lines))
+
+
+def _number(text: str) -> Any:
+    """A param as the number it is written as, if it is one."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _unbounded(value: float) -> float:
+    """Databases keep the largest number for infinity."""
+    return value if abs(value) < sys.float_info.max else value * 2
