@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlmx.comparison.rows import Row, documents_of, rows_for
 from mlmx.config.errors import RequestError, did_you_mean
+from mlmx.evaluation.metrics import higher_is_better
 from mlmx.runs import identity
 from mlmx.runs.run import Run
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from mlmx.evaluation.bootstrap import Difference, DocumentSums
 
 YARDSTICK, ACROSS_TOKENIZERS, OWN = "heldout/loss", "heldout/bits_per_byte", "eval/loss"
-HIGHER_IS_BETTER = ("accuracy", "tokens_per_second", "mfu")
+USUALLY_HIGHER = ("/accuracy", "_accuracy", "tokens_per_second", "/mfu")  # ends of names that are not known here
 # What two protocols, or two sets of validation chunks, may differ in; the first that differs explains those after it.
 IN_WORDS = {
     "documents": "the choice of held-out documents",
@@ -112,7 +114,7 @@ def tabulate(
     """Read runs and set them side by side.
 
     Args:
-        sort: a metric; losses and times from the lowest, accuracies and speeds from the highest.
+        sort: a metric, from its best value; ``-`` before it: from the highest, also where that is not known here.
         keys: dials to show, also groups (``model``); those that vary if None.
         failures: why jobs failed, by their folders, which may not be there.
 
@@ -122,13 +124,14 @@ def tabulate(
     rows = rows_for(runs, failures or {})
     chosen = list(keys) if keys is not None else varying(rows)
     rows = [replace(row, varies={key: value for key in chosen for value in _value(row, key)}) for row in rows]
-    sort = _known(sort, rows)
+    sort, highest_first = _order(sort, rows)
+    place = partial(_place, metric=sort, highest_first=highest_first)
     judge = ACROSS_TOKENIZERS if sort == ACROSS_TOKENIZERS else YARDSTICK if _have(rows, YARDSTICK) else OWN
     rows, samples = _measured(rows, judge)
-    groups = _groups(rows, sort, judge)
+    groups = _groups(rows, place, judge)
     ranked = [row for group in groups for row in group.rows]
     rest = [row for row in rows if not any(row is one for one in ranked)]
-    rest.sort(key=lambda row: (row.protocol or "~", _place(row, sort)))
+    rest.sort(key=lambda row: (row.protocol or "~", place(row)))
     return Table(
         rows=[*ranked, *rest],
         keys=chosen,
@@ -157,12 +160,14 @@ def _value(row: Row, key: str) -> list[Any]:
     return [option for option in options if option is not None][:1]
 
 
-def _known(sort: str, rows: Sequence[Row]) -> str:
+def _order(sort: str, rows: Sequence[Row]) -> tuple[str, bool]:
+    """The metric to sort by, and whether from its highest value."""
     names = dict.fromkeys(name for row in rows for name in row.metrics)
-    if sort in names:
-        return sort
-    if sort == YARDSTICK:
-        return OWN if OWN in names else sort
+    metric = sort.removeprefix("-")
+    if metric == YARDSTICK and metric not in names:
+        return (OWN if OWN in names else metric), sort != metric
+    if metric in names:
+        return metric, sort != metric or higher_is_better(metric) or metric.endswith(USUALLY_HIGHER)
     raise RequestError(
         f"sort={sort}: none of these runs has such a metric{did_you_mean(sort, names)} "
         f"(known: {', '.join(list(names)[:20]) or 'none'})"
@@ -173,12 +178,12 @@ def _have(rows: Iterable[Row], metric: str) -> bool:
     return any(math.isfinite(row.value(metric)) for row in rows)
 
 
-def _place(row: Row, metric: str) -> float:
-    """Where a row stands when sorted, lowest first; what has no number stands last."""
+def _place(row: Row, metric: str, highest_first: bool = False) -> float:
+    """Where a row stands when sorted; what has no number stands last."""
     value = row.value(metric)
     if math.isnan(value):
         return math.inf
-    return -value if metric.endswith(HIGHER_IS_BETTER) else value
+    return -value if highest_first else value
 
 
 # ------------------------------------------------------------------------------- who with whom
@@ -200,14 +205,14 @@ def _digest(values: Any) -> str:
     return json.dumps(values, sort_keys=True, default=str)
 
 
-def _groups(rows: Sequence[Row], sort: str, judge: str) -> list[Group]:
+def _groups(rows: Sequence[Row], place: Callable[[Row], float], judge: str) -> list[Group]:
     found: dict[str, Group] = {}
     for row in rows:
         measured = _measured_on(row, judge)
         if measured is not None:
             found.setdefault(measured[0], Group(*measured, [], row)).rows.append(row)
     for key, group in found.items():
-        group.rows.sort(key=lambda row: _place(row, sort))
+        group.rows.sort(key=place)
         found[key] = replace(group, best=min(group.rows, key=lambda row: _place(row, judge)))
     return sorted(found.values(), key=lambda group: (-len(group.rows), _place(group.best, judge)))
 
