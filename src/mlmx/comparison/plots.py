@@ -175,7 +175,7 @@ def _plot_curves(axes: Axes, table: Table, curves: Sequence[tuple[Row, list[tupl
     for place, (row, points) in reversed(list(enumerate(curves))):
         few = len(curves) <= MANY
         colour = COLOURS[place % MANY] if few else _colour(by_loss, points[-1][1])
-        best = table.is_best(row)
+        best = table.standing(row) == "best"
         style = "-" if row.status == "FINISHED" else ":"
         width = 2.4 if best else 1.5 if few else 1.0
         marker = "o" if few else None

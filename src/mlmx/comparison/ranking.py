@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mlmx.comparison.rows import Row, documents_of, rows_for
 from mlmx.config.errors import RequestError, did_you_mean
@@ -82,12 +82,14 @@ class Table:
     @property
     def unranked(self) -> list[Row]:
         """What has not finished, or was measured on nothing that others were."""
-        ranked = {row.name for group in self.groups for row in group.rows}
-        return [row for row in self.rows if row.name not in ranked]
+        return [row for row in self.rows if self.standing(row) == "unranked"]
 
-    def is_best(self, row: Row) -> bool:
-        """Whether a row is the best of its group."""
-        return any(row is group.best for group in self.groups)
+    def standing(self, row: Row) -> Literal["best", "ranked", "unranked"]:
+        """Whether a row is the best of its group, one of the others, or in none."""
+        for group in self.groups:
+            if any(row is one for one in group.rows):
+                return "best" if row is group.best else "ranked"
+        return "unranked"
 
     @property
     def alike(self) -> list[Row]:
