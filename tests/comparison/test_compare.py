@@ -371,6 +371,8 @@ def test_a_narrow_terminal_gets_fewer_columns_but_the_ones_that_matter(tmp_path:
     head = set(shown.splitlines()[1].split())
     assert {"run", "lr", "heldout/loss", "status"} <= head
     assert "eval/perplexity" not in head
+    sorted_by = in_terminal(tabulate([row.run for row in table.rows], "train/tokens_per_second"), 80)
+    assert "tokens/s" in sorted_by.splitlines()[1]
 
 
 def test_a_terminal_has_a_line_per_run_also_where_runs_are_ranked_apart(tmp_path: Path):

@@ -256,6 +256,8 @@ def _measured(rows: Sequence[Row], judge: str) -> tuple[list[Row], Samples]:
     """Rows with their intervals, and bootstrap samples of those that scored the same targets."""
     if judge == OWN:
         return list(rows), {}
+    from mlmx.evaluation.bootstrap import resampled
+
     same: list[list[tuple[Row, DocumentSums]]] = []
     for row in rows:
         documents = documents_of(row) if row.status == "FINISHED" and row.protocol else None
@@ -269,18 +271,10 @@ def _measured(rows: Sequence[Row], judge: str) -> tuple[list[Row], Samples]:
             same.append([(row, documents)])
     samples: Samples = {}
     for those in same:
-        from mlmx.evaluation.bootstrap import resampled
-
         drawn = resampled([documents for _, documents in those])
         samples |= {row.name: (drawn, place) for place, (row, _) in enumerate(those)}
-    return [_with_interval(row, samples) for row in rows], samples
-
-
-def _with_interval(row: Row, samples: Samples) -> Row:
-    if row.name not in samples:
-        return row
-    drawn, place = samples[row.name]
-    return replace(row, interval=drawn.interval(place))
+    intervals = {name: drawn.interval(place) for name, (drawn, place) in samples.items()}
+    return [replace(row, interval=intervals.get(row.name)) for row in rows], samples
 
 
 def _differences(groups: Sequence[Group], samples: Samples) -> dict[str, Difference]:

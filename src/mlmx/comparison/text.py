@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,10 +31,10 @@ WORTH_LEAST = ("eval/perplexity", INTERVAL, "minutes", "tokens/s", "heldout/perp
 UNLIMITED = 10**9  # characters of a line
 LONGEST = 32  # characters of a value
 BEST, SAME = "*", "≈"
-EXPLAINED = {
-    "loss": "95 %: over held-out documents. vs best: the paired difference in heldout/loss; "
+EXPLAINED = (
+    "95 %: over held-out documents. vs best: the paired difference in heldout/loss; "
     f"{SAME} where its interval includes 0, so that these documents do not tell the two apart"
-}
+)
 
 
 # ------------------------------------------------------------------------------------------ cells
@@ -175,7 +174,7 @@ def remarks(table: Table) -> list[str]:
     for group in table.groups:
         said += [_winner(table, group)] if len(group.rows) > 1 else []
     if table.differences:
-        said.append(EXPLAINED["loss"])
+        said.append(EXPLAINED)
     if table.judge == OWN and table.groups:
         said.append("nothing was held out: eval/loss ranks only runs of the same validation chunks and masks")
     if not table.groups and table.rows:
@@ -259,13 +258,14 @@ def plain(table: Table) -> str:
     """Aligned lines for a log or a pipe, however long, the remarks below."""
     from rich.console import Console
 
-    drawn = _drawn(table, columns(table))
+    drawn = _drawn(table, columns(table), labelled=False)
     drawn.box, drawn.padding = None, (0, 2, 0, 0)
     rendered = Console(width=UNLIMITED).render_lines(drawn, pad=False)
     head, *lines = ("".join(segment.text for segment in line).rstrip() for line in rendered)
-    blocks = [
-        "\n".join([*([title] if title else []), head, *(lines.pop(0) for _ in rows)]) for title, rows in parts_of(table)
-    ]
+    blocks = []
+    for title, rows in parts_of(table):
+        blocks.append("\n".join([*([title] if title else []), head, *lines[: len(rows)]]))
+        del lines[: len(rows)]
     return "\n\n".join(filter(None, [*blocks, "\n".join(remarks(table))]))
 
 
@@ -278,18 +278,17 @@ def rich_table(table: Table, width: int | None = None) -> rich.table.Table:
     from rich.console import Console
 
     console, across = Console(width=UNLIMITED), columns(table)
-    labels = [title.partition(":")[0] for title, _ in parts_of(table)]  # a whole title would widen the first column
-    drawn = _drawn(table, across, labels)
+    drawn = _drawn(table, across)
     for least in WORTH_LEAST:
         if width is None or console.measure(drawn).maximum <= width:
             break
-        across = [column for column in across if column.name != least or least == table.sort]
-        drawn = _drawn(table, across, labels)
+        across = [column for column in across if column.name != least or least == METRICS.get(table.sort)]
+        drawn = _drawn(table, across)
     return drawn
 
 
-def _drawn(table: Table, across: Sequence[Column], labels: Sequence[str] = ()) -> rich.table.Table:
-    """Those columns of the table, with a label above each of its parts that has one."""
+def _drawn(table: Table, across: Sequence[Column], labelled: bool = True) -> rich.table.Table:
+    """Those columns of the table; ``labelled``, a line of its own says what each part is called."""
     import rich.box
     import rich.table
     from rich.text import Text
@@ -298,9 +297,9 @@ def _drawn(table: Table, across: Sequence[Column], labels: Sequence[str] = ()) -
     for column in across:  # folded where there is no space: no digit is cut off
         drawn.add_column(Text(column.name), justify="left" if column.is_words else "right", overflow="fold")
     styles = {"best": "bold green", "ranked": "", "unranked": "dim"}
-    for label, (_, rows) in itertools.zip_longest(labels, parts_of(table)):
-        if label:
-            drawn.add_row(Text(label, style="italic"))
+    for title, rows in parts_of(table):
+        if title and labelled:  # the whole of it would widen the first column
+            drawn.add_row(Text(title.partition(":")[0], style="italic"))
         for row in rows:
             drawn.add_row(*(Text(column.text(row)) for column in across), style=styles[table.standing(row)])
         drawn.add_section()
