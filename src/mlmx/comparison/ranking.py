@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from mlmx.evaluation.bootstrap import Difference, DocumentSums
 
 YARDSTICK, ACROSS_TOKENIZERS, OWN = "heldout/loss", "heldout/bits_per_byte", "eval/loss"
-USUALLY_HIGHER = ("/accuracy", "_accuracy", "tokens_per_second", "/mfu")  # ends of names that are not known here
 # What two protocols, or two sets of validation chunks, may differ in; the first that differs explains those after it.
 IN_WORDS = {
     "documents": "the choice of held-out documents",
@@ -169,7 +168,7 @@ def _order(sort: str, rows: Sequence[Row]) -> tuple[str, bool]:
     if metric == YARDSTICK and metric not in names:
         return (OWN if OWN in names else metric), sort != metric
     if metric in names:
-        return metric, sort != metric or higher_is_better(metric) or metric.endswith(USUALLY_HIGHER)
+        return metric, sort != metric or higher_is_better(metric)
     raise RequestError(
         f"sort={sort}: none of these runs has such a metric{did_you_mean(sort, names)} "
         f"(known: {', '.join(list(names)[:20]) or 'none'})"
