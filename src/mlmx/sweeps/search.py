@@ -197,7 +197,10 @@ def plot(folder: Path, into: Path) -> list[Path]:
     for name, kind in {"history": _plot_history, "importance": _plot_importance, "epochs": _plot_epochs}.items():
         with plots.literally():
             figure = plots.new_figure()
-            kind(plots.styled(figure.add_subplot()), study, plots.COLOURS)
+            axes = plots.styled(figure.add_subplot())
+            kind(axes, study, plots.COLOURS)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(frameon=False)
             written.append(plots.save(figure, into / f"search_{name}.png"))
     return written
 
@@ -209,13 +212,12 @@ def _trials(study: Study, state: str) -> list[FrozenTrial]:
 
 
 def _plot_history(axes: Axes, study: Study, colours: Sequence[str]) -> None:
-    whole = _trials(study, "COMPLETE")
-    numbers, losses = [trial.number for trial in whole], [trial.value or 0.0 for trial in whole]
+    told = [(trial.number, trial.value) for trial in _trials(study, "COMPLETE") if trial.value is not None]
+    numbers, losses = zip(*told, strict=True)
     axes.set(xlabel="trial", ylabel="loss")
     axes.plot(numbers, losses, "o", color=colours[0], label="loss")
     axes.step(numbers, list(itertools.accumulate(losses, min)), color=colours[1], where="post", label="best so far")
     axes.locator_params(axis="x", integer=True)
-    axes.legend(frameon=False)
 
 
 def _plot_importance(axes: Axes, study: Study, colours: Sequence[str]) -> None:
@@ -235,7 +237,7 @@ def _plot_epochs(axes: Axes, study: Study, colours: Sequence[str]) -> None:
     best, whole = study.best_trial.number, _trials(study, "COMPLETE")
     axes.set(xlabel="epoch", ylabel="loss")
     for label, style, colour, trials in (
-        ("ended early", ":", colours[-3], _trials(study, "PRUNED")),
+        ("ended early", ":", colours[5], _trials(study, "PRUNED")),
         ("others", "-", colours[0], [trial for trial in whole if trial.number != best]),
         ("best", "-o", colours[1], [trial for trial in whole if trial.number == best]),
     ):
@@ -243,5 +245,3 @@ def _plot_epochs(axes: Axes, study: Study, colours: Sequence[str]) -> None:
         for place, curve in enumerate(curves):
             axes.plot(*zip(*curve, strict=True), style, color=colour, label="_" if place else label)
     axes.locator_params(axis="x", integer=True)
-    if axes.lines:
-        axes.legend(frameon=False)
