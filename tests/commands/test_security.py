@@ -20,7 +20,7 @@ import pytest
 
 from mlmx.commands import ui
 from mlmx.commands.main import COMMANDS, main
-from mlmx.comparison.run_plots import draw
+from mlmx.comparison.plots import plot_run
 from mlmx.config.errors import RequestError
 from mlmx.config.paths import outputs_dir
 from mlmx.config.schema import Job, TrainConfig, UiConfig
@@ -338,7 +338,7 @@ def test_a_runs_name_is_a_name_and_nothing_else(name: str, tmp_path: Path, ran: 
     [(config, job)] = ran
     assert job.folder.parent == outputs / "train"
     assert isinstance(config.run_name, str)
-    drawn = draw([{"step": 0, "epoch": 0.0, "eval/loss": 1.0}], tmp_path / "plots", config.run_name)
+    drawn = plot_run([{"step": 0, "epoch": 0.0, "eval/loss": 1.0}], tmp_path / "plots", config.run_name)
     assert sorted(path.name for path in drawn) == ["loss.png", "perplexity.png"]
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"loss.png", "perplexity.png"}
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from mlmx.commands.main import main
 from mlmx.comparison.curves import plain_curves
 from mlmx.comparison.ranking import Table, tabulate, what_differs
 from mlmx.comparison.rows import Row
-from mlmx.comparison.text import DIFFERENCE, cells, csv_text, headings, markdown, number_text, plain, rich_table
+from mlmx.comparison.text import DIFFERENCE, columns, csv_text, markdown, number_text, plain, rich_table
 from mlmx.config.errors import RequestError
 from mlmx.runs.run import HELDOUT_FILE, Run
 from tests.support.made_runs import made
@@ -32,6 +33,12 @@ def names(rows: list[Row]) -> list[str]:
     return [row.name for row in rows]
 
 
+def in_terminal(table: Table, width: int) -> str:
+    shown = io.StringIO()
+    Console(file=shown, width=width, force_terminal=False).print(rich_table(table, width))
+    return shown.getvalue()
+
+
 def table_of(*runs: Run, **options: Any) -> Table:
     return tabulate(runs, **options)
 
@@ -40,8 +47,8 @@ def table_of(*runs: Run, **options: Any) -> Table:
 
 
 def test_the_best_is_that_of_the_lowest_heldout_loss_and_only_what_varies_is_shown(tmp_path: Path):
-    table = table_of(*(made(tmp_path / str(n), {"lr": lr}, loss=loss) for n, (lr, loss) in enumerate(
-        [(1e-5, 2.6), (2e-5, 2.4), (5e-5, 2.5)])))  # fmt: skip
+    given = [(1e-5, 2.6), (2e-5, 2.4), (5e-5, 2.5)]
+    table = tabulate([made(tmp_path / str(n), {"lr": lr}, loss=loss) for n, (lr, loss) in enumerate(given)])
     assert names(table.rows) == ["1", "2", "0"]
     assert table.keys == ["lr"]
     assert [row.varies for row in table.rows] == [{"lr": 2e-5}, {"lr": 5e-5}, {"lr": 1e-5}]
@@ -151,21 +158,26 @@ def test_without_heldout_documents_eval_loss_ranks_runs_of_the_same_chunks_and_m
     [
         ("heldout/loss", ["a", "b", "c"]),
         ("heldout/accuracy", ["c", "b", "a"]),
+        ("final/heldout_accuracy_rare", ["c", "b", "a"]),
+        ("of_another_tool/accuracy", ["c", "b", "a"]),
         ("train/tokens_per_second", ["b", "a", "c"]),
         ("perf/seconds", ["b", "c", "a"]),
+        ("-perf/seconds", ["a", "c", "b"]),
     ],
 )
 def test_rows_are_sorted_from_the_best_value(sort: str, order: list[str], tmp_path: Path):
     numbers = {"a": (2.1, 0.1, 300.0, 3.0), "b": (2.2, 0.2, 400.0, 1.0), "c": (2.3, 0.3, 200.0, 2.0)}
     runs = []
     for name, (loss, accuracy, speed, seconds) in numbers.items():
-        metrics = {"heldout/accuracy": accuracy, "train/tokens_per_second": speed, "perf/seconds": seconds}
+        metrics = {"train/tokens_per_second": speed, "perf/seconds": seconds}
+        where = ("heldout/accuracy", "final/heldout_accuracy_rare", "of_another_tool/accuracy")
+        metrics |= dict.fromkeys(where, accuracy)
         runs.append(made(tmp_path / name, loss=loss, metrics=metrics))
     table = tabulate(runs, sort)
     assert names(table.rows) == order
     assert table.best is not None
     assert table.best.name == "a", "which is best is for the yardstick to say"
-    assert sort in "".join(headings(table)) or sort == "train/tokens_per_second"
+    assert sort.removeprefix("-") in [column.name for column in columns(table)] or sort == "train/tokens_per_second"
 
 
 def test_an_unknown_metric_is_refused_with_the_nearest(tmp_path: Path):
@@ -181,9 +193,12 @@ def test_runs_that_have_not_finished_are_listed_with_what_is_known(tmp_path: Pat
     table = tabulate([*runs, made(tmp_path / "done", loss=2.5)])
     assert table.best is not None
     assert table.best.name == "done"
-    states = {row.name: (row.status, row.resumable) for row in table.rows}
-    assert states == {"done": ("FINISHED", False), "killed": ("KILLED", True), "running": ("RUNNING", False),
-                      "failed": ("FAILED", False)}  # fmt: skip
+    assert {row.name: (row.status, row.resumable) for row in table.rows} == {
+        "done": ("FINISHED", False),
+        "killed": ("KILLED", True),
+        "running": ("RUNNING", False),
+        "failed": ("FAILED", False),
+    }
     killed = next(row for row in table.rows if row.name == "killed")
     assert killed.metrics["heldout/loss"] == pytest.approx(2.0), "from metrics.jsonl"
     assert killed.curves["heldout/loss"][0] == (0.0, 4.0)
@@ -312,13 +327,32 @@ def test_names_are_shown_and_not_obeyed(tmp_path: Path):
     table = tabulate([made(tmp_path / "a", {"run_name": EVIL}), made(tmp_path / "b", loss=2.6)])
     assert "\x1b" not in plain(table)
     assert "<script>" not in markdown(table)
-    assert all(line.count(" | ") == markdown(table).splitlines()[0].count(" | ")
-               for line in markdown(table).splitlines()[:4])  # fmt: skip
+    assert len({line.count(" | ") for line in markdown(table).splitlines()[:4]}) == 1
     rows = list(csv.reader(io.StringIO(csv_text(table))))
     assert len({len(row) for row in rows}) == 1
-    shown = io.StringIO()
-    Console(file=shown, width=200, force_terminal=False).print(rich_table(table))
-    assert "<script>alert(1)" in shown.getvalue()
+    assert "<script>alert(1)" in in_terminal(table, 200)
+
+
+def test_dials_of_strange_names_are_shown_and_not_obeyed(tmp_path: Path):
+    strange = "a\x1b[31m\n| dial"
+    table = tabulate([made(tmp_path / str(value), {strange: value}, loss=value) for value in (1, 2)])
+    assert table.keys == [strange]
+    for text in (plain(table), markdown(table)):
+        assert "\x1b" not in text
+        assert len([line for line in text.splitlines() if "dial" in line]) == 1
+        assert len([line for line in text.splitlines() if "FINISHED" in line]) == 2
+
+
+def test_a_log_has_a_line_per_run_whose_columns_stand_below_each_other(tmp_path: Path):
+    """Names of any length and script are whole; nothing but text, so that awk and cut can take columns."""
+    given = ["x" * 300, "数据 → 😀", "short"]
+    runs = [made(tmp_path / str(n), {"run_name": name, "lr": 1e-5 * n}) for n, name in enumerate(given)]
+    head, *lines = plain(tabulate(runs)).splitlines()[:4]
+    assert sorted(line.split("  ")[0] for line in lines) == sorted(given)
+    assert all(line.endswith("  FINISHED") and len(line.split("  ")) >= 8 for line in lines)
+    assert not {"\x1b", "│", "─", "|"} & set("".join([head, *lines]))
+    ends = {cell_len(line[: line.index("2.5000") + 6]) for line in lines}
+    assert ends == {cell_len(head[: head.index("heldout/loss") + 12])}, "numbers end where their heading does"
 
 
 def test_csv_holds_every_number_in_full(tmp_path: Path):
@@ -332,36 +366,34 @@ def test_csv_holds_every_number_in_full(tmp_path: Path):
 
 def test_a_narrow_terminal_gets_fewer_columns_but_the_ones_that_matter(tmp_path: Path):
     table = tabulate([made(tmp_path / "a", {"lr": 1e-5}), made(tmp_path / "b", loss=2.6)])
-    head = plain(table, width=90).splitlines()[0]
-    assert len(head) <= 90
-    assert {"run", "lr", "heldout/loss", "status"} <= set(head.split())
+    shown = in_terminal(table, 90)
+    assert max(map(len, shown.splitlines())) <= 90
+    head = set(shown.splitlines()[1].split())
+    assert {"run", "lr", "heldout/loss", "status"} <= head
     assert "eval/perplexity" not in head
-    shown = io.StringIO()
-    Console(file=shown, width=90).print(rich_table(table, 90))
-    assert max(map(len, shown.getvalue().splitlines())) <= 90
+    sorted_by = in_terminal(tabulate([row.run for row in table.rows], "train/tokens_per_second"), 80)
+    assert "tokens/s" in sorted_by.splitlines()[1]
 
 
 def test_a_terminal_has_a_line_per_run_also_where_runs_are_ranked_apart(tmp_path: Path):
     runs = [made(tmp_path / "a", {"lr": 1e-5}), made(tmp_path / "b", loss=2.6), made(tmp_path / "c", loss=1.0, **OTHER)]
-    table, shown = tabulate([*runs, made(tmp_path / "d", status="FAILED")]), io.StringIO()
-    Console(file=shown, width=100).print(rich_table(table, 100))
-    lines = [line.strip() for line in shown.getvalue().splitlines() if line.strip()]
+    shown = in_terminal(tabulate([*runs, made(tmp_path / "d", status="FAILED")]), 100)
+    lines = [line.strip() for line in shown.splitlines() if line.strip()]
     firsts = [line.split()[0] for line in lines]
     assert firsts[0] == "run"
     assert firsts[2:] == ["heldout-0123456789ab", "a", "b", "heldout-ffffffffffff", "c", "not", "d"]
 
 
 def test_no_digit_is_cut_off_where_there_is_no_space(tmp_path: Path):
-    table, shown = tabulate([made(tmp_path / "a", {"lr": 1e-5}), made(tmp_path / "b", loss=2.6)]), io.StringIO()
-    Console(file=shown, width=60).print(rich_table(table, 60))
-    digits = [sign for sign in shown.getvalue() if sign.isdigit()]
-    names, kept = headings(table), ("run", "lr", "heldout/loss", DIFFERENCE)
-    for row in table.rows:
-        values = dict(zip(names, cells(table, row), strict=True))
-        for sign in "".join(values[name] for name in kept):
-            if sign.isdigit():
-                digits.remove(sign)
-    assert "…" not in shown.getvalue()
+    table = tabulate([made(tmp_path / "a", {"lr": 1e-5}), made(tmp_path / "b", loss=2.6)])
+    shown = in_terminal(table, 60)
+    digits = [sign for sign in shown if sign.isdigit()]
+    kept = [column for column in columns(table) if column.name in ("run", "lr", "heldout/loss", DIFFERENCE)]
+    assert len(kept) == 4
+    for sign in "".join(column.text(row) for column in kept for row in table.rows):
+        if sign.isdigit():
+            digits.remove(sign)
+    assert "…" not in shown
 
 
 @pytest.mark.parametrize("value", [1e-9, 2.0, 31186.4, 1e300, -0.5, math.nan, math.inf])

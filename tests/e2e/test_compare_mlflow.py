@@ -48,10 +48,13 @@ def _client(store: Store):
 def facts(table: Table) -> list[tuple[object, ...]]:
     """What a table says of its runs, whatever they are called in it."""
     return [
-        (row.run_id, row.status, row.resumable, row.protocol, row.interval, row.dials["lr"], row.curves["heldout/loss"],
-         row.metrics.get("heldout/loss"), row.metrics.get("eval/perplexity"))
+        (
+            *(row.run_id, row.status, row.resumable, row.protocol, row.interval),
+            *(row.dials["lr"], row.curves["heldout/loss"]),
+            *(row.metrics.get("heldout/loss"), row.metrics.get("eval/perplexity")),
+        )
         for row in table.rows
-    ]  # fmt: skip
+    ]
 
 
 def test_runs_of_a_server_are_compared_as_those_of_folders(

@@ -134,6 +134,28 @@ def test_a_search_killed_in_a_trial_goes_on_with_it(tiny: Path, corpus: Path, ou
     assert {"search_history.png", "search_importance.png", "search_epochs.png"} <= plots
 
 
+def test_the_plots_of_a_search_show_what_it_did_and_touch_no_state(tmp_path: Path):
+    import matplotlib as mpl
+
+    assert search.plot(tmp_path, tmp_path) == [], "no search"
+    before = dict(mpl.rcParams)
+    study = search._study(tmp_path, sampler=optuna.samplers.RandomSampler(seed=0))
+    for number in range(4):
+        trial = study.ask({"lr": FloatDistribution(1e-5, 1e-3, log=True), "$\\frac{$": CategoricalDistribution([1, 2])})
+        if number % 2:
+            trial.report(3.0 + number, 1)
+        if number == 3:
+            study.tell(trial, state=TrialState.PRUNED)
+        else:
+            study.tell(trial, 2.0 + number)
+        if number == 0:
+            assert search.plot(tmp_path, tmp_path) == [], "too little"
+    paths = search.plot(tmp_path, tmp_path)
+    assert [path.name for path in paths] == ["search_history.png", "search_importance.png", "search_epochs.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    assert dict(mpl.rcParams) == before
+
+
 @pytest.mark.parametrize(
     ("given", "reason"),
     [

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from mlmx.commands import main
-from mlmx.comparison.run_plots import draw
 from mlmx.config.errors import RequestError
 from mlmx.runs.run import Run, all_runs
 from mlmx.tracking import writer
@@ -204,31 +203,6 @@ def test_no_tracking_leaves_no_store(tiny: Path, corpus: Path, outputs: Path):
 def test_a_server_needs_an_address():
     with pytest.raises(RequestError, match=r"tracking\.uri=localhost.*http://"):
         server(uri="localhost:5000")
-
-
-def test_plots_draw_the_rows_they_are_given(tmp_path: Path):
-    rows = [
-        {"step": 0, "epoch": 0.0, "eval/loss": 10.0, "eval/perplexity": 22026.0},
-        {"step": 5, "epoch": 1.0, "train/loss": 7.0},
-        {"step": 5, "epoch": 1.0, "eval/loss": 6.0, "eval/perplexity": 403.0},
-    ]
-    paths = draw(rows, tmp_path / "plots", "a run")
-    assert [path.name for path in paths] == ["loss.png", "perplexity.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
-    before = paths[0].read_bytes()
-    assert (
-        draw([*rows, {"step": 9, "epoch": 2.0, "eval/loss": 1.0}], tmp_path / "plots", "a run")[0].read_bytes()
-        != before
-    )
-
-
-def test_a_plot_holds_nothing_of_the_run_before(tmp_path: Path):
-    few, many = (
-        [{"epoch": n, "eval/loss": 9.0 - n, "eval/perplexity": 5.0 ** (9 - n)} for n in range(m)] for m in (2, 5)
-    )
-    first = [path.read_bytes() for path in draw(few, tmp_path, "a run")]
-    draw(many, tmp_path, "another")
-    assert [path.read_bytes() for path in draw(few, tmp_path, "a run")] == first
 
 
 def test_of_steps_that_log_at_once_some_are_said_and_all_are_kept(tmp_path: Path, said: pytest.LogCaptureFixture):

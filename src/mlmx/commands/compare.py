@@ -216,7 +216,7 @@ def drawn(table: Table, path: Path, title: str) -> bytes:
     from mlmx.comparison import page, plots
 
     with tempfile.TemporaryDirectory(prefix="mlmx-charts-") as folder:
-        files = plots.draw(table, Path(folder))
+        files = plots.plot_table(table, Path(folder))
         if path.suffix.lower() == ".html":
             return page.report(table, title, files).encode()
         wanted = {file.name: file for file in files}

@@ -249,10 +249,10 @@ def conclude(ready: Ready, run: Run, tracker: Tracker) -> None:
 
 def draw_plots(run: Run, title: str) -> list[Any]:
     """The run's curves as PNG files."""
-    from mlmx.comparison.run_plots import draw
+    from mlmx.comparison.plots import plot_run
 
     with disk.writing(run.plots):
-        return draw(run.metrics(), run.plots, title)
+        return plot_run(run.metrics(), run.plots, title)
 
 
 @contextlib.contextmanager

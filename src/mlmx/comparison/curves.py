@@ -10,6 +10,7 @@ from mlmx.comparison.ranking import Table
 from mlmx.comparison.rows import Points, Row
 
 WIDTH, HEIGHT = 60, 12  # characters
+Curves = list[tuple[Row, Points]]
 CLOSE = 0.6  # of all heights those after step 0, below which they are drawn alone
 NAMED = 6  # curves that are called by name at their end
 DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # by column, then row from the top
@@ -22,13 +23,11 @@ def plain_curves(table: Table, width: int = WIDTH, height: int = HEIGHT) -> str:
 
     Empty where no run has two points.
     """
-    drawn = [(row, _finite(row.curves.get(table.curve, []))) for row in table.alike]
-    drawn = [(row, points) for row, points in drawn if len(points) > 1]
+    drawn = [(row, points) for row, points in curves_of(table) if len(points) > 1]
     if not drawn:
         return ""
     title = f"{table.curve} over epochs"
-    later = [(row, points[1:]) for row, points in drawn if len(points) > 2]
-    if later and _spread(later) < CLOSE * _spread(drawn):  # what they began with would hide how they differ
+    if later := without_step_0(drawn):
         before = [points[0][1] for _, points in drawn]
         title = f"{title}, after {_between(min(before), max(before))} before training"
         drawn = later
@@ -54,17 +53,26 @@ def plain_curves(table: Table, width: int = WIDTH, height: int = HEIGHT) -> str:
     return "\n".join([title, *rows, axis, ends])
 
 
-def _spread(curves: Sequence[tuple[Row, Points]]) -> float:
+def curves_of(table: Table) -> Curves:
+    """The finite points of the runs whose curves may be drawn together, where there are any."""
+    curves = [(row, row.curves.get(table.curve, [])) for row in table.alike]
+    finite = [(row, [point for point in points if all(map(math.isfinite, point))]) for row, points in curves]
+    return [(row, points) for row, points in finite if points]
+
+
+def without_step_0(curves: Curves) -> Curves:
+    """From the first epoch on, where what the runs began with would hide how they differ; else none."""
+    later = [(row, points[1:]) for row, points in curves if len(points) > 2]
+    return later if later and _spread(later) < CLOSE * _spread(curves) else []
+
+
+def _spread(curves: Curves) -> float:
     heights = [y for _, points in curves for _, y in points]
     return max(heights) - min(heights)
 
 
 def _between(low: float, high: float) -> str:
     return f"{low:.4g}" if f"{low:.4g}" == f"{high:.4g}" else f"{low:.4g} … {high:.4g}"
-
-
-def _finite(points: Points) -> Points:
-    return [point for point in points if math.isfinite(point[0]) and math.isfinite(point[1])]
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
@@ -82,7 +90,7 @@ def _draw(cells: list[list[int]], places: Points) -> None:
             cells[row // 4][column // 2] |= DOTS[column % 2][row % 4]
 
 
-def _at_their_end(drawn: Sequence[tuple[Row, Points]], bottom: float, top: float, height: int) -> list[str]:
+def _at_their_end(drawn: Curves, bottom: float, top: float, height: int) -> list[str]:
     """For each line of the chart the names of the curves that end there, as far as they are among the best."""
     found: list[list[str]] = [[] for _ in range(height)]
     for row, points in drawn[:NAMED]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mlmx.comparison.rows import Row, documents_of, rows_for
 from mlmx.config.errors import RequestError, did_you_mean
+from mlmx.evaluation.metrics import higher_is_better
 from mlmx.runs import identity
 from mlmx.runs.run import Run
 
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from mlmx.evaluation.bootstrap import Difference, DocumentSums
 
 YARDSTICK, ACROSS_TOKENIZERS, OWN = "heldout/loss", "heldout/bits_per_byte", "eval/loss"
-HIGHER_IS_BETTER = ("accuracy", "tokens_per_second", "mfu")
 # What two protocols, or two sets of validation chunks, may differ in; the first that differs explains those after it.
 IN_WORDS = {
     "documents": "the choice of held-out documents",
@@ -80,12 +81,14 @@ class Table:
     @property
     def unranked(self) -> list[Row]:
         """What has not finished, or was measured on nothing that others were."""
-        ranked = {row.name for group in self.groups for row in group.rows}
-        return [row for row in self.rows if row.name not in ranked]
+        return [row for row in self.rows if self.standing(row) == "unranked"]
 
-    def is_best(self, row: Row) -> bool:
-        """Whether a row is the best of its group."""
-        return any(row is group.best for group in self.groups)
+    def standing(self, row: Row) -> Literal["best", "ranked", "unranked"]:
+        """Whether a row is the best of its group, one of the others, or in none."""
+        for group in self.groups:
+            if any(row is one for one in group.rows):
+                return "best" if row is group.best else "ranked"
+        return "unranked"
 
     @property
     def alike(self) -> list[Row]:
@@ -112,7 +115,7 @@ def tabulate(
     """Read runs and set them side by side.
 
     Args:
-        sort: a metric; losses and times from the lowest, accuracies and speeds from the highest.
+        sort: a metric, from its best value; ``-`` before it: from the highest, also where that is not known here.
         keys: dials to show, also groups (``model``); those that vary if None.
         failures: why jobs failed, by their folders, which may not be there.
 
@@ -122,13 +125,14 @@ def tabulate(
     rows = rows_for(runs, failures or {})
     chosen = list(keys) if keys is not None else varying(rows)
     rows = [replace(row, varies={key: value for key in chosen for value in _value(row, key)}) for row in rows]
-    sort = _known(sort, rows)
+    sort, highest_first = _order(sort, rows)
+    place = partial(_place, metric=sort, highest_first=highest_first)
     judge = ACROSS_TOKENIZERS if sort == ACROSS_TOKENIZERS else YARDSTICK if _have(rows, YARDSTICK) else OWN
     rows, samples = _measured(rows, judge)
-    groups = _groups(rows, sort, judge)
+    groups = _groups(rows, place, judge)
     ranked = [row for group in groups for row in group.rows]
     rest = [row for row in rows if not any(row is one for one in ranked)]
-    rest.sort(key=lambda row: (row.protocol or "~", _place(row, sort)))
+    rest.sort(key=lambda row: (row.protocol or "~", place(row)))
     return Table(
         rows=[*ranked, *rest],
         keys=chosen,
@@ -157,12 +161,14 @@ def _value(row: Row, key: str) -> list[Any]:
     return [option for option in options if option is not None][:1]
 
 
-def _known(sort: str, rows: Sequence[Row]) -> str:
+def _order(sort: str, rows: Sequence[Row]) -> tuple[str, bool]:
+    """The metric to sort by, and whether from its highest value."""
     names = dict.fromkeys(name for row in rows for name in row.metrics)
-    if sort in names:
-        return sort
-    if sort == YARDSTICK:
-        return OWN if OWN in names else sort
+    metric = sort.removeprefix("-")
+    if metric == YARDSTICK and metric not in names:
+        return (OWN if OWN in names else metric), sort != metric
+    if metric in names:
+        return metric, sort != metric or higher_is_better(metric)
     raise RequestError(
         f"sort={sort}: none of these runs has such a metric{did_you_mean(sort, names)} "
         f"(known: {', '.join(list(names)[:20]) or 'none'})"
@@ -173,12 +179,12 @@ def _have(rows: Iterable[Row], metric: str) -> bool:
     return any(math.isfinite(row.value(metric)) for row in rows)
 
 
-def _place(row: Row, metric: str) -> float:
-    """Where a row stands when sorted, lowest first; what has no number stands last."""
+def _place(row: Row, metric: str, highest_first: bool = False) -> float:
+    """Where a row stands when sorted; what has no number stands last."""
     value = row.value(metric)
     if math.isnan(value):
         return math.inf
-    return -value if metric.endswith(HIGHER_IS_BETTER) else value
+    return -value if highest_first else value
 
 
 # ------------------------------------------------------------------------------- who with whom
@@ -200,14 +206,14 @@ def _digest(values: Any) -> str:
     return json.dumps(values, sort_keys=True, default=str)
 
 
-def _groups(rows: Sequence[Row], sort: str, judge: str) -> list[Group]:
+def _groups(rows: Sequence[Row], place: Callable[[Row], float], judge: str) -> list[Group]:
     found: dict[str, Group] = {}
     for row in rows:
         measured = _measured_on(row, judge)
         if measured is not None:
             found.setdefault(measured[0], Group(*measured, [], row)).rows.append(row)
     for key, group in found.items():
-        group.rows.sort(key=lambda row: _place(row, sort))
+        group.rows.sort(key=place)
         found[key] = replace(group, best=min(group.rows, key=lambda row: _place(row, judge)))
     return sorted(found.values(), key=lambda group: (-len(group.rows), _place(group.best, judge)))
 
@@ -249,6 +255,8 @@ def _measured(rows: Sequence[Row], judge: str) -> tuple[list[Row], Samples]:
     """Rows with their intervals, and bootstrap samples of those that scored the same targets."""
     if judge == OWN:
         return list(rows), {}
+    from mlmx.evaluation.bootstrap import resampled
+
     same: list[list[tuple[Row, DocumentSums]]] = []
     for row in rows:
         documents = documents_of(row) if row.status == "FINISHED" and row.protocol else None
@@ -262,18 +270,10 @@ def _measured(rows: Sequence[Row], judge: str) -> tuple[list[Row], Samples]:
             same.append([(row, documents)])
     samples: Samples = {}
     for those in same:
-        from mlmx.evaluation.bootstrap import resampled
-
         drawn = resampled([documents for _, documents in those])
         samples |= {row.name: (drawn, place) for place, (row, _) in enumerate(those)}
-    return [_with_interval(row, samples) for row in rows], samples
-
-
-def _with_interval(row: Row, samples: Samples) -> Row:
-    if row.name not in samples:
-        return row
-    drawn, place = samples[row.name]
-    return replace(row, interval=drawn.interval(place))
+    intervals = {name: drawn.interval(place) for name, (drawn, place) in samples.items()}
+    return [replace(row, interval=intervals.get(row.name)) for row in rows], samples
 
 
 def _differences(groups: Sequence[Group], samples: Samples) -> dict[str, Difference]:

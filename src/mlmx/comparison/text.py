@@ -6,10 +6,11 @@ import csv
 import io
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from mlmx.comparison.ranking import Group, Table
+from mlmx.comparison.ranking import OWN, YARDSTICK, Group, Table
 from mlmx.comparison.rows import Row, shown
 
 if TYPE_CHECKING:
@@ -27,13 +28,13 @@ INTERVAL, DIFFERENCE = "95 %", "vs best [95 %]"
 NOTHING = "–"
 UNRANKED = "not ranked"
 WORTH_LEAST = ("eval/perplexity", INTERVAL, "minutes", "tokens/s", "heldout/perplexity")  # where there is no space
-GAP = 3  # characters between columns
+UNLIMITED = 10**9  # characters of a line
 LONGEST = 32  # characters of a value
 BEST, SAME = "*", "≈"
-EXPLAINED = {
-    "loss": "95 %: over held-out documents. vs best: the paired difference in heldout/loss; "
+EXPLAINED = (
+    "95 %: over held-out documents. vs best: the paired difference in heldout/loss; "
     f"{SAME} where its interval includes 0, so that these documents do not tell the two apart"
-}
+)
 
 
 # ------------------------------------------------------------------------------------------ cells
@@ -70,28 +71,25 @@ def _tells(table: Table, leader: str, key: str) -> bool:
     return all(seen.setdefault(one, other) == other for one, other in pairs)
 
 
-def headings(table: Table) -> list[str]:
-    """The columns' names."""
-    return [name for name, _ in _columns(table)]
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: what stands in it for a run; words stand left, numbers right."""
+
+    name: str
+    text: Callable[[Row], str]
+    is_words: bool = False
 
 
-def cells(table: Table, row: Row) -> list[str]:
-    """A row's values, one per heading."""
-    return [text(row) for _, text in _columns(table)]
-
-
-Column = tuple[str, Callable[[Row], str]]
-
-
-def _columns(table: Table) -> list[Column]:
-    found: list[Column] = [("run", lambda row: row.name)]
-    found += [(key, partial(_dial_text, key)) for key in keys_shown(table)[0]]
+def columns(table: Table) -> list[Column]:
+    """The columns, all of them."""
+    found = [Column("run", lambda row: row.name, is_words=True)]
+    found += [Column(shown(key), partial(_dial_text, key), is_words=True) for key in keys_shown(table)[0]]
     for name in metrics_shown(table):
-        found.append((METRICS.get(name, name), partial(_metric_text, name)))
-        if name == "heldout/loss":
-            found += [(INTERVAL, _interval_text)] if any(row.interval for row in table.rows) else []
-            found += [(DIFFERENCE, partial(difference_text, table))] if table.differences else []
-    return [*found, ("status", _status_text)]
+        found.append(Column(shown(METRICS.get(name, name)), partial(_metric_text, name)))
+        if name == YARDSTICK:
+            found += [Column(INTERVAL, _interval_text)] if any(row.interval for row in table.rows) else []
+            found += [Column(DIFFERENCE, partial(_difference_text, table), is_words=True)] if table.differences else []
+    return [*found, Column("status", _status_text, is_words=True)]
 
 
 def _dial_text(key: str, row: Row) -> str:
@@ -119,7 +117,12 @@ def value_text(value: Any) -> str:
         text = "null"
     else:
         text = shown(str(value))
-    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2 - 1]}…{text[-LONGEST // 2 :]}"
+    return shortened(text)
+
+
+def shortened(text: str, longest: int = LONGEST) -> str:
+    """A text without its middle where it is too long."""
+    return text if len(text) <= longest else f"{text[: longest // 2 - 1]}…{text[-(longest // 2) :]}"
 
 
 def number_text(value: float | None, metric: str = "") -> str:
@@ -139,10 +142,10 @@ def number_text(value: float | None, metric: str = "") -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def difference_text(table: Table, row: Row) -> str:
+def _difference_text(table: Table, row: Row) -> str:
     """``+0.0067 [+0.0012, +0.0120]``, with a sign where that does not tell the two apart."""
     found = table.differences.get(row.name)
-    if table.is_best(row):
+    if table.standing(row) == "best":
         return BEST
     if found is None:
         return NOTHING
@@ -157,7 +160,7 @@ def group_title(table: Table, group: Group) -> str:
     """What the runs of a group were measured on."""
     number, source = group.parts.get("number"), group.parts.get("source")
     what = f"{number:,} documents of {source}" if isinstance(number, int) else ""
-    if table.judge == "eval/loss":
+    if table.judge == OWN:
         return "the same validation chunks and masks"
     name = group.key if group.key.startswith("heldout-") else ""
     return shown(f"{name}: {what}" if name and what else name or what or "held-out documents")
@@ -171,8 +174,8 @@ def remarks(table: Table) -> list[str]:
     for group in table.groups:
         said += [_winner(table, group)] if len(group.rows) > 1 else []
     if table.differences:
-        said.append(EXPLAINED["loss"])
-    if table.judge == "eval/loss" and table.groups:
+        said.append(EXPLAINED)
+    if table.judge == OWN and table.groups:
         said.append("nothing was held out: eval/loss ranks only runs of the same validation chunks and masks")
     if not table.groups and table.rows:
         said.append("no run has finished with a loss, so none is the best")
@@ -182,7 +185,7 @@ def remarks(table: Table) -> list[str]:
         by_leader.setdefault(leader, []).append(key)
     said += [f"with {leader} differ: {', '.join(keys)}" for leader, keys in by_leader.items()]
     said += [f"{row.name}: {row.note}" for row in table.rows if row.note]
-    return said
+    return [shown(remark) for remark in said]
 
 
 def _winner(table: Table, group: Group) -> str:
@@ -208,13 +211,15 @@ def parts_of(table: Table) -> list[tuple[str, list[Row]]]:
 
 def markdown(table: Table) -> str:
     """A Markdown table per group, and the remarks."""
-    columns = headings(table)
-    rule = ["---", *("---" if name in table.keys or name == "status" else "---:" for name in columns[1:])]
+    across = columns(table)
+    head = [
+        _markdown_line([column.name for column in across]),
+        "| " + " | ".join("---" if column.is_words else "---:" for column in across) + " |",
+    ]
     blocks = []
     for title, rows in parts_of(table):
-        lines = [_markdown_line(columns), "| " + " | ".join(rule) + " |"]
-        lines += [_markdown_line(cells(table, row), bold=table.is_best(row)) for row in rows]
-        blocks.append((f"**{_escaped(title)}**\n\n" if title else "") + "\n".join(lines))
+        lines = [_markdown_line([column.text(row) for column in across], table.standing(row) == "best") for row in rows]
+        blocks.append((f"**{_escaped(title)}**\n\n" if title else "") + "\n".join([*head, *lines]))
     notes = [_escaped(remark) for remark in remarks(table)]
     return "\n\n".join([*blocks, *(["\n".join(f"- {note}" for note in notes)] if notes else [])]) + "\n"
 
@@ -249,72 +254,53 @@ def csv_text(table: Table) -> str:
     return out.getvalue()
 
 
-def plain(table: Table, width: int | None = None) -> str:
-    """Aligned lines for a log, the remarks below.
+def plain(table: Table) -> str:
+    """Aligned lines for a log or a pipe, however long, the remarks below."""
+    from rich.console import Console
 
-    Args:
-        width: characters; columns that are worth least are left out where they do not fit.
-    """
-    columns = _fitting(table, width)
-    lines: list[str] = []
-    names = [name for name, _ in columns]
-    everything = [names, *([text(row) for _, text in columns] for row in table.rows)]
-    widths = [max(len(line[place]) for line in everything) for place in range(len(columns))]
-
-    def aligned(values: Sequence[str]) -> str:
-        padded = zip(values, widths, names, strict=True)
-        return "  ".join(v.ljust(w) if is_text(table, name) else v.rjust(w) for v, w, name in padded).rstrip()
-
+    drawn = _drawn(table, columns(table), labelled=False)
+    drawn.box, drawn.padding = None, (0, 2, 0, 0)
+    rendered = Console(width=UNLIMITED).render_lines(drawn, pad=False)
+    head, *lines = ("".join(segment.text for segment in line).rstrip() for line in rendered)
+    blocks = []
     for title, rows in parts_of(table):
-        lines += ["", title] if title and lines else [title] if title else []
-        lines += [aligned(names), *(aligned([text(row) for _, text in columns]) for row in rows)]
-    return "\n".join([*lines, *(["", *remarks(table)] if remarks(table) else [])])
+        blocks.append("\n".join([*([title] if title else []), head, *lines[: len(rows)]]))
+        del lines[: len(rows)]
+    return "\n\n".join(filter(None, [*blocks, "\n".join(remarks(table))]))
 
 
 def rich_table(table: Table, width: int | None = None) -> rich.table.Table:
-    """For a terminal: best in bold, groups apart, what is not ranked dim.
+    """For a terminal: best in bold, groups apart under what they are called, what is not ranked dim.
 
     Args:
         width: characters; columns that are worth least are left out where they do not fit.
     """
+    from rich.console import Console
+
+    console, across = Console(width=UNLIMITED), columns(table)
+    drawn = _drawn(table, across)
+    for least in WORTH_LEAST:
+        if width is None or console.measure(drawn).maximum <= width:
+            break
+        across = [column for column in across if column.name != least or least == METRICS.get(table.sort)]
+        drawn = _drawn(table, across)
+    return drawn
+
+
+def _drawn(table: Table, across: Sequence[Column], labelled: bool = True) -> rich.table.Table:
+    """Those columns of the table; ``labelled``, a line of its own says what each part is called."""
     import rich.box
     import rich.table
     from rich.text import Text
 
     drawn = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    labels = [title.partition(":")[0] for title, _ in parts_of(table)]  # a whole title would widen the first column
-    columns = _fitting(table, width, labels)
-    fits = width is None or _needed(table, columns, labels) <= width  # else folded: no digit is cut off
-    for name, _ in columns:
-        side: Literal["left", "right"] = "left" if is_text(table, name) else "right"
-        drawn.add_column(Text(name), justify=side, overflow="fold", no_wrap=fits and name not in table.keys)
-    for label, (title, rows) in zip(labels, parts_of(table), strict=True):
-        if label:
-            drawn.add_row(Text(label, style="italic"))
+    for column in across:  # folded where there is no space: no digit is cut off
+        drawn.add_column(Text(column.name), justify="left" if column.is_words else "right", overflow="fold")
+    styles = {"best": "bold green", "ranked": "", "unranked": "dim"}
+    for title, rows in parts_of(table):
+        if title and labelled:  # the whole of it would widen the first column
+            drawn.add_row(Text(title.partition(":")[0], style="italic"))
         for row in rows:
-            best = table.is_best(row)
-            style = "bold green" if best else "dim" if title == UNRANKED else ""
-            drawn.add_row(*(Text(text(row)) for _, text in columns), style=style)
+            drawn.add_row(*(Text(column.text(row)) for column in across), style=styles[table.standing(row)])
         drawn.add_section()
     return drawn
-
-
-def is_text(table: Table, column: str) -> bool:
-    """Whether a column holds words, not numbers to be aligned."""
-    return column in ("run", "status", DIFFERENCE) or column in table.keys
-
-
-def _fitting(table: Table, width: int | None, labels: Sequence[str] = ()) -> list[Column]:
-    """The columns, but for those that do not fit; ``labels`` stand in the first one as well."""
-    columns = _columns(table)
-    for least in WORTH_LEAST:
-        if width is None or _needed(table, columns, labels) <= width:
-            break
-        columns = [column for column in columns if column[0] != least or least == table.sort]
-    return columns
-
-
-def _needed(table: Table, columns: Sequence[Column], labels: Sequence[str]) -> int:
-    """Characters of a line."""
-    widths = [max([len(name), *(len(text(row)) for row in table.rows)]) + GAP for name, text in columns]
-    return sum(widths[1:]) + max([widths[0], *(len(label) + GAP for label in labels)])

@@ -192,7 +192,7 @@ def _written(plan: Plan, table: Table) -> list[Path]:
     home = Run(folder)
     with writing(folder):
         home.plots.mkdir(exist_ok=True)
-        drawn = [*plots.draw(table, home.plots), *search.draw(folder, home.plots)]
+        drawn = [*plots.plot_table(table, home.plots), *search.plot(folder, home.plots)]
         home.write_text("table.md", markdown(table))
         home.write_text("table.csv", csv_text(table))
         home.write_text("report.html", page.report(table, plan.name, drawn))

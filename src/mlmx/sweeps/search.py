@@ -7,6 +7,7 @@ trial's number is the number of its job. Optuna is an extra and imported where i
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,10 @@ from omegaconf import DictConfig
 from mlmx.config.errors import RequestError, did_you_mean, require
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial
 
 STUDY_FILE, STUDY = "study.db", "mlmx"
 SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler", "gp": "GPSampler", "qmc": "QMCSampler"}
@@ -181,34 +184,64 @@ def _trial(study: Study, number: int) -> Trial:
 # ---------------------------------------------------------------------------------------------- plots
 
 
-def draw(folder: Path, plots: Path) -> list[Path]:
+def plot(folder: Path, into: Path) -> list[Path]:
     """How the search went, and which dials mattered, as PNG files; empty where there was no search or too little."""
     if not (folder / STUDY_FILE).is_file():
         return []
-    import warnings
+    study = _study(folder)
+    if len(_trials(study, "COMPLETE")) < 2:
+        return []
+    from mlmx.comparison import plots
 
-    import matplotlib as mpl
+    written = []
+    for name, kind in {"history": _plot_history, "importance": _plot_importance, "epochs": _plot_epochs}.items():
+        with plots.literally():
+            figure = plots.new_figure()
+            axes = plots.styled(figure.add_subplot())
+            kind(axes, study, plots.COLOURS)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(frameon=False)
+            written.append(plots.save(figure, into / f"search_{name}.png"))
+    return written
 
-    mpl.use("Agg")
-    import optuna.visualization.matplotlib as visual
+
+def _trials(study: Study, state: str) -> list[FrozenTrial]:
     from optuna.trial import TrialState
 
-    study = _study(folder)
-    if len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < 2:
-        return []
-    written = []
-    named: dict[str, Callable[[Study], Any]] = {
-        "search_history": visual.plot_optimization_history,
-        "search_importance": visual.plot_param_importances,
-        "search_epochs": visual.plot_intermediate_values,
-    }
-    for name, plot in named.items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that these plots are experimental
-            figure = plot(study).figure
-        figure.set_size_inches(8, 4.5)
-        figure.tight_layout()
-        written.append(plots / f"{name}.png")
-        figure.savefig(written[-1], dpi=110)
-        mpl.pyplot.close(figure)
-    return written
+    return study.get_trials(deepcopy=False, states=(TrialState[state],))
+
+
+def _plot_history(axes: Axes, study: Study, colours: Sequence[str]) -> None:
+    told = [(trial.number, trial.value) for trial in _trials(study, "COMPLETE") if trial.value is not None]
+    numbers, losses = zip(*told, strict=True)
+    axes.set(xlabel="trial", ylabel="loss")
+    axes.plot(numbers, losses, "o", color=colours[0], label="loss")
+    axes.step(numbers, list(itertools.accumulate(losses, min)), color=colours[1], where="post", label="best so far")
+    axes.locator_params(axis="x", integer=True)
+
+
+def _plot_importance(axes: Axes, study: Study, colours: Sequence[str]) -> None:
+    import warnings
+
+    from optuna.importance import get_param_importances
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that few trials tell little
+        shares = sorted(get_param_importances(study).items(), key=lambda item: item[1])
+    bars = axes.barh([name for name, _ in shares], [share for _, share in shares], color=colours[0])
+    axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.set(xlabel="importance for the loss, 1 in all")
+
+
+def _plot_epochs(axes: Axes, study: Study, colours: Sequence[str]) -> None:
+    best, whole = study.best_trial.number, _trials(study, "COMPLETE")
+    axes.set(xlabel="epoch", ylabel="loss")
+    for label, style, colour, trials in (
+        ("ended early", ":", colours[5], _trials(study, "PRUNED")),
+        ("others", "-", colours[0], [trial for trial in whole if trial.number != best]),
+        ("best", "-o", colours[1], [trial for trial in whole if trial.number == best]),
+    ):
+        curves = [sorted(trial.intermediate_values.items()) for trial in trials if trial.intermediate_values]
+        for place, curve in enumerate(curves):
+            axes.plot(*zip(*curve, strict=True), style, color=colour, label="_" if place else label)
+    axes.locator_params(axis="x", integer=True)
