@@ -63,7 +63,7 @@ def empty(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder everything is run in; what is imported there is the wheel."""
     folder = tmp_path_factory.mktemp("empty")
     done = python("-c", "import mlmx.commands.main as cli; print(cli.__file__, cli.conf_dir())", cwd=folder, site=site)
-    assert done.stdout.split() == [str(site / "mlmx/cli.py"), str(site / "mlmx/conf")], done.stderr
+    assert done.stdout.split() == [str(site / "mlmx/commands/main.py"), str(site / "mlmx/conf")], done.stderr
     return folder
 
 
