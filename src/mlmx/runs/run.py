@@ -22,6 +22,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from mlmx.config import whole
 from mlmx.config.errors import RequestError, path_of
 from mlmx.config.paths import outputs_dir
 from mlmx.config.redaction import redacted
@@ -29,6 +30,7 @@ from mlmx.config.schema import TrainConfig, from_plain
 from mlmx.runs import disk
 from mlmx.runs.checkpoints import is_interim
 from mlmx.runs.metrics_file import MetricsFile, rows_of
+from mlmx.runs.records import as_json
 
 log = logging.getLogger("mlmx")
 FIRST_FILES = ("overrides.yaml", "inputs.json", "result.json", "config.yaml")
@@ -90,19 +92,13 @@ class Run:
 
     def write_json(self, name: str, value: Any) -> None:
         """As `write_text`. Numbers stay what they are, secrets do not."""
-        self.write_text(name, json.dumps(redacted(value), indent=2, ensure_ascii=False) + "\n")
+        self.write_text(name, as_json(value))
 
     def write_text(self, name: str, text: str) -> None:
-        """Write aside, then rename: a reader never sees half a file."""
-        target = self.folder / name
-        aside = target.with_name(f".{name}.tmp")
-        try:
-            with disk.writing(target):
-                aside.write_text(text, encoding="utf-8")
-                aside.replace(target)
-        except OSError:
-            aside.unlink(missing_ok=True)
-            raise
+        """Write a file of the run, whole or not at all."""
+        path = self.folder / name
+        with disk.writing(path):
+            whole.write(path, text)
 
     def append_metrics(self, step: int, epoch: float, metrics: Mapping[str, float]) -> dict[str, Any]:
         """One line of ``metrics.jsonl``, of a run that has ended; returns its row."""
