@@ -19,6 +19,7 @@ from mlmx.config.paths import outputs_dir
 from mlmx.config.schema import TrainConfig
 from mlmx.runs import metrics_file
 from mlmx.runs.log import log_to, log_to_file
+from mlmx.runs.records import Result, Status
 from mlmx.runs.run import Run, all_runs, begin_run, discard_empty, find_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,7 +89,7 @@ def test_a_run_begins_with_its_config_overrides_and_status(outputs: Path):
     made_of = ["config.yaml", "inputs.json", "overrides.yaml", "result.json"]
     assert sorted(path.name for path in run.folder.iterdir()) == made_of
     assert run.config() == CONFIG
-    assert run.read_json("result.json") == {"status": "RUNNING"}
+    assert run.result() == Result(Status.RUNNING)
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_untouched(tmp_path: Path):
