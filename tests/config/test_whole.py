@@ -39,8 +39,9 @@ def test_what_was_there_stays_where_the_new_cannot_be_written(tmp_path: Path, mo
     with whole.folder(tmp_path / "b") as made:
         (made / "x").write_text("before")
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as error:
         whole.write(tmp_path / "a", "after")
+    assert error.value.filename == str(tmp_path / "a"), "not what was written aside"
     with pytest.raises(OSError, match="No space left"), whole.folder(tmp_path / "b") as made:
         (made / "x").write_text("after")
     with pytest.raises(KeyboardInterrupt), whole.folder(tmp_path / "b") as made:

@@ -99,6 +99,7 @@ def test_a_zombie_has_ended(holder: tuple[Run, subprocess.Popen[str]]):
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # gone, and not yet waited for
     assert Path(f"/proc/{process.pid}/stat").exists()
+    assert provenance.pid_started(process.pid) is None
     assert not is_alive(run)
 
 
@@ -178,10 +179,11 @@ def test_a_process_stays_the_same_when_the_clock_is_set(outputs: Path, monkeypat
         assert is_alive(Run(outputs / "train" / "run"))
 
 
-def test_a_process_whose_start_is_not_known_is_judged_by_its_lock(outputs: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("said", [{"pid_started": None}, {"pid": None}, {"pid": 10**30}, {"pid": -1}, {"pid": "x"}])
+def test_a_process_that_cannot_be_looked_up_is_judged_by_its_lock(said: dict[str, Any], outputs: Path):
     with held(outputs / "train" / "run"):
         run = Run(outputs / "train" / "run")
-        run.write_json("process.json", run.read_json("process.json") | {"pid_started": None})
+        run.write_json("process.json", run.read_json("process.json") | said)
         assert is_alive(run)
     assert not is_alive(run)
 

@@ -71,7 +71,9 @@ def test_a_field_of_another_type_counts_as_absent_and_takes_no_other_along(recor
         (tmp_path / record.FILE).write_text(json.dumps(asdict(record) | {name: value, "not_known": value}))
         found = records.read(type(record), tmp_path)
         assert replace(found, **{name: default}) == replace(record, **{name: default}), value
-        assert type(getattr(found, name)) in (type(default), type(getattr(record, name))), value
+        kept = getattr(found, name)
+        assert type(kept) in (type(default), type(getattr(record, name))), value
+        assert not isinstance(kept, int) or 0 <= kept < 2**53, "what databases and clocks can hold"
         records.write(found, tmp_path)
         assert records.read(type(record), tmp_path) == found, value
 

@@ -32,7 +32,7 @@ LAST = "last"
 
 
 def check(cfg: CompareConfig) -> None:
-    """There are runs to compare, and a place for every file."""
+    """There are runs to compare, and a folder for every file."""
     for out in cfg.out:
         path = path_of("out", out)
         require(

@@ -94,7 +94,7 @@ def _own(given: list[str], composed: TrainConfig | None) -> Run | None:
 def _dials(run: Run) -> dict[str, object] | None:
     try:
         return identity.dials(run.config())
-    except (OSError, RequestError):  # of another version, or gone meanwhile
+    except (OSError, RequestError):  # damaged, or gone meanwhile
         return None
 
 

@@ -132,7 +132,7 @@ def _inputs(run: Run, notes: list[str]) -> dict[str, Any]:
 
 
 def settings_of(run: Run) -> dict[str, Any]:
-    """The config as it was written, also by another version; empty where it is unreadable."""
+    """The config as it was written, whatever its keys; empty where it is unreadable."""
     return _config(run, [])
 
 

@@ -19,7 +19,7 @@ def write(path: Path, contents: str | bytes) -> None:
     Text is written as UTF-8; what has no place in it (half of a surrogate pair) is escaped as JSON does.
 
     Raises:
-        OSError: it could not be written (a full disk, say); what was there before is as it was.
+        OSError: this file could not be written (a full disk, say); what was there before is as it was.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -28,6 +28,9 @@ def write(path: Path, contents: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())  # else a power cut may leave an empty file of that name
         aside.replace(path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # not the one aside, or none
+        raise
     finally:
         aside.unlink(missing_ok=True)
 

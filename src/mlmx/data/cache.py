@@ -124,8 +124,8 @@ class TokenCache:
 
     def _lock(self, name: str) -> None:
         """Wait for any process that is making this entry. The lock lies outside the folder, which may not exist yet."""
-        place = hashlib.sha256(f"{self.folder.absolute()}/{name}".encode()).hexdigest()[:16]
-        lock = FileLock(Path(tempfile.gettempdir()) / f"mlmx-{os.getuid()}-{place}.lock")
+        digest = hashlib.sha256(f"{self.folder.absolute()}/{name}".encode()).hexdigest()[:16]
+        lock = FileLock(Path(tempfile.gettempdir()) / f"mlmx-{os.getuid()}-{digest}.lock")
         try:
             lock.acquire(blocking=False)
         except Timeout:

@@ -26,6 +26,7 @@ PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "hydra-core", "ml
 
 # Tags that MLflow itself reads: what a run is nested under, and its description in markdown.
 PARENT, NOTE = "mlflow.parentRunId", "mlflow.note.content"
+GIB = 2**30
 UNTOLD = (OSError, RuntimeError)  # what psutil raises where /proc is not there, or holds less than it should
 PROCESS_TAGS = ("mlmx.host", "mlmx.boot_id", "mlmx.pid_namespace", "mlmx.pid", "mlmx.pid_started")
 
@@ -127,27 +128,19 @@ def boot_time() -> float | None:
 
 
 def machine() -> dict[str, str]:
-    """Tags of what a run computes on: in words, and number by number, to filter by."""
-    memory = memory_bytes()
-    gpus = [bytes_ for _, bytes_ in _gpus()]
-    return {
-        "mlmx.hardware": hardware(),
-        "mlmx.cores": str(_usable_cores()),
-        **({"mlmx.memory_gib": _gib(memory)} if memory else {}),
-        **({"mlmx.gpus": str(len(gpus)), "mlmx.gpu_memory_gib": _gib(min(gpus))} if gpus else {}),
-    }
+    """Tags of what a run computes on: in words, as far as the system tells, and number by number, to filter by.
 
-
-def hardware() -> str:
-    """``2 × AMD EPYC · 31 GiB`` or ``NVIDIA H100 (79 GiB) · 8 × …``, as far as the system tells."""
-    memory = memory_bytes()
-    gpus = [f"{name} ({bytes_ / 2**30:.0f} GiB)" for name, bytes_ in _gpus()]
-    own = [f"{_usable_cores()} × {_processor()}", *([f"{memory / 2**30:.0f} GiB"] if memory else [])]
-    return " · ".join([*gpus, *own])
-
-
-def _gib(bytes_: int) -> str:
-    return f"{bytes_ / 2**30:.1f}"
+    ``2 × AMD EPYC · 31 GiB`` or ``NVIDIA H100 (79 GiB) · 8 × …``.
+    """
+    cores, memory, gpus = _usable_cores(), memory_bytes(), _gpus()
+    words = [f"{name} ({bytes_ / GIB:.0f} GiB)" for name, bytes_ in gpus] + [f"{cores} × {_processor()}"]
+    found = {"mlmx.cores": str(cores)}
+    if memory:
+        words.append(f"{memory / GIB:.0f} GiB")
+        found["mlmx.memory_gib"] = f"{memory / GIB:.1f}"
+    if gpus:
+        found |= {"mlmx.gpus": str(len(gpus)), "mlmx.gpu_memory_gib": f"{min(bytes_ for _, bytes_ in gpus) / GIB:.1f}"}
+    return {"mlmx.hardware": " · ".join(words), **found}
 
 
 def _gpus() -> list[tuple[str, int]]:

@@ -25,7 +25,6 @@ from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 
 from mlmx.config import whole
 from mlmx.config.redaction import redacted
-from mlmx.runs import disk
 
 DATA_FILE = "data.json"
 
@@ -261,9 +260,7 @@ def write(record: Record, folder: Path) -> None:
     Raises:
         OSError: it could not be written (a full disk, say).
     """
-    path = folder / record.FILE
-    with disk.writing(path):
-        whole.write(path, as_json(asdict(record)))
+    whole.write(folder / record.FILE, as_json(asdict(record)))
 
 
 def as_json(value: Any) -> str:

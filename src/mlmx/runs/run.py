@@ -26,7 +26,7 @@ from mlmx.config.errors import RequestError, path_of
 from mlmx.config.paths import outputs_dir
 from mlmx.config.redaction import redacted
 from mlmx.config.schema import TrainConfig, from_plain
-from mlmx.runs import disk, records
+from mlmx.runs import records
 from mlmx.runs.checkpoints import is_interim
 from mlmx.runs.metrics_file import MetricsFile, rows_of
 from mlmx.runs.records import Result, Status, as_json
@@ -93,9 +93,7 @@ class Run:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file of the run, whole or not at all."""
-        path = self.folder / name
-        with disk.writing(path):
-            whole.write(path, text)
+        whole.write(self.folder / name, text)
 
     def append_metrics(self, step: int, epoch: float, metrics: Mapping[str, float]) -> dict[str, Any]:
         """One line of ``metrics.jsonl``, of a run that has ended; returns its row."""
