@@ -50,6 +50,8 @@ def test_each_run_that_has_not_finished_gets_its_line(outputs: Path, capsys: pyt
         (dead.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
         if sealed:
             (dead.checkpoints / f"checkpoint-{step}" / "manifest.json").write_text("{}")
+    (dead.checkpoints / "checkpoint-mine").mkdir()
+    (dead.checkpoints / "checkpoint-mine" / "manifest.json").write_text("{}")
     failed = left(outputs / "train" / "fai led", "FAILED")
     unborn = left(outputs / "train" / "unborn")
     (unborn.folder / "config.yaml").unlink()

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from mlmx.commands import resume
+from mlmx.commands import evaluate, resume
 from mlmx.commands.main import main
 from mlmx.comparison.ranking import tabulate
+from mlmx.config.schema import EvaluateConfig
 from mlmx.runs import process, provenance, records
 from mlmx.runs.records import JobRecord, MlflowRecord, ProcessRecord, Result, SplitRecord, Status, SweepRecord
 from mlmx.runs.run import all_runs
@@ -104,6 +105,18 @@ def test_a_status_that_is_none_is_unknown_and_unfinished(said: Any, outputs: Pat
     assert tabulate([run]).rows[0].status == "UNKNOWN"
     assert resume.is_unfinished(run)
     assert process.mark_dead() == []
+
+
+@pytest.mark.parametrize("lines", [b"", b"{}\n", b"[]\n{", b'{"step": 3, "epoch": 1.5}\n'])
+def test_later_scores_are_kept_with_a_run_whose_numbers_are_damaged(lines: bytes, outputs: Path):
+    run = made(outputs / "train" / "a", protocol="p")
+    before = run.result()
+    (run.folder / "metrics.jsonl").write_bytes(lines)
+    config = replace(EvaluateConfig(), tracking={"name": "none"})
+    evaluate.record(config, run, run.config().chunk_size, "p", {"heldout/loss": 2.0})
+    row, step = run.metrics()[-1], 3 if b"step" in lines else 0
+    assert (row["step"], row["evaluate/heldout/loss"]) == (step, 2.0)
+    assert run.result() == replace(before, metrics=before.metrics | {"evaluate/heldout/loss": 2.0})
 
 
 # ------------------------------------------------------------------------------------------- beside others

@@ -248,7 +248,9 @@ def test_the_log_of_a_run_stands_in_its_folder_and_on_stdout(tmp_path: Path, cap
 WHOLE = b'{"step": 1, "epoch": 0.5, "time": "2026-01-01T00:00:00+00:00", "train/loss": 2.0}\n'
 
 
-@pytest.mark.parametrize("torn", [b'{"step": 2, "epo', b"\0" * 4096, b"\0" * 40 + b"\n", b'{"step": 2}', b"2\n", b""])
+@pytest.mark.parametrize(
+    "torn", [b'{"step": 2, "epo', b"\0" * 4096, b"\0" * 40 + b"\n", b'{"step": 2}', b"2\n", b"[" * 5000 + b"\n", b""]
+)
 def test_what_a_kill_or_a_power_cut_leaves_behind_the_last_row_is_cut_off(torn: bytes, tmp_path: Path):
     run = Run(tmp_path)
     (tmp_path / "metrics.jsonl").write_bytes(WHOLE + torn)

@@ -15,7 +15,7 @@ from mlmx.config.errors import RequestError, brief
 from mlmx.config.options import bind
 from mlmx.config.paths import outputs_dir
 from mlmx.config.schema import DoctorConfig, Job
-from mlmx.runs import process, provenance
+from mlmx.runs import checkpoints, process, provenance
 from mlmx.runs.disk import RESERVE_FILE
 from mlmx.runs.log import log_to
 from mlmx.runs.process import heard_seconds_ago, is_alive, process_of
@@ -81,9 +81,10 @@ def how_to_go_on(run: Run) -> str:
     """The command, and where it takes the run up; a checkpoint is verified when it is loaded, not here."""
     if not (run.folder / "config.yaml").is_file():
         return "it had not begun; nothing is lost with its folder"
-    sealed = [path.parent for path in run.checkpoints.glob("checkpoint-*/manifest.json")]
-    newest = max(sealed, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
-    begin = newest.name if newest else "its start, for it has no checkpoint"
+    sealed = (
+        folder.name for folder in checkpoints.all_of(run.checkpoints) if (folder / checkpoints.MANIFEST).is_file()
+    )
+    begin = next(sealed, "its start, for it has no checkpoint")
     return f"go on from {begin}: python -m mlmx train resume={shlex.quote(str(run.folder))}"
 
 

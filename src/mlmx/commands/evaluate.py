@@ -129,7 +129,7 @@ def record(cfg: EvaluateConfig, run: Run, chunk_size: int, protocol: str, scored
     run.append_line("evaluations.jsonl", line)
     if protocol != result.protocol or chunk_size != run.config().chunk_size:
         return
-    last = run.metrics()[-1]
+    last = {"step": 0, "epoch": 0.0} | (run.metrics() or [{}])[-1]
     metrics = {f"evaluate/{name}": value for name, value in scored.items()}
     row = run.append_metrics(last["step"], last["epoch"], metrics)
     records.write(replace(result, metrics=result.metrics | metrics), run.folder)

@@ -67,14 +67,12 @@ def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         return {name: {"bytes": wanted["bytes"], "sha256": wanted["sha256"]} for name, wanted in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{MANIFEST} cannot be read") from error
 
 
 def all_of(checkpoints: Path) -> list[Path]:
     """The checkpoints of a run by their names, newest first."""
-    if not checkpoints.is_dir():
-        return []
     found = [path for path in checkpoints.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
     return sorted(found, key=step_of, reverse=True)
 
@@ -239,5 +237,5 @@ def is_interim(checkpoint: Path) -> bool:
     """Whether a checkpoint was saved by a signal or the clock: it is of no use once there is a newer one."""
     try:
         return bool(json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["interim"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False

@@ -75,7 +75,7 @@ def rows_of(lines: Iterable[bytes]) -> list[dict[str, Any]]:
     """The rows of lines of ``metrics.jsonl``; what is no whole line of JSON is left out."""
     rows = []
     for line in lines:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line) if line.endswith(b"\n") else None
             rows += [row] if isinstance(row, dict) else []
     return rows
