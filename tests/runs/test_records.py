@@ -153,6 +153,14 @@ def test_the_other_runs_are_treated_as_ever(file: str, outputs: Path, capsys: py
         assert resume.unfinished("last", extend=False) == dead, damage
 
 
+@pytest.mark.parametrize("file", ["result.json", "data.json", "inputs.json"])
+def test_a_table_says_which_file_of_a_run_is_torn(file: str, tmp_path: Path):
+    run = made(tmp_path / "a")
+    (run.folder / file).write_bytes(b"{")
+    rows = tabulate([run, made(tmp_path / "b")]).rows
+    assert {row.name: row.note for row in rows} == {"a": f"{file} cannot be read", "b": ""}
+
+
 def sweep_of(outputs: Path, name: str, status: Status = Status.RUNNING) -> Sweep:
     sweep = Sweep(outputs / "train" / name)
     for number in range(3):
