@@ -201,6 +201,17 @@ def test_numbers_and_texts_come_back_as_they_were(tmp_path: Path):
     assert run.read_json("data.json") == {}
 
 
+def test_the_checkpoints_of_a_run_are_those_that_are_whole_and_were_asked_for(tmp_path: Path):
+    run = Run(tmp_path)
+    assert run.saved() == []
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11", "checkpoint-mine", "damaged-checkpoint-8"):
+        (run.checkpoints / name).mkdir(parents=True)
+        (run.checkpoints / name / "manifest.json").write_text("{}")
+        (run.checkpoints / name / "state.json").write_text(json.dumps({"interim": name == "checkpoint-11"}))
+    (run.checkpoints / "checkpoint-12").mkdir()
+    assert [folder.name for folder in run.saved()] == ["checkpoint-9", "checkpoint-10"]
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = Run(tmp_path)
     run.write_json("result.json", {"status": "RUNNING"})

@@ -27,7 +27,7 @@ from mlmx.config.paths import outputs_dir
 from mlmx.config.redaction import redacted
 from mlmx.config.schema import TrainConfig, from_plain
 from mlmx.runs import records
-from mlmx.runs.checkpoints import is_interim
+from mlmx.runs.checkpoints import MANIFEST, all_of, is_interim
 from mlmx.runs.metrics_file import MetricsFile, rows_of
 from mlmx.runs.records import Result, Status, as_json
 
@@ -83,9 +83,9 @@ class Run:
         return records.read(Result, self.folder) or Result()
 
     def saved(self) -> list[Path]:
-        """The whole checkpoints that were asked for (not those saved on the way), by name; their files are not read."""
-        found = sorted(self.checkpoints.glob("checkpoint-*"))
-        return [folder for folder in found if (folder / "manifest.json").is_file() and not is_interim(folder)]
+        """The whole checkpoints that were asked for (not those saved on the way), by step; their files are not read."""
+        found = reversed(all_of(self.checkpoints))
+        return [folder for folder in found if (folder / MANIFEST).is_file() and not is_interim(folder)]
 
     def write_json(self, name: str, value: Any) -> None:
         """As `write_text`. Numbers stay what they are, secrets do not."""
