@@ -86,7 +86,7 @@ def test_help_and_mistyped_commands_load_nothing_but_the_standard_library(tmp_pa
 
 
 def test_a_configuration_error_loads_no_model_library(tmp_path: Path):
-    heavy = {"torch", "transformers", "tokenizers", "accelerate", "mlflow", "datasets"}
+    heavy = {"torch", "transformers", "tokenizers", "accelerate", "mlflow", "datasets", "psutil"}
     (tmp_path / "reviews.csv").write_text("body\ngood\n")
     wrong = [
         ["train", "chunk_size=0"],

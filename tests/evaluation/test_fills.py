@@ -169,7 +169,7 @@ def test_a_run_has_a_table_that_mlflow_shows_and_its_numbers_are_those_without(
 
     other = outputs / "train" / "other"  # another chunk size and rate, the same protocol
     assert main([*command(tiny, corpus, other, HELDOUT, "trainer.save_steps=10", "chunk_size=20", "lr=1e-4")]) == 0
-    assert Run(other).result()["protocol"] == Run(folder).result()["protocol"]
+    assert Run(other).result().protocol == Run(folder).result().protocol
     assert [row["sentence"] for row in table(other)] == sentences
     assert table(other)[:20] == rows[:20], "before training they are one model"
 

@@ -27,6 +27,7 @@ RUN_FILES = [
     "metrics.jsonl",
     "process.json",
     "mlflow.json",
+    "data.json",
     "inputs.json",
 ]
 MODEL_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
@@ -40,6 +41,8 @@ READING = [
     ["predict", "run=an_id", "text=A [MASK]."],
     ["evaluate", "run={run}"],
     ["sync", "run={run}"],
+    ["compare"],
+    ["compare", "runs=[{run}]"],
     ["doctor"],
 ]
 

@@ -44,6 +44,10 @@ DAMAGES = {
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "it has no manifest"),
     "half a manifest": (lambda folder: (folder / "manifest.json").write_text('{"fil'), "manifest.json cannot be read"),
     "another manifest": (lambda folder: (folder / "manifest.json").write_text("[3]"), "manifest.json cannot be read"),
+    "a deep manifest": (
+        lambda folder: (folder / "manifest.json").write_text("[" * 5000),
+        "manifest.json cannot be read",
+    ),
     "an empty folder": (lambda folder: [path.unlink() for path in folder.iterdir()], "it has no manifest"),
 }
 
@@ -73,6 +77,12 @@ def test_the_newest_whole_one_is_found_and_damaged_ones_are_moved_aside(damage, 
 def test_newest_is_by_step_not_by_name(saved):
     checkpoints.write(saved.with_name("checkpoint-10"), fill)
     assert checkpoints.newest_whole(saved.parent) == saved.with_name("checkpoint-10")
+
+
+@pytest.mark.parametrize("contents", ["", "{", "[]", "null", "[" * 5000, '{"interim": 0}'])
+def test_a_state_that_cannot_be_read_is_of_a_checkpoint_that_was_asked_for(contents, saved):
+    (saved / "state.json").write_text(contents)
+    assert not checkpoints.is_interim(saved)
 
 
 def test_no_checkpoint_is_none(tmp_path):

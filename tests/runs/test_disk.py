@@ -236,23 +236,24 @@ def test_sizes_are_said_in_words(size: float, words: str):
 def test_an_error_that_ended_a_run_is_not_hidden_by_one_of_saying_so(
     tiny: Path, corpus: Path, outputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    from mlmx.runs.run import Run, all_runs
+    from mlmx.config import whole
+    from mlmx.runs.run import all_runs
     from mlmx.training.engine import CorrectedTrainer
 
     def broken(*args: Any, **kwargs: Any) -> Any:
-        monkeypatch.setattr(Run, "write_text", full)
+        monkeypatch.setattr(whole, "write", full)
         raise RuntimeError("the first error")
 
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    write_text = Run.write_text
+    write = whole.write
     monkeypatch.setattr(CorrectedTrainer, "compute_loss", broken)
     assert main(request(tiny, corpus, "tracking=none")) == 1
     said = capsys.readouterr()
     assert said.err == "mlmx: RuntimeError: the first error (MLMX_DEBUG=1 shows where)\n"
     assert "that it is FAILED could not be written" in said.out
-    monkeypatch.setattr(Run, "write_text", write_text)
+    monkeypatch.setattr(whole, "write", write)
     (run,) = all_runs()
     assert run.status == "RUNNING"
     assert main(["doctor"]) == 0

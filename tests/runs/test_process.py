@@ -9,15 +9,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from mlmx.config.errors import RequestError
 from mlmx.config.schema import TrainConfig
 from mlmx.runs import process, provenance
 from mlmx.runs.process import held, is_alive, mark_dead
+from mlmx.runs.records import Result, Status
 from mlmx.runs.run import Run, all_runs, begin_run
 
 HOLD = """
@@ -48,7 +51,7 @@ def left(folder: Path, status: str = "RUNNING", **who: Any) -> Run:
     """A run as a process leaves it that said this of itself and is gone."""
     run = begin_run(folder, TrainConfig(), (), {})
     (folder / ".lock").touch()
-    run.write_json("process.json", {**provenance.process(), "started": "2026-01-01T00:00:00+00:00", **who})
+    run.write_json("process.json", {**asdict(provenance.process()), "started": "2026-01-01T00:00:00+00:00", **who})
     run.write_json("result.json", {"status": status, "run_id": "abc"})
     return run
 
@@ -96,6 +99,7 @@ def test_a_zombie_has_ended(holder: tuple[Run, subprocess.Popen[str]]):
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # gone, and not yet waited for
     assert Path(f"/proc/{process.pid}/stat").exists()
+    assert provenance.pid_started(process.pid) is None
     assert not is_alive(run)
 
 
@@ -135,7 +139,7 @@ def test_a_refused_run_leaves_nothing(outputs: Path):
 
 def test_a_refused_request_for_a_run_that_is_there_leaves_it_as_it_was(outputs: Path):
     for run in (left(outputs / "train" / "new", "FINISHED"), left(outputs / "train" / "old", "FINISHED")):
-        if run.folder.name == "old":  # of a version that did not say who it was
+        if run.folder.name == "old":  # a copy without what is hidden or of the moment
             (run.folder / "process.json").unlink()
             (run.folder / ".lock").unlink()
         before = {path: path.read_bytes() for path in run.folder.iterdir()}
@@ -161,8 +165,27 @@ def test_a_recycled_pid_is_not_taken_for_the_process(outputs: Path):
         run = Run(outputs / "train" / "run")
         who = run.read_json("process.json")
         assert is_alive(run)
-        run.write_json("process.json", who | {"pid_started": who["pid_started"] - 1})
+        run.write_json("process.json", who | {"pid_started": who["pid_started"] - 5})
         assert not is_alive(run)
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="elsewhere a process's start is kept as the time it was")
+def test_a_process_stays_the_same_when_the_clock_is_set(outputs: Path, monkeypatch: pytest.MonkeyPatch):
+    """Linux counts from the machine's start, whose own time then is another."""
+    with held(outputs / "train" / "run"):
+        before = psutil.boot_time()
+        monkeypatch.setattr("psutil._pslinux.boot_time", lambda: before - 3600)
+        assert psutil.Process().create_time() < time.time() - 3000, "it seems to have begun earlier"
+        assert is_alive(Run(outputs / "train" / "run"))
+
+
+@pytest.mark.parametrize("said", [{"pid_started": None}, {"pid": None}, {"pid": 10**30}, {"pid": -1}, {"pid": "x"}])
+def test_a_process_that_cannot_be_looked_up_is_judged_by_its_lock(said: dict[str, Any], outputs: Path):
+    with held(outputs / "train" / "run"):
+        run = Run(outputs / "train" / "run")
+        run.write_json("process.json", run.read_json("process.json") | said)
+        assert is_alive(run)
+    assert not is_alive(run)
 
 
 def test_a_pid_of_another_namespace_is_not_looked_up_here(outputs: Path):
@@ -190,7 +213,7 @@ def test_on_another_machine_the_heartbeat_decides(seconds_ago: float, lives: boo
 
 
 @pytest.mark.parametrize(("seconds_ago", "lives"), [(10, True), (301, False)])
-def test_a_run_of_an_older_version_lives_while_its_files_are_written(seconds_ago: float, lives: bool, outputs: Path):
+def test_a_run_that_names_no_process_lives_while_its_files_are_written(seconds_ago: float, lives: bool, outputs: Path):
     run = left(outputs / "train" / "run")
     (run.folder / "process.json").unlink()
     (run.folder / "metrics.jsonl").touch()
@@ -212,7 +235,7 @@ def test_the_dead_are_marked_killed_and_resumable_and_no_others(outputs: Path):
         mine = begin_run(outputs / "train" / "mine", TrainConfig(), (), {})
         assert mark_dead() == [dead]
         assert mark_dead() == []
-    assert dead.read_json("result.json") == {"status": "KILLED", "resumable": True, "run_id": "abc"}
+    assert dead.result() == Result(Status.KILLED, resumable=True, run_id="abc")
     assert {name: run.status for name, run in endings.items()} == {name: name for name in endings}
     assert [far.status, mine.status] == ["RUNNING", "RUNNING"]
 
@@ -221,7 +244,7 @@ def test_a_torn_result_is_that_of_a_run_that_did_not_end(outputs: Path):
     run = left(outputs / "train" / "run")
     (run.folder / "result.json").write_text('{"status": "RUNN')
     assert mark_dead() == [run]
-    assert run.read_json("result.json") == {"status": "KILLED", "resumable": True}
+    assert run.result() == Result(Status.KILLED, resumable=True)
 
 
 def test_a_run_that_was_killed_before_its_config_was_written_has_nothing_to_go_on_with(outputs: Path):
@@ -249,10 +272,10 @@ def test_runs_are_found_without_walking_through_their_files(outputs: Path, monke
     assert len(all_runs()) == 3
     assert sorted(looked_at) == ["0", "1", "a", "sweep", "train"]
     read: list[str] = []
-    read_json = Run.read_json
-    monkeypatch.setattr(Run, "read_json", lambda run, name: read.append(name) or read_json(run, name))
+    read_text = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, **how: read.append(path.name) or read_text(path, **how))
     assert mark_dead() == []
-    assert set(read) == {"result.json"}
+    assert read == ["result.json"] * 3
 
 
 # ------------------------------------------------------------------------------------ in commands
@@ -305,6 +328,6 @@ def test_a_start_marks_the_dead_here_and_in_mlflow(
     assert main(small(tiny, corpus)) == 0
     after = client.get_run(run_id)
     assert (run.status, after.info.status, after.data.tags["resumable"]) == ("KILLED", "KILLED", "true")
-    tags = {name: after.data.tags[f"mlmx.{name}"] for name in provenance.process()}
-    assert tags == {name: str(value) for name, value in provenance.process().items()}
+    tags = {name: value for name, value in after.data.tags.items() if name in provenance.PROCESS_TAGS}
+    assert tags == provenance.process_tags()
     assert [run.status for run in all_runs()] == ["KILLED", "FINISHED"]

@@ -197,7 +197,7 @@ def test_a_real_run_tells_all_of_it(store: Path, tiny: Path, corpus: Path, outpu
     assert main(command(tiny, corpus, folder, *more)) == 0
     client, run = of(outputs)
     first = {name: row[name] for row in Run(folder).metrics() if row["step"] == 0 for name in row}
-    last = Run(folder).result()["metrics"]
+    last = Run(folder).result().metrics
     text = note(outputs)
     assert text.startswith("`python -m mlmx train ")
     assert "\n\nFor the record.\n\n**FINISHED**\n\n| | before training | after |\n|---|---|---|\n" in text

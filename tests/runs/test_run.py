@@ -19,6 +19,7 @@ from mlmx.config.paths import outputs_dir
 from mlmx.config.schema import TrainConfig
 from mlmx.runs import metrics_file
 from mlmx.runs.log import log_to, log_to_file
+from mlmx.runs.records import Result, Status
 from mlmx.runs.run import Run, all_runs, begin_run, discard_empty, find_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,7 +89,7 @@ def test_a_run_begins_with_its_config_overrides_and_status(outputs: Path):
     made_of = ["config.yaml", "inputs.json", "overrides.yaml", "result.json"]
     assert sorted(path.name for path in run.folder.iterdir()) == made_of
     assert run.config() == CONFIG
-    assert run.read_json("result.json") == {"status": "RUNNING"}
+    assert run.result() == Result(Status.RUNNING)
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_untouched(tmp_path: Path):
@@ -200,6 +201,17 @@ def test_numbers_and_texts_come_back_as_they_were(tmp_path: Path):
     assert run.read_json("data.json") == {}
 
 
+def test_the_checkpoints_of_a_run_are_those_that_are_whole_and_were_asked_for(tmp_path: Path):
+    run = Run(tmp_path)
+    assert run.saved() == []
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11", "checkpoint-mine", "damaged-checkpoint-8"):
+        (run.checkpoints / name).mkdir(parents=True)
+        (run.checkpoints / name / "manifest.json").write_text("{}")
+        (run.checkpoints / name / "state.json").write_text(json.dumps({"interim": name == "checkpoint-11"}))
+    (run.checkpoints / "checkpoint-12").mkdir()
+    assert [folder.name for folder in run.saved()] == ["checkpoint-9", "checkpoint-10"]
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = Run(tmp_path)
     run.write_json("result.json", {"status": "RUNNING"})
@@ -247,7 +259,9 @@ def test_the_log_of_a_run_stands_in_its_folder_and_on_stdout(tmp_path: Path, cap
 WHOLE = b'{"step": 1, "epoch": 0.5, "time": "2026-01-01T00:00:00+00:00", "train/loss": 2.0}\n'
 
 
-@pytest.mark.parametrize("torn", [b'{"step": 2, "epo', b"\0" * 4096, b"\0" * 40 + b"\n", b'{"step": 2}', b"2\n", b""])
+@pytest.mark.parametrize(
+    "torn", [b'{"step": 2, "epo', b"\0" * 4096, b"\0" * 40 + b"\n", b'{"step": 2}', b"2\n", b"[" * 5000 + b"\n", b""]
+)
 def test_what_a_kill_or_a_power_cut_leaves_behind_the_last_row_is_cut_off(torn: bytes, tmp_path: Path):
     run = Run(tmp_path)
     (tmp_path / "metrics.jsonl").write_bytes(WHOLE + torn)

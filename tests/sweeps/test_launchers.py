@@ -69,9 +69,9 @@ def test_jobs_side_by_side_are_one_sweep_and_a_signal_lets_every_one_save(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     [sweep] = all_sweeps()
-    assert sweep.about()["status"] == "KILLED"
+    assert sweep.about().status == "KILLED"
     ran = [run for run in sweep.runs() if run.folder in folders]
-    assert [(run.status, run.result()["resumable"]) for run in ran] == [("KILLED", True)] * 2
+    assert [(run.status, run.result().resumable) for run in ran] == [("KILLED", True)] * 2
     steps = {run.folder: run.metrics()[-1]["step"] for run in ran}
     for run in ran:
         saved = {int(path.name.rpartition("-")[2]) for path in run.checkpoints.glob("checkpoint-*")}

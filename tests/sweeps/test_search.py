@@ -98,7 +98,7 @@ def test_a_pruned_run_stops_training_and_says_so_everywhere(
     [sweep] = all_sweeps()
     [run] = sweep.runs()
     assert [row["epoch"] for row in run.metrics()][-1] == 1.0, "of three"
-    assert (run.status, run.result()["pruned"]) == ("FINISHED", True)
+    assert (run.status, run.result().pruned) == ("FINISHED", True)
     assert "FINISHED, pruned" in (sweep.folder / "table.md").read_text()
     _, [child] = told(outputs)
     assert child.data.tags["mlmx.pruned"] == "true"

@@ -312,7 +312,7 @@ def test_a_checkpoint_that_was_saved_before_it_was_scored_gets_its_scores(is_the
     made.log(1, 1.0, {"train/loss": 3.0})
     made.checkpoint(checkpoint(made.run, 1, 1.0), 1, 1.0)
     if is_there:
-        until(lambda: bool(made.run.result()["run_id"]) and "epoch-1" in models_of(made.run.folder))
+        until(lambda: bool(made.run.result().run_id) and "epoch-1" in models_of(made.run.folder))
     made.log(1, 1.0, {"eval/loss": 2.0, "heldout/loss": 2.5})
     made.finish("FINISHED", {})
     [one] = models_of(made.run.folder).values()

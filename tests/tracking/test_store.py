@@ -57,7 +57,7 @@ def test_processes_that_start_together_on_a_fresh_store_lose_nothing(processes: 
         at = Store(f"sqlite:///{outputs / 'mlflow.db'}", "mlmx", outputs / "mlartifacts")
         for folder in (outputs / "train").iterdir():
             run = Run(folder)
-            made: Any = SimpleNamespace(run=run, run_id=run.result()["run_id"], status="FINISHED")
+            made: Any = SimpleNamespace(run=run, run_id=run.result().run_id, status="FINISHED")
             assert len(logged(made)) == 3 * POINTS
             assert history(at, made) == logged(made)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,13 +14,15 @@ from mlmx.comparison.curves import plain_curves
 from mlmx.comparison.ranking import Table, tabulate
 from mlmx.comparison.rows import settings_of
 from mlmx.comparison.text import csv_text, markdown, plain, remarks, rich_table
+from mlmx.config import whole
 from mlmx.config.errors import RequestError, did_you_mean, path_of, require
 from mlmx.config.options import bind
 from mlmx.config.paths import outputs_dir
 from mlmx.config.schema import CompareConfig, Job
 from mlmx.runs.log import log_to
+from mlmx.runs.records import Result, Status, SweepRecord
 from mlmx.runs.run import Run, all_runs, run_named
-from mlmx.sweeps.sweep import SWEEP_FILE, Sweep, all_sweeps
+from mlmx.sweeps.sweep import Sweep, all_sweeps
 
 if TYPE_CHECKING:
     from mlmx.tracking.store import Store
@@ -31,7 +32,7 @@ LAST = "last"
 
 
 def check(cfg: CompareConfig) -> None:
-    """There are runs to compare, and a place for every file."""
+    """There are runs to compare, and a folder for every file."""
     for out in cfg.out:
         path = path_of("out", out)
         require(
@@ -68,7 +69,7 @@ def found(cfg: CompareConfig) -> Iterator[tuple[str, list[Run]]]:
     from mlmx.tracking.read import fetch
 
     store = store_of(cfg)
-    local = [run for run in cfg.runs if (path_of("runs", run) / "result.json").is_file()]
+    local = [run for run in cfg.runs if (path_of("runs", run) / Result.FILE).is_file()]
     remote = [run for run in cfg.runs if run not in local]
     with tempfile.TemporaryDirectory(prefix="mlmx-compare-") as folder:
         those = [Run(path_of("runs", run).resolve()) for run in local]
@@ -126,7 +127,7 @@ def folder_of(sweep: str) -> Path:
     folder = path_of("sweep", sweep)
     jobs = folder.is_dir() and Sweep(folder).runs()
     require(
-        bool(jobs) or (folder / SWEEP_FILE).is_file(),
+        bool(jobs) or (folder / SweepRecord.FILE).is_file(),
         f"sweep={sweep}: no sweep's folder; give one below {outputs_dir() / 'train'}, or runs=[…]",
     )
     return folder.resolve()
@@ -146,7 +147,7 @@ def of_experiment(name: str) -> list[Run]:
 
 def of_last_experiment() -> tuple[str, list[Run]]:
     """Without a sweep: the finished runs of the experiment that the newest finished run is of."""
-    finished = [run for run in all_runs() if run.status == "FINISHED"]
+    finished = [run for run in all_runs() if run.status == Status.FINISHED]
     require(
         bool(finished),
         f"no sweep and no finished run below {outputs_dir() / 'train'}; train some first, or name them: runs=[…]",
@@ -198,13 +199,7 @@ def write(table: Table, path: Path, title: str) -> None:
         contents = f"# {title}\n\n{markdown(table)}".encode()
     else:
         contents = drawn(table, path, title)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_bytes(contents)
-        aside.replace(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
+    whole.write(path, contents)
 
 
 def drawn(table: Table, path: Path, title: str) -> bytes:

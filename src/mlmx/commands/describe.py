@@ -12,6 +12,7 @@ from mlmx.config.trust import TRUST_FLAG, trusted_code
 from mlmx.data.chunks import Chunks
 from mlmx.data.masking import IGNORED, Masker
 from mlmx.runs.provenance import NOTE, PARENT
+from mlmx.runs.records import Status
 from mlmx.runs.run import Run
 from mlmx.tracking.store import Store
 
@@ -180,7 +181,7 @@ def outcome(
     ]
     table = ["| | before training | after |", "|---|---|---|", *rows, ""] if rows else []
     commands = [f"python -m mlmx train resume={folder}"] if resumable else []
-    if status == "FINISHED":
+    if status == Status.FINISHED:
         where = "" if store is None or store.artifacts is not None else f"tracking=server tracking.uri={store.uri} "
         commands += [f"python -m mlmx predict run={folder} 'text=This is a great [MASK].'"]
         commands += [f"python -m mlmx compare {where}experiment={shlex.quote(store.experiment)}"] if store else []

@@ -9,16 +9,17 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlmx.config.errors import RequestError, brief
 from mlmx.config.options import bind
 from mlmx.config.paths import outputs_dir
 from mlmx.config.schema import DoctorConfig, Job
-from mlmx.runs import process, provenance
+from mlmx.runs import checkpoints, process, provenance
 from mlmx.runs.disk import RESERVE_FILE
 from mlmx.runs.log import log_to
 from mlmx.runs.process import heard_seconds_ago, is_alive, process_of
+from mlmx.runs.records import ProcessRecord, Status, SweepRecord, parsed
 from mlmx.runs.run import Run, all_runs
 from mlmx.sweeps.sweep import Sweep, all_sweeps, mark_dead
 from mlmx.tracking.mirror import RUN_FILE
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mlmx")
 HALF_WRITTEN = (".*.tmp", "checkpoints/.*.tmp", RESERVE_FILE)  # in a run's folder
-HALF_WRITTEN_TOKENS = ".tokens-*"  # in the cache's folder
+HALF_WRITTEN_TOKENS = ".*.tmp"  # in the cache's folder
 
 
 def check(cfg: DoctorConfig) -> None:
@@ -53,14 +54,14 @@ def doctor(cfg: DoctorConfig, job: Job) -> None:
         listed = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
         log.info("runs     %s below %s", listed or "none", outputs_dir() / "train")
         for run in found:
-            if run.status != "FINISHED":
+            if run.status != Status.FINISHED:
                 log.info("%s", describe(run, run in dead))
                 clear(run)
         for sweep in all_sweeps():
-            told = sweep.about()
-            if told.get("status") in ("KILLED", "FAILED"):
-                again = f"the same command keeps what is done: {told.get('command')}"
-                log.info("%-9s%s: a sweep; %s", told["status"].lower(), sweep.folder, again)
+            about = sweep.about()
+            if about.status in (Status.KILLED, Status.FAILED):
+                again = f"the same command keeps what is done: {about.command}"
+                log.info("%-9s%s: a sweep; %s", about.status.lower(), sweep.folder, again)
         clear_cache(outputs_dir() / "cache")
         settle(examined(cfg))
 
@@ -68,9 +69,9 @@ def doctor(cfg: DoctorConfig, job: Job) -> None:
 def describe(run: Run, found_dead: bool) -> str:
     """A line on a run that has not finished: whether it lives, or how to go on with it."""
     who, status = process_of(run), str(run.status).lower()
-    process = f"process {who['pid']} on {who['host']}" if {"pid", "host"} <= who.keys() else "its process"
+    process = f"process {who.pid} on {who.host}" if who.pid and who.host else "its process"
     if is_alive(run):
-        heard = f"since {who.get('started')}, last heard {heard_seconds_ago(run):.0f} s ago"
+        heard = f"since {who.started}, last heard {heard_seconds_ago(run):.0f} s ago"
         return f"{status:<9}{run.folder}: {process} is at it {heard}"
     truth = f"{process} is gone, marked KILLED; " if found_dead else ""
     return f"{status:<9}{run.folder}: {truth}{how_to_go_on(run)}"
@@ -80,10 +81,11 @@ def how_to_go_on(run: Run) -> str:
     """The command, and where it takes the run up; a checkpoint is verified when it is loaded, not here."""
     if not (run.folder / "config.yaml").is_file():
         return "it had not begun; nothing is lost with its folder"
-    sealed = [path.parent for path in run.checkpoints.glob("checkpoint-*/manifest.json")]
-    newest = max(sealed, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
-    place = newest.name if newest else "its start, for it has no checkpoint"
-    return f"go on from {place}: python -m mlmx train resume={shlex.quote(str(run.folder))}"
+    sealed = (
+        folder.name for folder in checkpoints.all_of(run.checkpoints) if (folder / checkpoints.MANIFEST).is_file()
+    )
+    begin = next(sealed, "its start, for it has no checkpoint")
+    return f"go on from {begin}: python -m mlmx train resume={shlex.quote(str(run.folder))}"
 
 
 # ----------------------------------------------------------------------------------------- clearing up
@@ -147,12 +149,12 @@ def _settle(one: OpenRun, store: Store) -> None:
 
     run = Run(Path(one.tags.get("mlmx.folder", "")))
     sweep = Sweep(run.folder).about()
-    if sweep and is_of(one, run):
-        if sweep.get("status") in ("FINISHED", "FAILED", "KILLED"):
-            close(store, one.run_id, sweep["status"])
-            log.info("mlflow   sweep %s of %s said RUNNING, is %s now", one.run_id, run.folder, sweep["status"])
+    if (run.folder / SweepRecord.FILE).is_file() and is_of(one, run):
+        if sweep.status.is_end:
+            close(store, one.run_id, sweep.status)
+            log.info("mlflow   sweep %s of %s said RUNNING, is %s now", one.run_id, run.folder, sweep.status)
     elif is_of(one, run):
-        if run.status == "RUNNING":
+        if run.status == Status.RUNNING:
             return
         try:
             send(run, store)
@@ -173,14 +175,12 @@ def is_of(one: OpenRun, run: Run) -> bool:
 def is_over(one: OpenRun) -> bool:
     """Whether an MLflow run's process was one of this machine and is no more, as far as its tags tell."""
     here = provenance.process()
-    tags = {name: one.tags.get(f"mlmx.{name}") for name in here}
-    if tags["host"] != here["host"]:
+    who = parsed(ProcessRecord, {tag.removeprefix("mlmx."): text for tag, text in one.tags.items()})
+    if who.host != here.host:
         return False
-    if tags["boot_id"] is None:  # of a version that did not say more; or of a system that does not
+    if process.is_gone(who, here):
+        return True
+    if who.boot_id is None:  # of a system that does not tell
         started = provenance.boot_time()
         return started is not None and one.started / 1000 < started
-    return tags["boot_id"] != here["boot_id"] or process.is_gone(_numbers(tags), here)
-
-
-def _numbers(tags: dict[str, str | None]) -> dict[str, Any]:
-    return {name: int(text) if text and text.isdecimal() else text for name, text in tags.items()}
+    return who.boot_id != here.boot_id

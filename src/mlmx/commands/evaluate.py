@@ -20,6 +20,7 @@ from mlmx.evaluation.measure import Measure
 from mlmx.experiment import Parts, gather, parts_of, token_cache
 from mlmx.kernels import memory
 from mlmx.models.encoders import load_model, load_tokenizer, require_fit, trained_from
+from mlmx.runs import records
 from mlmx.runs.log import log_to
 from mlmx.runs.run import Run, find_run
 from mlmx.tracking.store import TRACKINGS
@@ -123,15 +124,15 @@ def record(cfg: EvaluateConfig, run: Run, chunk_size: int, protocol: str, scored
 
     ``evaluations.jsonl`` has a line per evaluation with what was scored, so that no number goes without it.
     """
-    result = run.read_json("result.json")
+    result = run.result()
     line = {"dataset": dict(cfg.dataset) or "own", "chunk_size": chunk_size, "protocol": protocol, **scored}
     run.append_line("evaluations.jsonl", line)
-    if protocol != result["protocol"] or chunk_size != run.config().chunk_size:
+    if protocol != result.protocol or chunk_size != run.config().chunk_size:
         return
-    last = run.metrics()[-1]
+    last = {"step": 0, "epoch": 0.0} | (run.metrics() or [{}])[-1]
     metrics = {f"evaluate/{name}": value for name, value in scored.items()}
     row = run.append_metrics(last["step"], last["epoch"], metrics)
-    run.write_json("result.json", result | {"metrics": result["metrics"] | metrics})
+    records.write(replace(result, metrics=result.metrics | metrics), run.folder)
     store = bind("tracking", cfg.tracking, TRACKINGS)[0]()
     add_metrics(store, run, row)
 

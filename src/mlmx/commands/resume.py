@@ -17,6 +17,7 @@ from mlmx.config.errors import RequestError, path_of, require
 from mlmx.config.paths import outputs_dir
 from mlmx.config.schema import TrainConfig
 from mlmx.runs import identity, process
+from mlmx.runs.records import Status
 from mlmx.runs.run import Run, all_runs, run_named
 
 KEY = "resume.run="
@@ -93,7 +94,7 @@ def _own(given: list[str], composed: TrainConfig | None) -> Run | None:
 def _dials(run: Run) -> dict[str, object] | None:
     try:
         return identity.dials(run.config())
-    except (OSError, RequestError):  # of another version, or gone meanwhile
+    except (OSError, RequestError):  # damaged, or gone meanwhile
         return None
 
 
@@ -113,7 +114,7 @@ def unfinished(wanted: str, extend: bool) -> Run:
         return found[-1]
     require(not is_taken(run), f"resume={wanted}: {process.holder(run)}")
     require(
-        extend or run.status != "FINISHED",
+        extend or run.status != Status.FINISHED,
         f"resume={wanted}: this run has finished; to train it longer say so, "
         f"for example: train resume={wanted} epochs=6 resume.allow=[epochs]",
     )
@@ -122,7 +123,7 @@ def unfinished(wanted: str, extend: bool) -> Run:
 
 def is_unfinished(run: Run) -> bool:
     """Whether a run has ended before its time and nobody is at it."""
-    return run.status not in (None, "FINISHED") and not is_taken(run)
+    return run.status not in (None, Status.FINISHED) and not is_taken(run)
 
 
 def is_taken(run: Run) -> bool:

@@ -10,15 +10,15 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlmx.runs import identity, process
+from mlmx.runs import identity, process, records
 from mlmx.runs.metrics_file import rows_of
+from mlmx.runs.records import MlflowRecord, Result, SplitRecord, Status, numbers
 from mlmx.runs.run import HELDOUT_FILE, Run
 
 if TYPE_CHECKING:
     from mlmx.evaluation.bootstrap import DocumentSums
 
 CURVES = ("heldout/loss", "eval/loss")  # what is drawn over epochs
-STATES = ("FINISHED", "RUNNING", "FAILED", "KILLED")
 RESOLVED = ("precision", "processes")  # inputs of a run that say more than its config does
 MOST_CONFIG_BYTES = 100_000
 MOST_HELDOUT_BYTES = 100_000_000
@@ -39,7 +39,6 @@ class Row:
         choices: the options of its groups (``{"model": "minilm"}``), where known.
         metrics: the last value of each, and ``minutes``; may hold NaN.
         interval: 95 % of its ``heldout/loss`` over documents.
-        status: FINISHED, RUNNING, FAILED, KILLED, or UNKNOWN.
         protocol: what ``heldout/*`` was measured on; None where nothing was.
         parts: what its protocol is made of, as far as it was recorded.
         validation: what ``eval/*`` was measured on.
@@ -54,7 +53,7 @@ class Row:
     varies: dict[str, Any]
     metrics: dict[str, float]
     interval: tuple[float, float] | None
-    status: str
+    status: Status
     protocol: str | None
     resumable: bool
     pruned: bool = False
@@ -96,45 +95,44 @@ def _names(rows: Sequence[Row]) -> list[str]:
 def read(run: Run, failure: str = "") -> Row:
     """A run's row; its ``name`` is the one it was given, if any."""
     notes = [failure] if failure else []
-    result, report, inputs = (_json(run, name, notes) for name in ("result.json", "data.json", "inputs.json"))
-    config = _config(run, notes)
+    found = records.read(Result, run.folder, notes)
+    result, splits = found or Result(), records.read_splits(run.folder, notes)
+    inputs, config = _inputs(run, notes), _config(run, notes)
     dials = _dials(config, inputs, notes)
     curves, last = _points(run, notes)
-    metrics = last | _numbers(result.get("metrics"))
-    seconds = _numbers(result.get("seconds")).get("total")
-    protocol = str(result.get("protocol") or "none")
-    status = "FAILED" if failure and not result else _status(run, result)
+    seconds = result.seconds.get("total")
+    status = Status.FAILED if failure and found is None else _status(run, found)
     return Row(
         run=run,
         name=shown(str(config.get("run_name") or "")),
-        title=shown(str(result.get("run_name") or "")),
+        title=shown(result.run_name or ""),
         varies={},
-        metrics=metrics | ({} if seconds is None else {"minutes": seconds / 60}),
+        metrics=last | result.metrics | ({} if seconds is None else {"minutes": seconds / 60}),
         interval=None,
         status=status,
-        protocol=None if protocol == "none" else shown(protocol),
-        resumable=bool(result.get("resumable")) or (status == "KILLED" and result.get("status") == "RUNNING"),
-        pruned=bool(result.get("pruned")),
+        protocol=None if result.protocol in (None, "", "none") else shown(result.protocol),
+        resumable=result.resumable or (status == Status.KILLED and result.status == Status.RUNNING),
+        pruned=result.pruned,
         dials=dials,
-        choices=_choices(run),
-        parts=_parts(report, inputs),
-        validation=_validation(report, dials),
+        choices=(records.read(MlflowRecord, run.folder) or MlflowRecord()).params,  # as MLflow gets them
+        parts=_parts(splits),
+        validation=_validation(splits, dials),
         note=shown("; ".join(notes)),
-        run_id=result.get("run_id"),
+        run_id=result.run_id,
         curves=curves,
     )
 
 
-def _json(run: Run, name: str, notes: list[str]) -> dict[str, Any]:
+def _inputs(run: Run, notes: list[str]) -> dict[str, Any]:
     try:
-        return run.read_json(name)
+        return run.read_json("inputs.json")
     except (OSError, ValueError):
-        notes.append(f"{name} cannot be read")
+        notes.append("inputs.json cannot be read")
         return {}
 
 
 def settings_of(run: Run) -> dict[str, Any]:
-    """The config as it was written, also by another version; empty where it is unreadable."""
+    """The config as it was written, whatever its keys; empty where it is unreadable."""
     return _config(run, [])
 
 
@@ -177,52 +175,25 @@ def _dials(config: Mapping[str, Any], inputs: Mapping[str, Any], notes: list[str
     return found | {key: inputs[key] for key in RESOLVED if found and key in inputs}
 
 
-def _choices(run: Run) -> dict[str, str]:
-    """The options of its groups, as MLflow was told them."""
-    try:
-        params = run.read_json("mlflow.json").get("params")
-    except (OSError, ValueError):
-        return {}
-    return {str(key): str(value) for key, value in params.items()} if isinstance(params, dict) else {}
-
-
-def _numbers(values: Any) -> dict[str, float]:
-    if not isinstance(values, Mapping):
-        return {}
-    return {str(key): value for key, value in values.items() if type(value) in (int, float)}
-
-
-def _status(run: Run, result: Mapping[str, Any]) -> str:
+def _status(run: Run, result: Result | None) -> Status:
     """As the folder says; of a process that is gone, what it could not say."""
-    said = result.get("status")
-    if said == "RUNNING" and (run.folder / "result.json").is_file():
-        try:
-            return "RUNNING" if process.is_alive(run) else "KILLED"
-        except (OSError, ValueError, TypeError):
-            return "RUNNING"
-    return str(said) if said in STATES else "UNKNOWN"
+    if result is None:
+        return Status.UNKNOWN
+    return Status.KILLED if result.status == Status.RUNNING and not process.is_alive(run) else result.status
 
 
-def _parts(report: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What the protocol was made of; of an earlier version, what else tells of it."""
-    heldout = report.get("heldout")
-    if not isinstance(heldout, Mapping):
-        return {}
-    told = heldout.get("protocol_parts")
-    found = dict(told) if isinstance(told, Mapping) else {}
-    if not found:
-        found = {"documents": heldout.get("content_sha256"), "tokenizer": inputs.get("tokenizer")}
-    found |= {"source": heldout.get("source"), "number": heldout.get("documents")}
-    return {key: value for key, value in found.items() if value is not None}
+def _parts(splits: Mapping[str, SplitRecord]) -> dict[str, Any]:
+    """What the protocol was made of."""
+    heldout = splits.get("heldout", SplitRecord())
+    found = {**heldout.protocol_parts, "source": heldout.source, "number": heldout.documents}
+    return {key: value for key, value in found.items() if value not in (None, "", 0)}
 
 
-def _validation(report: Mapping[str, Any], dials: Mapping[str, Any]) -> dict[str, Any]:
+def _validation(splits: Mapping[str, SplitRecord], dials: Mapping[str, Any]) -> dict[str, Any]:
     """What ``eval/*`` asks: the chunks, and the masks on them."""
-    chunks = report.get("eval")
-    if not isinstance(chunks, Mapping) or not chunks.get("sha256"):
-        return {}
+    chunks = splits.get("eval", SplitRecord()).sha256
     masks = {key: value for key, value in dials.items() if key in ("mlm_probability", "seed") or "masking." in key}
-    return {"chunks": chunks["sha256"], **masks}
+    return {"chunks": chunks, **masks} if chunks else {}
 
 
 def _points(run: Run, notes: list[str]) -> tuple[dict[str, Points], dict[str, float]]:
@@ -231,11 +202,11 @@ def _points(run: Run, notes: list[str]) -> tuple[dict[str, Points], dict[str, fl
     last: dict[str, float] = {}
     try:
         for row in _telling_rows(run.folder / "metrics.jsonl"):
-            numbers = _numbers(row)
-            last |= {name: value for name, value in numbers.items() if "/" in name}
+            found = numbers(row)
+            last |= {name: value for name, value in found.items() if "/" in name}
             for name in CURVES:
-                if name in numbers and "epoch" in numbers:
-                    curves[name].append((numbers["epoch"], numbers[name]))
+                if name in found and "epoch" in found:
+                    curves[name].append((found["epoch"], found[name]))
     except OSError:
         notes.append("metrics.jsonl cannot be read")
     # A resumed run repeats what it lost: the last word on an epoch counts.

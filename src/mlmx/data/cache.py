@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from mlmx.config import whole
 from mlmx.data.hashing import content_sha256
 from mlmx.data.heldout import MarkedTokens, mark_words
 from mlmx.data.tokens import Tokens, tokenize, tokenizer_sha256
@@ -124,8 +124,8 @@ class TokenCache:
 
     def _lock(self, name: str) -> None:
         """Wait for any process that is making this entry. The lock lies outside the folder, which may not exist yet."""
-        place = hashlib.sha256(f"{self.folder.absolute()}/{name}".encode()).hexdigest()[:16]
-        lock = FileLock(Path(tempfile.gettempdir()) / f"mlmx-{os.getuid()}-{place}.lock")
+        digest = hashlib.sha256(f"{self.folder.absolute()}/{name}".encode()).hexdigest()[:16]
+        lock = FileLock(Path(tempfile.gettempdir()) / f"mlmx-{os.getuid()}-{digest}.lock")
         try:
             lock.acquire(blocking=False)
         except Timeout:
@@ -167,25 +167,17 @@ def _tokens(entry: Entry) -> Tokens:
 
 
 def _write(entry: Entry, target: Path) -> None:
-    """Written aside and renamed as a whole: another process sees all of it or nothing."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".tokens-", dir=target.parent))
+    """Another process sees all of it or nothing; what a power cut makes of it, its checksums tell."""
     try:
-        made = work / "new"
-        made.mkdir()
-        for name, array in entry.arrays.items():
-            np.save(made / f"{name}.npy", array, allow_pickle=False)
-        said = json.dumps([entry.facts, {name: _checksum(made / f"{name}.npy") for name in entry.arrays}])
-        contents = {"said": said, "crc32": zlib.crc32(said.encode())}
-        (made / "entry.json").write_text(json.dumps(contents), encoding="utf-8")
-        if target.is_dir():
-            target.rename(work / "old")
-        made.rename(target)
+        with whole.folder(target, to_disk=False) as made:
+            for name, array in entry.arrays.items():
+                np.save(made / f"{name}.npy", array, allow_pickle=False)
+            said = json.dumps([entry.facts, {name: _checksum(made / f"{name}.npy") for name in entry.arrays}])
+            contents = {"said": said, "crc32": zlib.crc32(said.encode())}
+            (made / "entry.json").write_text(json.dumps(contents), encoding="utf-8")
     except OSError:
         if not target.is_dir():  # another process may have been faster, with the same tokens
             raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _read(folder: Path) -> Entry:

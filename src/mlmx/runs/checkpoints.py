@@ -1,8 +1,7 @@
 """Checkpoints that are whole or not there.
 
-A checkpoint is written aside, brought to the disk file by file, sealed by a manifest of sha256 sums, and then renamed.
-Whoever reads one compares it with its manifest first. Nothing in it is a pickle: tensors are safetensors, the rest
-JSON::
+A checkpoint is sealed by a manifest of sha256 sums, and whoever reads one compares it with its manifest first. Nothing
+in it is a pickle: tensors are safetensors, the rest JSON::
 
     checkpoints/checkpoint-120/  model.safetensors config.json tokenizer.json …   loads by from_pretrained
                                  optimizer.safetensors trainer_state.json state.json  what resuming needs
@@ -15,12 +14,12 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mlmx.config import whole
 from mlmx.config.schema import BEST_AND_LAST, KEEP_ALL
 from mlmx.runs import disk
 
@@ -39,35 +38,13 @@ def write(folder: Path, fill: Callable[[Path], None], manifest: bool = True) -> 
     Raises:
         OSError: it could not be written (a full disk, say); what was there before is as it was.
     """
-    with disk.writing(folder):
-        _write(folder, fill, manifest)
-
-
-def _write(folder: Path, fill: Callable[[Path], None], manifest: bool) -> None:
-    aside = folder.with_name(f".{folder.name}.tmp")
-    old = folder.with_name(f".{folder.name}.old.tmp")
-    for leftover in (aside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    clear_half_written(folder.parent, folder.name)
+    with disk.writing(folder), whole.folder(folder) as aside:
         fill(aside)
-        files = sorted(path for path in aside.rglob("*") if path.is_file())
-        for path in files:
-            _to_disk(path)
         if manifest:
+            files = sorted(path for path in aside.rglob("*") if path.is_file())
             sums = {path.relative_to(aside).as_posix(): {"sha256": sha256(path)} | _size(path) for path in files}
             (aside / MANIFEST).write_text(json.dumps({"files": sums}, indent=1) + "\n", encoding="utf-8")
-            _to_disk(aside / MANIFEST)
-        _to_disk(aside)
-        if folder.exists():
-            folder.rename(old)
-        aside.rename(folder)
-        _to_disk(folder.parent)
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        for leftover in (aside, old):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def verify(folder: Path) -> None:
@@ -90,14 +67,12 @@ def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         return {name: {"bytes": wanted["bytes"], "sha256": wanted["sha256"]} for name, wanted in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{MANIFEST} cannot be read") from error
 
 
 def all_of(checkpoints: Path) -> list[Path]:
     """The checkpoints of a run by their names, newest first."""
-    if not checkpoints.is_dir():
-        return []
     found = [path for path in checkpoints.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()]
     return sorted(found, key=step_of, reverse=True)
 
@@ -124,9 +99,9 @@ def newest_whole(checkpoints: Path) -> Path | None:
     return None
 
 
-def clear_half_written(checkpoints: Path) -> None:
+def clear_half_written(checkpoints: Path, name: str = f"{PREFIX}*") -> None:
     """Remove what a process that was killed while saving left behind."""
-    for leftover in checkpoints.glob(f".{PREFIX}*.tmp"):
+    for leftover in checkpoints.glob(f".{name}.*tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -157,14 +132,6 @@ def sha256(path: Path) -> str:
 
 def _size(path: Path) -> dict[str, int]:
     return {"bytes": path.stat().st_size}
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unused(path: Path) -> Path:
@@ -270,5 +237,5 @@ def is_interim(checkpoint: Path) -> bool:
     """Whether a checkpoint was saved by a signal or the clock: it is of no use once there is a newer one."""
     try:
         return bool(json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["interim"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False

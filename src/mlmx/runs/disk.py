@@ -35,12 +35,12 @@ def needed_bytes(weights: int, optimizer: int, kept: int) -> int:
     """
     checkpoint = weights + optimizer
     aside = checkpoint  # the one that is being written, or that a signal saves
-    # The final model comes when none is written; until then its place is that of weights that MLflow lets go of late.
+    # The final model comes when none is written; until then its bytes are those of weights that MLflow lets go of late.
     return kept * checkpoint + aside + weights + OTHER_BYTES
 
 
 def require_free(folder: Path, needed: int, kept: int) -> None:
-    """Refuse a run that the disk has no place for.
+    """Refuse a run that the disk has no room for.
 
     Raises:
         RequestError: what is needed, what is free and what to do.
@@ -94,7 +94,7 @@ def is_full(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A full disk inside the block says what it had no place for.
+    """A full disk inside the block says what it had no room for.
 
     Raises:
         OSError: ENOSPC with that path, whatever a library made of it.

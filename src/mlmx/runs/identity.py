@@ -48,7 +48,7 @@ def dials(cfg: TrainConfig) -> dict[str, Any]:
 
 
 def recorded_dials(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of plain values, also of a config that this version does not know.
+    """The same of plain values, also of keys that are not known here.
 
     Raises:
         ValueError: more keys than any config has.

@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mlmx.runs import disk
-
 
 class MetricsFile:
     """``metrics.jsonl`` of a run folder, kept open for more lines; what follows its last whole line is cut off.
 
     A line has left the process when `append` returns, so that killing it loses none; it is not waited for until it is
-    on the disk, so that a power cut may take the last ones (`settle` waits).
+    on the disk, so that a power cut may take the last ones.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,10 +42,10 @@ class MetricsFile:
         try:
             while written < len(line):
                 written += self.file.write(line[written:])
-        except OSError:
+        except OSError as error:
             self.file.truncate(self.size)  # half a line would spoil the next one
-            with disk.writing(self.path):
-                raise
+            error.filename = str(self.path)
+            raise
         self.size += written
         return row
 
@@ -59,10 +56,6 @@ class MetricsFile:
         if second != self.second:
             self.second, self.date = second, datetime.fromtimestamp(second, self.zone).isoformat()
         return f"{self.date[:19]}.{int((now - second) * 1e6):06}{self.date[19:]}"
-
-    def settle(self) -> None:
-        """Wait until every line so far is on the disk."""
-        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """No more lines."""
@@ -82,7 +75,7 @@ def rows_of(lines: Iterable[bytes]) -> list[dict[str, Any]]:
     """The rows of lines of ``metrics.jsonl``; what is no whole line of JSON is left out."""
     rows = []
     for line in lines:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line) if line.endswith(b"\n") else None
             rows += [row] if isinstance(row, dict) else []
     return rows

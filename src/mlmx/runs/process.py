@@ -3,8 +3,7 @@
 ::
 
     outputs/train/<time>/.lock          held as long as the process lives, whatever ends it
-    outputs/train/<time>/process.json   {"host", "boot_id", "pid_namespace", "pid", "pid_started", "started"};
-                                        its time is the heartbeat, every 30 seconds
+    outputs/train/<time>/process.json   a `ProcessRecord`; its time is the heartbeat, every 30 seconds
 
 On one machine the lock is the truth. Other machines that share the disk may not see it; there the heartbeat decides.
 """
@@ -17,23 +16,24 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from datetime import datetime
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from mlmx.config.errors import RequestError
-from mlmx.runs import provenance
+from mlmx.runs import provenance, records
+from mlmx.runs.records import ProcessRecord, Result, Status
 from mlmx.runs.run import Run, all_runs
 
 log = logging.getLogger("mlmx")
 
-LOCK_FILE, PROCESS_FILE = ".lock", "process.json"
+LOCK_FILE = ".lock"
 HEARTBEAT_SECONDS = 30.0
 SILENCE_SECONDS = 300.0  # without a heartbeat a process elsewhere counts as dead
+SAME_SECONDS = 1.0  # a process is the one that began at that moment; the system tells it anew each time
 LOOK_SECONDS = 0.5  # another process that only looks whether the lock is held takes it for less than this
-WRITTEN_ALL_ALONG = ("result.json", "metrics.jsonl", "train.log")
+WRITTEN_ALL_ALONG = (Result.FILE, "metrics.jsonl", "train.log")
 
 
 @contextlib.contextmanager
@@ -46,20 +46,20 @@ def held(folder: Path) -> Iterator[None]:
         RequestError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path, lock = folder / PROCESS_FILE, FileLock(folder / LOCK_FILE)
-    old_lock, old_run = Path(lock.lock_file).exists(), (folder / "result.json").exists()
+    path, lock = folder / ProcessRecord.FILE, FileLock(folder / LOCK_FILE)
+    old_lock, old_run = Path(lock.lock_file).exists(), (folder / Result.FILE).exists()
     try:
         lock.acquire(timeout=LOOK_SECONDS, poll_interval=0.02)
     except Timeout:
         raise RequestError(f"{folder}: {holder(Run(folder))}") from None
     before = path.read_bytes() if path.is_file() else None
     try:
-        Run(folder).write_json(PROCESS_FILE, {**provenance.process(), "started": _now()})
+        records.write(replace(provenance.process(), started=records.moment()), folder)
         with _heartbeat(path):
             yield
     except BaseException as error:
         refused = old_run and isinstance(error, RequestError)
-        if refused or not (folder / "result.json").exists():
+        if refused or not (folder / Result.FILE).exists():
             _put_back(path, before)
             if not old_lock:
                 Path(lock.lock_file).unlink(missing_ok=True)
@@ -79,13 +79,10 @@ def _put_back(path: Path, contents: bytes | None) -> None:
 def holder(run: Run) -> str:
     """Who is at a run, and what to do about it, in words."""
     who = process_of(run)
-    if not who:
+    if who.pid is None:
         return "is in use by another process; wait for it, or choose another hydra.run.dir"
-    since = f"since {who.get('started')}" if who.get("started") else ""
-    return (
-        f"is in use by process {who.get('pid')} on {who.get('host')} {since}; wait for it, end it, or choose another "
-        "hydra.run.dir"
-    )
+    since = f"since {who.started}" if who.started else ""
+    return f"is in use by process {who.pid} on {who.host} {since}; wait for it, end it, or choose another hydra.run.dir"
 
 
 @contextlib.contextmanager
@@ -107,16 +104,14 @@ def _heartbeat(path: Path) -> Iterator[None]:
         thread.join()
 
 
-def process_of(run: Run) -> dict[str, Any]:
-    """What the run's process said of itself; empty where it said nothing or half of it."""
-    with contextlib.suppress(OSError, ValueError):
-        return run.read_json(PROCESS_FILE)
-    return {}
+def process_of(run: Run) -> ProcessRecord:
+    """What the run's process said of itself."""
+    return records.read(ProcessRecord, run.folder) or ProcessRecord()
 
 
 def heard_seconds_ago(run: Run) -> float:
-    """Seconds since the last heartbeat; for a run without one, since its files were last written."""
-    path = run.folder / PROCESS_FILE
+    """Seconds since the last heartbeat; for a run without one, as of MLflow, since its files were last written."""
+    path = run.folder / ProcessRecord.FILE
     paths = [path] if path.is_file() else [run.folder / name for name in WRITTEN_ALL_ALONG]
     return time.time() - max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
 
@@ -128,32 +123,27 @@ def is_alive(run: Run, running: bool | None = None) -> bool:
         running: whether its files say so; None: as its ``result.json`` does.
     """
     who, here = process_of(run), provenance.process()
-    running = run.status == "RUNNING" if running is None else running
-    if not who:
-        return running and heard_seconds_ago(run) < SILENCE_SECONDS
-    if is_gone(who, here):
-        return False
-    if _of_one_machine(who, here):
-        return _is_locked(run.folder)
+    if _of_one_machine(who, here):  # its children may hold the lock for a while longer than it
+        return _is_locked(run.folder) and not is_gone(who, here)
     restarted = provenance.boot_time()
-    if who.get("host") == here["host"] and restarted and time.time() - heard_seconds_ago(run) < restarted:
+    if who.host == here.host and restarted and time.time() - heard_seconds_ago(run) < restarted:
         return False  # not heard since this machine started anew; a later heartbeat is one of its namesake
+    running = run.status == Status.RUNNING if running is None else running
     return running and heard_seconds_ago(run) < SILENCE_SECONDS
 
 
-def is_gone(who: dict[str, Any], here: dict[str, Any]) -> bool:
+def is_gone(who: ProcessRecord, here: ProcessRecord) -> bool:
     """Whether a process is known to have ended: of this machine and namespace, and its pid is free or another's."""
-    if not _of_one_machine(who, here) or who.get("pid_namespace") != here["pid_namespace"]:
+    if not _of_one_machine(who, here) or who.pid_namespace != here.pid_namespace:
         return False
-    if here["pid_started"] is None:  # no /proc: the lock has to tell
+    if who.pid is None or who.pid_started is None:  # the lock has to tell
         return False
-    return provenance.pid_started(int(who.get("pid") or 0)) != who.get("pid_started")
+    started = provenance.pid_started(who.pid)
+    return started is None or abs(started - who.pid_started) > SAME_SECONDS
 
 
-def _of_one_machine(who: dict[str, Any], here: dict[str, Any]) -> bool:
-    if here["boot_id"] is None:
-        return bool(who.get("host") == here["host"])
-    return bool(who.get("boot_id") == here["boot_id"])
+def _of_one_machine(who: ProcessRecord, here: ProcessRecord) -> bool:
+    return who.host == here.host if here.boot_id is None else who.boot_id == here.boot_id
 
 
 def _is_locked(folder: Path) -> bool:
@@ -165,7 +155,7 @@ def _is_locked(folder: Path) -> bool:
 def unless_held(folder: Path) -> Iterator[bool]:
     """Whether nobody holds a run's folder; if so, nobody can inside the block."""
     lock = FileLock(folder / LOCK_FILE)
-    if not Path(lock.lock_file).is_file():  # of an older version, or a copy
+    if not Path(lock.lock_file).is_file():  # a copy
         yield True
         return
     try:
@@ -181,25 +171,17 @@ def unless_held(folder: Path) -> Iterator[bool]:
 
 def mark_dead() -> list[Run]:
     """Write KILLED where a run says RUNNING and its process is no more; returns these runs, oldest first."""
-    return [run for run in all_runs() if run.status == "RUNNING" and not is_alive(run) and _mark(run)]
+    return [run for run in all_runs() if run.status == Status.RUNNING and not is_alive(run) and _mark(run)]
 
 
 def _mark(run: Run) -> bool:
     with unless_held(run.folder) as is_free:
-        if not is_free or run.status != "RUNNING":  # resumed, or ended, since it was looked at
+        if not is_free or run.status != Status.RUNNING:  # resumed, or ended, since it was looked at
             return False
+        resumable = (run.folder / "config.yaml").is_file()  # else it had not begun
         try:
-            result = run.read_json("result.json")
-        except ValueError:
-            result = {}
-        try:
-            resumable = (run.folder / "config.yaml").is_file()  # else it had not begun
-            run.write_json("result.json", result | {"status": "KILLED", "resumable": resumable})
+            records.write(replace(run.result(), status=Status.KILLED, resumable=resumable), run.folder)
         except OSError as error:
             log.info("%s: its process is gone, but KILLED cannot be written (%s)", run.folder, error)
             return False
     return True
-
-
-def _now() -> str:
-    return datetime.now().astimezone().isoformat(timespec="seconds")

@@ -11,14 +11,14 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from functools import cache
 from importlib.metadata import distributions, version
 from pathlib import Path
-from typing import Any
 
 from mlmx.config.redaction import redact
+from mlmx.runs.records import ProcessRecord
 from mlmx.runs.run import Run
 
 log = logging.getLogger("mlmx")
@@ -26,6 +26,8 @@ PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "hydra-core", "ml
 
 # Tags that MLflow itself reads: what a run is nested under, and its description in markdown.
 PARENT, NOTE = "mlflow.parentRunId", "mlflow.note.content"
+GIB = 2**30
+UNTOLD = (OSError, RuntimeError)  # what psutil raises where /proc is not there, or holds less than it should
 PROCESS_TAGS = ("mlmx.host", "mlmx.boot_id", "mlmx.pid_namespace", "mlmx.pid", "mlmx.pid_started")
 
 
@@ -47,7 +49,7 @@ def tags() -> dict[str, str]:
 
 def process_tags() -> dict[str, str]:
     """Those that say which process is at a run."""
-    return {tag: str(value) for tag, value in zip(PROCESS_TAGS, process().values(), strict=True) if value is not None}
+    return {f"mlmx.{name}": str(value) for name, value in asdict(process()).items() if value is not None}
 
 
 @cache  # asked once: this process runs the code that it has loaded
@@ -80,63 +82,65 @@ def code_version() -> str:
     return f"{mlmx.__version__}+{sources.hexdigest()[:12]}"
 
 
-def process() -> dict[str, Any]:
-    """Which process this is, so that nobody takes another one for it; None where the system does not tell.
+def process() -> ProcessRecord:
+    """Which process this is."""
+    return _process(os.getpid())
 
-    A pid alone is used again and means something within its namespace (a container's) only; the boot's id tells
-    machines of one name, and a machine from itself after a restart.
-    """
+
+@cache
+def _process(pid: int) -> ProcessRecord:
     boot_id = Path("/proc/sys/kernel/random/boot_id")
     namespace = Path("/proc/self/ns/pid")
-    return {
-        "host": socket.gethostname(),
-        "boot_id": boot_id.read_text(encoding="ascii").strip() if boot_id.is_file() else None,
-        "pid_namespace": namespace.readlink().name if namespace.is_symlink() else None,
-        "pid": os.getpid(),
-        "pid_started": pid_started(os.getpid()),
-    }
+    return ProcessRecord(
+        host=socket.gethostname(),
+        boot_id=boot_id.read_text(encoding="ascii").strip() if boot_id.is_file() else None,
+        pid_namespace=namespace.readlink().name if namespace.is_symlink() else None,
+        pid=pid,
+        pid_started=pid_started(pid),
+    )
 
 
-def pid_started(pid: int) -> int | None:
-    """When a process began, in clock ticks since the machine did; None where it is no more, or /proc is not there."""
+def pid_started(pid: int) -> float | None:
+    """When a process began, in seconds; None where it is no more (a zombie has ended), or the system does not tell.
+
+    Counted from the machine's own beginning on Linux, where psutil adds that one to it, by a clock that may be set
+    meanwhile; elsewhere since 1970.
+    """
+    import psutil
+
     try:
-        said = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        found = psutil.Process(pid)
+        if found.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return None
+        return float(found.create_time() - (psutil.boot_time() if psutil.LINUX else 0))
+    except (psutil.Error, *UNTOLD):
         return None
-    state, *fields = said.rpartition(")")[2].split()  # the name before may hold spaces and brackets
-    return None if state in "ZX" else int(fields[18])  # a zombie has ended; proc(5) counts the field as number 22
 
 
 def boot_time() -> float | None:
-    """When this machine began, in seconds since 1970."""
+    """When this machine began, in seconds since 1970; None where the system does not tell."""
+    import psutil
+
     try:
-        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-    except (AttributeError, OSError):
+        return float(psutil.boot_time())
+    except UNTOLD:
         return None
 
 
 def machine() -> dict[str, str]:
-    """Tags of what a run computes on: in words, and number by number, to filter by."""
-    memory = memory_bytes()
-    gpus = [bytes_ for _, bytes_ in _gpus()]
-    return {
-        "mlmx.hardware": hardware(),
-        "mlmx.cores": str(_usable_cores()),
-        **({"mlmx.memory_gib": _gib(memory)} if memory else {}),
-        **({"mlmx.gpus": str(len(gpus)), "mlmx.gpu_memory_gib": _gib(min(gpus))} if gpus else {}),
-    }
+    """Tags of what a run computes on: in words, as far as the system tells, and number by number, to filter by.
 
-
-def hardware() -> str:
-    """``2 × AMD EPYC · 31 GiB`` or ``NVIDIA H100 (79 GiB) · 8 × …``, as far as the system tells."""
-    memory = memory_bytes()
-    gpus = [f"{name} ({bytes_ / 2**30:.0f} GiB)" for name, bytes_ in _gpus()]
-    own = [f"{_usable_cores()} × {_processor()}", *([f"{memory / 2**30:.0f} GiB"] if memory else [])]
-    return " · ".join([*gpus, *own])
-
-
-def _gib(bytes_: int) -> str:
-    return f"{bytes_ / 2**30:.1f}"
+    ``2 × AMD EPYC · 31 GiB`` or ``NVIDIA H100 (79 GiB) · 8 × …``.
+    """
+    cores, memory, gpus = _usable_cores(), memory_bytes(), _gpus()
+    words = [f"{name} ({bytes_ / GIB:.0f} GiB)" for name, bytes_ in gpus] + [f"{cores} × {_processor()}"]
+    found = {"mlmx.cores": str(cores)}
+    if memory:
+        words.append(f"{memory / GIB:.0f} GiB")
+        found["mlmx.memory_gib"] = f"{memory / GIB:.1f}"
+    if gpus:
+        found |= {"mlmx.gpus": str(len(gpus)), "mlmx.gpu_memory_gib": f"{min(bytes_ for _, bytes_ in gpus) / GIB:.1f}"}
+    return {"mlmx.hardware": " · ".join(words), **found}
 
 
 def _gpus() -> list[tuple[str, int]]:
@@ -148,9 +152,11 @@ def _gpus() -> list[tuple[str, int]]:
 
 def memory_bytes() -> int | None:
     """Main memory that this process may use: the machine's, or what a container is given of it."""
+    import psutil
+
     try:
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
+        there = int(psutil.virtual_memory().total)
+    except UNTOLD:
         return None
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:

@@ -3,43 +3,68 @@
 ::
 
     result.json   how a run ended, its last numbers           process.json  which process makes it
-    mlflow.json   all that makes its MLflow run               job.json      which job of a sweep it is
-    sweep.json    what a sweep is, in the sweep's own folder
+    data.json     what it is trained and measured on          job.json      which job of a sweep it is
+    mlflow.json   all that makes its MLflow run               sweep.json    what a sweep is, in its own folder
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, TypeVar, get_type_hints
 
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 
+from mlmx.config import whole
 from mlmx.config.redaction import redacted
+
+DATA_FILE = "data.json"
 
 
 class Status(StrEnum):
-    """How a run or a sweep stands, in its folder and in MLflow."""
+    """How a run or a sweep stands, in its folder and in MLflow; UNKNOWN where a file says none of the four."""
 
     RUNNING = "RUNNING"
     FINISHED = "FINISHED"
     FAILED = "FAILED"
     KILLED = "KILLED"
+    UNKNOWN = "UNKNOWN"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Status:
+        return cls.UNKNOWN
+
+    @property
+    def is_end(self) -> bool:
+        """Whether it is one of the three that a run ends with."""
+        return self in (Status.FINISHED, Status.FAILED, Status.KILLED)
 
 
-def _numbers(values: Any) -> Any:
-    """Of a mapping the entries that are numbers."""
-    if not isinstance(values, Mapping):
-        return values
-    return {str(key): value for key, value in values.items() if type(value) in (int, float)}
+def numbers(values: Any) -> dict[str, float]:
+    """Of a mapping the entries that are numbers, by names that can be shown; empty where it is none.
+
+    >>> numbers({"eval/loss": 2.5, "steps": 7, "note": "7", "ok": True})
+    {'eval/loss': 2.5, 'steps': 7}
+    """
+    found = values.items() if isinstance(values, Mapping) else ()
+    return {name: value for name, value in found if _is_number(value) and isinstance(name, str) and name.isprintable()}
 
 
-Numbers = Annotated[dict[str, float], BeforeValidator(_numbers)]
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
+
+
+Numbers = Annotated[dict[str, float], PlainValidator(numbers)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Milliseconds = Count  # since 1970
 
 
 @dataclass
@@ -80,8 +105,8 @@ class MlflowRecord:
     name: str = ""
     tags: dict[str, str] = field(default_factory=dict)
     params: dict[str, str] = field(default_factory=dict)
-    started: int = 0
-    ended: int | None = None
+    started: Milliseconds = 0
+    ended: Milliseconds | None = None
     run_id: str | None = None
     register: str | None = None
     kept: list[str] | None = None
@@ -90,13 +115,21 @@ class MlflowRecord:
 
 @dataclass
 class ProcessRecord:
-    """Which process makes a run, so that nobody takes another one for it; None where the system does not tell."""
+    """Which process makes a run, so that nobody takes another one for it; None where the system does not tell.
+
+    A pid alone is used again and means something within its namespace (a container's) only; the boot's id tells
+    machines of one name, and a machine from itself after a restart.
+
+    Attributes:
+        pid_started: seconds, see `provenance.pid_started`.
+        started: when it took the run, with the time zone.
+    """
 
     FILE: ClassVar = "process.json"
     host: str | None = None
     boot_id: str | None = None
     pid_namespace: str | None = None
-    pid: int | None = None
+    pid: Annotated[int, Field(gt=0, lt=2**31)] | None = None
     pid_started: float | None = None
     started: str | None = None
 
@@ -119,7 +152,7 @@ class JobRecord:
 
 @dataclass
 class SweepRecord:
-    """A sweep.
+    """A sweep; where its file is torn, nobody knows how it stands.
 
     Attributes:
         identity: by which the same sweep, issued again, is known.
@@ -134,48 +167,118 @@ class SweepRecord:
     command: str = ""
     identity: str = ""
     swept: dict[str, str] = field(default_factory=dict)
-    jobs: int = 0
-    status: Status = Status.RUNNING
-    started: int = 0
-    ended: int | None = None
+    jobs: Count = 0
+    status: Status = Status.UNKNOWN
+    started: Milliseconds = 0
+    ended: Milliseconds | None = None
     best: str | None = None
 
 
-class Record(Protocol):
-    """A dataclass that knows its file."""
+@dataclass
+class SplitRecord:
+    """A part of the data report in ``data.json``; what else it says is for people.
 
-    FILE: ClassVar[str]
+    Attributes:
+        sha256: of its rows; ``content_sha256`` of its texts.
+        protocol_parts: of the held-out documents, what the protocol's id is made of.
+    """
+
+    source: str = ""
+    documents: Count = 0
+    tokens: Count = 0
+    chunks: Count = 0
+    sha256: str = ""
+    content_sha256: str | None = None
+    protocol_parts: dict[str, Any] = field(default_factory=dict)
+
+
+class Fields(Protocol):
+    """A dataclass."""
+
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
+class Record(Fields, Protocol):
+    """A dataclass that knows its file."""
+
+    FILE: ClassVar[str]
+
+
+F = TypeVar("F", bound=Fields)
 R = TypeVar("R", bound=Record)
 
 
-def read(kind: type[R], folder: Path) -> R | None:
+def read(kind: type[R], folder: Path, notes: list[str] | None = None) -> R | None:
     """A record of a folder; None where it has none. What a file holds is never a reason to fail.
 
     What is of another type than it should be counts as absent; of a file that is torn, all of it does.
+
+    Args:
+        notes: gets a line where the file cannot be read.
     """
-    try:
-        found = json.loads((folder / kind.FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, RecursionError):
-        found = {}
+    found = _object(folder / kind.FILE, notes)
+    return None if found is None else parsed(kind, found)
+
+
+def read_splits(folder: Path, notes: list[str] | None = None) -> dict[str, SplitRecord]:
+    """The splits of ``data.json`` by name, read as `read` reads."""
+    found = _object(folder / DATA_FILE, notes) or {}
+    return {name: parsed(SplitRecord, split) for name, split in found.items() if isinstance(split, dict)}
+
+
+def parsed(kind: type[F], found: Mapping[str, Any]) -> F:
+    """A dataclass of what is usable of these values.
+
+    >>> parsed(JobRecord, {"key": "a", "error": 5, "more": 6})
+    JobRecord(key='a', dials='', overrides=[], error=None)
+    """
     usable = {}
     for name, adapter in _adapters(kind).items():
-        if isinstance(found, dict) and name in found:
+        if name in found:
             with contextlib.suppress(ValidationError):
                 usable[name] = adapter.validate_python(found[name])
     return kind(**usable)
 
 
-def as_json(record: Record) -> str:
-    """The file's text: numbers stay what they are, secrets do not."""
-    return json.dumps(redacted(asdict(record)), indent=2, ensure_ascii=False) + "\n"
+def _object(path: Path, notes: list[str] | None) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError):
+        pass
+    if notes is not None:
+        notes.append(f"{path.name} cannot be read")
+    return {}
+
+
+def write(record: Record, folder: Path) -> None:
+    """Write a record's file, whole or not at all.
+
+    Raises:
+        OSError: it could not be written (a full disk, say).
+    """
+    whole.write(folder / record.FILE, as_json(asdict(record)))
+
+
+def as_json(value: Any) -> str:
+    """A file's text: numbers stay what they are, secrets do not."""
+    return json.dumps(redacted(value), indent=2, ensure_ascii=False) + "\n"
 
 
 @cache
-def _adapters(kind: type[Record]) -> dict[str, TypeAdapter[Any]]:
+def _adapters(kind: type[Fields]) -> dict[str, TypeAdapter[Any]]:
     hints = get_type_hints(kind, include_extras=True)
     return {one.name: TypeAdapter(hints[one.name]) for one in fields(kind)}
+
+
+def milliseconds() -> int:
+    """What time it is, in milliseconds since 1970, as records and MLflow count."""
+    return int(time.time() * 1000)
+
+
+def moment() -> str:
+    """What time it is, with the time zone: ``2026-01-01T00:00:00+01:00``."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")

@@ -15,23 +15,24 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
-from datetime import datetime
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from mlmx.config import whole
 from mlmx.config.errors import RequestError, path_of
 from mlmx.config.paths import outputs_dir
 from mlmx.config.redaction import redacted
 from mlmx.config.schema import TrainConfig, from_plain
-from mlmx.runs import disk
-from mlmx.runs.checkpoints import is_interim
+from mlmx.runs import records
+from mlmx.runs.checkpoints import MANIFEST, all_of, is_interim
 from mlmx.runs.metrics_file import MetricsFile, rows_of
+from mlmx.runs.records import Result, Status, as_json
 
 log = logging.getLogger("mlmx")
-FIRST_FILES = ("overrides.yaml", "inputs.json", "result.json", "config.yaml")
+FIRST_FILES = ("overrides.yaml", "inputs.json", Result.FILE, "config.yaml")
 EXAMPLES_FILE = "examples.json"  # a table of what a run puts into the same held-out sentences after each epoch
 HELDOUT_FILE = "heldout.npz"  # per-document sums of the last scoring, by which pairs of runs are compared
 
@@ -72,37 +73,27 @@ class Run:
         return self.folder / "plots"
 
     @property
-    def status(self) -> str | None:
-        """RUNNING, FINISHED, FAILED or KILLED, as far as the folder knows."""
-        return self.result().get("status")
+    def status(self) -> Status | None:
+        """As far as the folder knows; None where no run has begun."""
+        found = records.read(Result, self.folder)
+        return None if found is None else found.status
 
-    def result(self) -> dict[str, Any]:
-        """What ``result.json`` says; where it is torn, as by a power cut, no ending was written."""
-        try:
-            return self.read_json("result.json")
-        except ValueError:
-            return {"status": "RUNNING"}
+    def result(self) -> Result:
+        """What ``result.json`` says."""
+        return records.read(Result, self.folder) or Result()
 
     def saved(self) -> list[Path]:
-        """The whole checkpoints that were asked for (not those saved on the way), by name; their files are not read."""
-        found = sorted(self.checkpoints.glob("checkpoint-*"))
-        return [folder for folder in found if (folder / "manifest.json").is_file() and not is_interim(folder)]
+        """The whole checkpoints that were asked for (not those saved on the way), by step; their files are not read."""
+        found = reversed(all_of(self.checkpoints))
+        return [folder for folder in found if (folder / MANIFEST).is_file() and not is_interim(folder)]
 
     def write_json(self, name: str, value: Any) -> None:
         """As `write_text`. Numbers stay what they are, secrets do not."""
-        self.write_text(name, json.dumps(redacted(value), indent=2, ensure_ascii=False) + "\n")
+        self.write_text(name, as_json(value))
 
     def write_text(self, name: str, text: str) -> None:
-        """Write aside, then rename: a reader never sees half a file."""
-        target = self.folder / name
-        aside = target.with_name(f".{name}.tmp")
-        try:
-            with disk.writing(target):
-                aside.write_text(text, encoding="utf-8")
-                aside.replace(target)
-        except OSError:
-            aside.unlink(missing_ok=True)
-            raise
+        """Write a file of the run, whole or not at all."""
+        whole.write(self.folder / name, text)
 
     def append_metrics(self, step: int, epoch: float, metrics: Mapping[str, float]) -> dict[str, Any]:
         """One line of ``metrics.jsonl``, of a run that has ended; returns its row."""
@@ -123,7 +114,11 @@ class Run:
             return rows_of(file)
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """``result.json`` or ``data.json``; empty where the run has none yet."""
+        """A JSON object among the files of the run; empty where it has none yet.
+
+        Raises:
+            ValueError: it is torn, or something else.
+        """
         path = self.folder / name
         try:
             value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -176,9 +171,8 @@ def reopen_run(
 ) -> Run:
     """Begin a run again in its own folder; what has changed about it is kept in ``drift.jsonl``."""
     if drift:
-        when = datetime.now().astimezone().isoformat()
         changes = {key: {"was": was, "is": now} for key, (was, now) in drift.items()}
-        run.append_line("drift.jsonl", {"time": when, "changes": changes})
+        run.append_line("drift.jsonl", {"time": records.moment(), "changes": changes})
     return _written(run, cfg, overrides, inputs)
 
 
@@ -186,7 +180,7 @@ def _written(run: Run, cfg: TrainConfig, overrides: tuple[str, ...], inputs: Map
     plain = {f.name: getattr(cfg, f.name) for f in fields(cfg)} | {"resume": {"run": None, "allow": []}}
     run.write_text("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted(list(overrides)))))
     run.write_json("inputs.json", inputs)
-    run.write_json("result.json", run.read_json("result.json") | {"status": "RUNNING"})
+    records.write(replace(run.result(), status=Status.RUNNING), run.folder)
     run.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted(plain))))
     return run
 
@@ -199,11 +193,11 @@ def find_run(wanted: str) -> Run:
     """
     run = run_named(wanted)
     if run is None:
-        finished = [run for run in all_runs() if run.status == "FINISHED"]
+        finished = [run for run in all_runs() if run.status == Status.FINISHED]
         if not finished:
             raise RequestError(f"run=last: no finished run below {outputs_dir() / 'train'}; train one first")
         return finished[-1]
-    if run.status != "FINISHED" or not (run.model / "config.json").is_file():
+    if run.status != Status.FINISHED or not (run.model / "config.json").is_file():
         raise RequestError(f"run={wanted}: this run is unfinished (status {run.status}); choose one that finished")
     return run
 
@@ -217,9 +211,9 @@ def run_named(wanted: str, key: str = "run") -> Run | None:
     if wanted == "last":
         return None
     folder = path_of(key, wanted)
-    if (folder / "result.json").is_file():
+    if (folder / Result.FILE).is_file():
         return Run(folder.resolve())
-    by_id = [run for run in all_runs() if wanted and run.result().get("run_id") == wanted]
+    by_id = [run for run in all_runs() if wanted and run.result().run_id == wanted]
     if not by_id:
         raise RequestError(
             f"{key}={wanted}: no such run; give a run folder (below {outputs_dir() / 'train'}), an MLflow run id, "
@@ -230,7 +224,7 @@ def run_named(wanted: str, key: str = "run") -> Run | None:
 
 def all_runs() -> list[Run]:
     """Every run below outputs/train, oldest first."""
-    found = folders_with("result.json", outputs_dir() / "train")
+    found = folders_with(Result.FILE, outputs_dir() / "train")
     return sorted((Run(folder) for folder in found), key=lambda run: _started(run.folder))
 
 
@@ -246,6 +240,3 @@ def folders_with(name: str, top: Path) -> Iterator[Path]:
 def _started(folder: Path) -> float:
     path = folder / "overrides.yaml"  # written once, at the start
     return path.stat().st_mtime if path.is_file() else -math.inf
-
-
-# ----------------------------------------------------------------------------------------- speech

@@ -18,12 +18,12 @@ from mlmx.config.compose import key_of
 from mlmx.config.redaction import show_traceback
 from mlmx.config.schema import Job, TrainConfig
 from mlmx.experiment import parts_of, reuse_of, texts_sha256
-from mlmx.runs import identity, process, provenance, signals
+from mlmx.runs import identity, process, provenance, records, signals
 from mlmx.runs.explain import explain
 from mlmx.runs.log import log_to
+from mlmx.runs.records import MlflowRecord, SplitRecord, Status
 from mlmx.runs.run import Run, discard_empty
 from mlmx.sweeps.sweep import Sweep, SweepJob, begin_job, fail_job
-from mlmx.tracking.mirror import RUN_FILE
 
 if TYPE_CHECKING:
     from mlmx.training.reporter import StopEarly
@@ -59,10 +59,10 @@ def _run_job(
 ) -> float:
     dials = identity.fingerprint(identity.dials(cfg))
     key = identity.fingerprint(dials, provenance.code_version())
-    folder, what = None, " ".join(override for override in job.overrides if key_of(override) in sweep.about()["swept"])
+    folder, what = None, " ".join(override for override in job.overrides if key_of(override) in sweep.about().swept)
     try:
         before = earlier(sweep, cfg, key)
-        done = before is not None and before.run.status == "FINISHED"
+        done = before is not None and before.run.status == Status.FINISHED
         log.info("\njob %-5d%s%s", number, what, " is done" if done else "")
         if before is not None and done:
             discard_empty(job.folder)
@@ -72,8 +72,8 @@ def _run_job(
             discard_empty(job.folder)
         begin_job(folder, key, dials, identity.without_resume(job.overrides))
         resumed = {"run": str(folder), "allow": []} if (folder / "config.yaml").is_file() else cfg.resume
-        parent = Run(sweep.folder).read_json(RUN_FILE).get("run_id")
-        return train(replace(cfg, resume=resumed), replace(job, folder=folder, parent=parent), stop_early)
+        parent = records.read(MlflowRecord, sweep.folder) or MlflowRecord()
+        return train(replace(cfg, resume=resumed), replace(job, folder=folder, parent=parent.run_id), stop_early)
     except signals.Interrupted as error:
         if folder is not None and signals.is_worker():  # the sweep may not have been asked to end, and has to know
             fail_job(folder, str(error))
@@ -90,16 +90,15 @@ def _run_job(
 
 def earlier(sweep: Sweep, cfg: TrainConfig, key: str) -> SweepJob | None:
     """The job of an earlier issue of the sweep whose run is this very one, on the same texts; the dead are marked."""
-    found = next((one for one in sweep.jobs() if one.key == key), None) if reuse_of(cfg) else None
-    if found is None or not (found.folder / "data.json").is_file():
+    found = next((one for one in sweep.jobs() if one.about.key == key), None) if reuse_of(cfg) else None
+    if found is None or not (found.folder / records.DATA_FILE).is_file():
         return found  # nothing of it can be of other texts
     process.mark_dead()
-    told = found.run.read_json("data.json")
-    now = texts_sha256(parts_of(cfg))
-    return found if {name: told.get(name, {}).get("content_sha256") for name in now} == now else None
+    before, now = records.read_splits(found.folder), texts_sha256(parts_of(cfg))
+    return found if {name: before.get(name, SplitRecord()).content_sha256 for name in now} == now else None
 
 
 def objective(run: Run) -> float:
     """What a sweep is about: the last ``heldout/loss``, or ``eval/loss`` where nothing is held out."""
-    metrics = run.result().get("metrics") or {}
+    metrics = run.result().metrics
     return float(metrics.get("heldout/loss", metrics.get("eval/loss", math.nan)))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,10 @@ from mlmx.runs import identity, process, provenance, signals
 from mlmx.runs.disk import writing
 from mlmx.runs.log import log_to
 from mlmx.runs.provenance import PARENT
+from mlmx.runs.records import Status, SweepRecord, milliseconds
 from mlmx.runs.run import Run
 from mlmx.sweeps import search
-from mlmx.sweeps.sweep import SWEEP_FILE, Sweep, all_sweeps, mark_dead
+from mlmx.sweeps.sweep import Sweep, all_sweeps, mark_dead
 from mlmx.tracking.mirror import RUN_FILE, replace_note
 from mlmx.tracking.store import Store, reason
 
@@ -74,11 +74,11 @@ def planned(
     same = sorted(override for override in fixed if not override.lstrip("+").startswith(without_effect))
     key = identity.fingerprint({"fixed": same, "swept": sorted(swept)})
     known = [Sweep(folder)] if named else list(reversed(all_sweeps()))
-    before = next((sweep for sweep in known if sweep.about().get("identity") == key), None)
+    before = next((sweep for sweep in known if sweep.about().identity == key), None)
     if before is not None and (reuse_of(cfg) or named):
         require(reuse_of(cfg), f"sweep.reuse=false: {folder} holds this sweep; leave out hydra.sweep.dir")
         folder = before.folder
-    elif (folder / SWEEP_FILE).exists() or (folder / "config.yaml").exists():
+    elif (folder / SweepRecord.FILE).exists() or (folder / "config.yaml").exists():
         raise RequestError(f"hydra.sweep.dir={folder}: holds another sweep or run; choose another folder")
     name = f"{cfg.run_name or 'sweep'} · {' × '.join(swept) or 'one job'}"
     return Plan(Sweep(folder), name, command, key, swept, jobs, cfg.note, parts_of(cfg).store)
@@ -93,19 +93,19 @@ def recorded(plan: Plan) -> Iterator[None]:
     """
     with log_to(), process.held(plan.sweep.folder):
         mark_dead()
-        again = (plan.sweep.folder / SWEEP_FILE).exists()
-        started = plan.sweep.about().get("started") or _now()
+        again = (plan.sweep.folder / SweepRecord.FILE).exists()
+        started = plan.sweep.about().started or milliseconds()
         facts = {"name": plan.name, "command": plan.command, "identity": plan.identity, "started": started}
         counts = {"swept": dict(plan.swept), "jobs": max(plan.jobs, len(plan.sweep.folders()))}
-        plan.sweep.note(**facts, **counts, status="RUNNING", ended=None)
+        plan.sweep.note(**facts, **counts, status=Status.RUNNING, ended=None)
         log.info("%s", _introduction(plan, again))
         parent = _opened(plan)
-        status = "FAILED"
+        status = Status.FAILED
         try:
             yield
-            status = "FAILED" if failures(plan.sweep) else "FINISHED"
+            status = Status.FAILED if failures(plan.sweep) else Status.FINISHED
         except (signals.Interrupted, KeyboardInterrupt, SystemExit) as error:
-            status = "KILLED"
+            status = Status.KILLED
             error.add_note("to go on, give the same command again")
             raise
         finally:
@@ -114,7 +114,7 @@ def recorded(plan: Plan) -> Iterator[None]:
 
 def failures(sweep: Sweep) -> dict[Path, str]:
     """Why jobs failed, by folder."""
-    return {job.folder: job.error or "failed" for job in sweep.jobs() if job.failed}
+    return {job.folder: job.about.error or "failed" for job in sweep.jobs() if job.failed}
 
 
 def _introduction(plan: Plan, again: bool) -> str:
@@ -150,7 +150,7 @@ def _parent(plan: Plan, store: Store) -> MlflowRun:
     again = bool(told)
     if not again:
         tags = {"mlmx.folder": str(plan.sweep.folder), **provenance.tags()}
-        told = {"name": plan.name, "params": {}, "tags": tags, "started": _now(), "run_id": None, "ended": None}
+        told = {"name": plan.name, "params": {}, "tags": tags, "started": milliseconds(), "run_id": None, "ended": None}
     swept = {"mlmx.command": plan.command, "mlmx.swept": ", ".join(plan.swept)}
     told["tags"] |= provenance.process_tags() | redacted(swept)
     replace_note(told, redact(_note(plan, "The jobs are running.", None)))
@@ -165,19 +165,19 @@ def _parent(plan: Plan, store: Store) -> MlflowRun:
     return parent
 
 
-def _end(plan: Plan, status: str, parent: MlflowRun | None) -> None:
+def _end(plan: Plan, status: Status, parent: MlflowRun | None) -> None:
     """Table, charts, best job and status, in the folder and in MLflow; what goes wrong does not hide how it ended."""
     try:
         table = tabulate(plan.sweep.runs(), keys=list(plan.swept), failures=failures(plan.sweep))
         best = str(table.best.run.folder) if table.best else None
-        plan.sweep.note(status=status, ended=_now(), best=best)
+        plan.sweep.note(status=status, ended=milliseconds(), best=best)
         files = _written(plan, table)
         log.info("%s", plain(table))
         log.info("%s", _ending(plan, table, status))
     except Exception as error:
         log.warning("%s: its table could not be made (%s)", plan.sweep.folder, brief(error))
         with contextlib.suppress(OSError):
-            plan.sweep.note(status=status, ended=_now())
+            plan.sweep.note(status=status, ended=milliseconds())
         table, files = None, []
     if plan.store is None:
         return
@@ -196,17 +196,17 @@ def _written(plan: Plan, table: Table) -> list[Path]:
         home.write_text("table.md", markdown(table))
         home.write_text("table.csv", csv_text(table))
         home.write_text("report.html", page.report(table, plan.name, drawn))
-    return [*(folder / name for name in ("table.md", "table.csv", "report.html", SWEEP_FILE)), *drawn]
+    return [*(folder / name for name in ("table.md", "table.csv", "report.html", SweepRecord.FILE)), *drawn]
 
 
-def _tell(plan: Plan, parent: MlflowRun, table: Table | None, files: Sequence[Path], status: str) -> None:
+def _tell(plan: Plan, parent: MlflowRun, table: Table | None, files: Sequence[Path], status: Status) -> None:
     """Bring MLflow's parent to what the folder says."""
     adopt(parent, plan.sweep)
     for path in files:
         parent.add_file(path, "plots" if path.parent.name == "plots" else None)
     best, told = table.best if table else None, dict(parent.told)
     if best is not None:
-        told["tags"] |= {"mlmx.best": str(best.run.result().get("run_id")), "mlmx.best_name": best.name}
+        told["tags"] |= {"mlmx.best": str(best.run.result().run_id), "mlmx.best_name": best.name}
         for name in ("heldout/loss", "eval/loss"):
             if name in best.metrics:
                 parent.client.log_metric(parent.run_id, f"best/{name.replace('/', '_')}", best.metrics[name])
@@ -214,7 +214,7 @@ def _tell(plan: Plan, parent: MlflowRun, table: Table | None, files: Sequence[Pa
     Run(plan.sweep.folder).write_json(RUN_FILE, told)
     parent.told = told
     parent.describe({})
-    parent.finish(status, status != "FINISHED", _now())
+    parent.finish(status, status != Status.FINISHED, milliseconds())
 
 
 def adopt(parent: MlflowRun, sweep: Sweep) -> None:
@@ -233,22 +233,18 @@ def adopt(parent: MlflowRun, sweep: Sweep) -> None:
 def _note(plan: Plan, state: str, table: Table | None) -> str:
     lines = [f"`{plan.command}`", *([plan.note] if plan.note else []), state]
     if table is not None and table.best is not None:
-        run_id = table.best.run.result().get("run_id")
+        run_id = table.best.run.result().run_id
         lines.append(f"Best: {table.best.name}" + (f" (run `{run_id}`)" if run_id else ""))
     if table is not None:
         lines.append(markdown(table))
     return "\n\n".join([*lines, "The same command again keeps what is done and goes on with the rest."])
 
 
-def _ending(plan: Plan, table: Table, status: str) -> str:
+def _ending(plan: Plan, table: Table, status: Status) -> str:
     lines = [f"sweep    {status.lower()}: {len(table.rows)} jobs in {plan.sweep.folder}"]
     if table.best is not None:
         lines.append(f"best     {table.best.name}: {table.best.run.folder}")
-    if status != "FINISHED":
+    if status != Status.FINISHED:
         lines.append("go on    give the same command again: what is done is kept")
     lines.append(f"compare  python -m mlmx compare sweep={plan.sweep.folder}")
     return "\n".join(lines)
-
-
-def _now() -> int:
-    return int(time.time() * 1000)

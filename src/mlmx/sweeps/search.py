@@ -76,9 +76,9 @@ class Search:
         drawn = len(self.study.get_trials(deepcopy=False))
         self.study.sampler = _sampler(sampler, seed + drawn, startup_trials)
         self.study.pruner = _pruner(pruner, startup_trials)
-        self._take_up()
+        self._try_again()
 
-    def _take_up(self) -> None:
+    def _try_again(self) -> None:
         """Trials of a process that was killed are tried again first, with the same values."""
         from optuna.trial import TrialState
 
