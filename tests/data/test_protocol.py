@@ -15,15 +15,17 @@ import torch
 from datasets import Dataset
 
 from mlmx.config.errors import RequestError
+from mlmx.config.labels import IGNORE_INDEX
 from mlmx.data import hashing, heldout
 from mlmx.data.chunks import concat, document
 from mlmx.data.heldout import BANDS, PIECES, HeldoutChunks, heldout_chunks, split_off, token_groups
-from mlmx.data.masking import IGNORED, Vocabulary, vocabulary
+from mlmx.data.masking import Vocabulary, vocabulary
 from mlmx.data.protocol import RATE, WholeWords, Yardstick
 from mlmx.data.tokens import tokenize
 from mlmx.evaluation.bootstrap import DocumentSums, paired_difference, resampled
 from mlmx.evaluation.scoring import bits_per_byte, numbers, score_documents
-from mlmx.models.encoders import load_model, masked_logits, scratch
+from mlmx.models.encoders import load_model, scratch
+from mlmx.models.head import masked_logits
 
 CHUNK_SIZES = (64, 128, 256, 512)
 
@@ -44,7 +46,7 @@ def targets(rows: HeldoutChunks, collate, batch_size: int) -> list[tuple[int, in
     for first in range(0, len(rows), batch_size):
         some = [rows[i] for i in range(first, min(first + batch_size, len(rows)))]
         batch = collate(some)
-        for row, column in zip(*np.nonzero((batch["labels"] != IGNORED).numpy()), strict=True):
+        for row, column in zip(*np.nonzero((batch["labels"] != IGNORE_INDEX).numpy()), strict=True):
             place = some[row]["position"] + column - some[row]["num_prefix"]
             shown, right = int(batch["input_ids"][row, column]), int(batch["labels"][row, column])
             found.append((int(some[row]["document"]), int(place), shown, right))

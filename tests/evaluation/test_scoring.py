@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from mlmx.config.labels import IGNORE_INDEX
 from mlmx.data.chunks import document
-from mlmx.data.masking import IGNORED, masker, token
+from mlmx.data.masking import masker, token
 from mlmx.data.tokens import tokenize
 from mlmx.evaluation.bootstrap import Sums
 from mlmx.evaluation.scoring import METRICS, batches_of, numbers, score
-from mlmx.models.encoders import load_model, masked_logits, pretrained, scratch
+from mlmx.models.encoders import load_model, pretrained, scratch
+from mlmx.models.head import masked_logits
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def test_score_is_the_cross_entropy_over_all_logits(parts):
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
     found = score(loaded, [batch], masked_logits)
     assert found.totals["loss"] == pytest.approx(float(expected), rel=1e-6)
-    chosen = batch["labels"] != IGNORED
+    chosen = batch["labels"] != IGNORE_INDEX
     assert found.totals["accuracy"] == int((logits.argmax(-1)[chosen] == batch["labels"][chosen]).sum())
 
 
@@ -78,7 +80,7 @@ def test_score_leaves_the_model_as_it_was_and_uses_no_dropout(parts, tokenizer):
 def test_a_batch_without_targets_counts_nothing(parts):
     loaded, chunks, mask = parts
     batch = mask([chunks[0]])
-    empty = {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
+    empty = {**batch, "labels": torch.full_like(batch["labels"], IGNORE_INDEX)}
     assert score(loaded, [empty], masked_logits) == Sums()
     assert score(loaded, [empty, batch], masked_logits) == score(loaded, [batch], masked_logits)
 

@@ -20,13 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlmx.config.errors import RequestError, require
+from mlmx.config.labels import IGNORE_INDEX
 from mlmx.config.options import table
 from mlmx.data.rng import Words, bits_at, mix, random_halves, sample_keys, uniform32
 
 if TYPE_CHECKING:
     import torch
 
-IGNORED = -100  # the label of a position that is not scored, as in torch's cross-entropy
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
@@ -295,7 +295,7 @@ def batch(ids: Ids, at: Ids, seen: Ids | int, real: Bools) -> dict[str, torch.Te
     """
     import torch
 
-    labels = np.full(ids.shape, IGNORED)
+    labels = np.full(ids.shape, IGNORE_INDEX)
     labels.reshape(-1)[at] = ids.take(at)
     ids.reshape(-1)[at] = seen
     tensors = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}

@@ -23,7 +23,7 @@ from mlmx.data.heldout import (
 from mlmx.data.masking import Masker
 from mlmx.data.protocol import protocol_id
 from mlmx.evaluation.bootstrap import DocumentSums, Sums
-from mlmx.models import encoders
+from mlmx.models import head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,7 +85,7 @@ class Measure:
         found: dict[str, float] = {}
         if self.eval_chunks is not None:
             batches = scoring.batches_of(self.eval_chunks, self.eval_mask, self.batch_size)
-            sums = scoring.score(trained, batches, encoders.masked_logits)
+            sums = scoring.score(trained, batches, head.masked_logits)
             found |= {f"eval/{name}": value for name, value in scoring.numbers(sums).items()}
         return found if self.heldout is None else found | self._yardstick(trained, self.heldout)
 
@@ -93,9 +93,9 @@ class Measure:
         from mlmx.evaluation import scoring
 
         score = partial(scoring.score_documents, trained, heldout, batch_size=self.batch_size)
-        self.documents = score(collate=protocol.Yardstick(self.vocabulary), masked_logits=encoders.masked_logits)
+        self.documents = score(collate=protocol.Yardstick(self.vocabulary), masked_logits=head.masked_logits)
         found = {f"heldout/{name}": value for name, value in scoring.numbers(self.documents.sums()).items()}
-        words = score(collate=protocol.WholeWords(self.vocabulary), masked_logits=encoders.masked_logits)
+        words = score(collate=protocol.WholeWords(self.vocabulary), masked_logits=head.masked_logits)
         if heldout.word_bytes.any():
             found["heldout/bits_per_byte"] = scoring.bits_per_byte(words, heldout.word_bytes)
         return found
@@ -108,9 +108,7 @@ class Measure:
             return {}
         per_token = token_groups(self.heldout.tokens, training)
         groups, collate = partial(_groups_of, per_token), protocol.Yardstick(self.vocabulary)
-        score = partial(
-            scoring.score_groups, trained, self.heldout, groups, collate, masked_logits=encoders.masked_logits
-        )
+        score = partial(scoring.score_groups, trained, self.heldout, groups, collate, masked_logits=head.masked_logits)
         with fast_kernels(trained):
             found = self.within_memory(lambda: score(batch_size=self.batch_size))
         named: dict[str, Sums] = {}

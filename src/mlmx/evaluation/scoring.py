@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
+from mlmx.config.labels import IGNORE_INDEX
 from mlmx.config.options import table
 from mlmx.evaluation.bootstrap import DocumentSums, Sums
 
 Batch = dict[str, torch.Tensor]
-IGNORED = -100
 
 
 # ------------------------------------------------------------------------------------ the metrics
@@ -76,7 +76,7 @@ def values(model: torch.nn.Module, batches: Iterable[Batch], masked_logits: Mask
     device = next(model.parameters()).device
     with evaluating(model), torch.autocast(device.type, enabled=False), full_fp32():
         for batch in batches:
-            rows = batch["labels"].ne(IGNORED).nonzero()[:, 0]
+            rows = batch["labels"].ne(IGNORE_INDEX).nonzero()[:, 0]
             if len(rows):
                 logits, labels = masked_logits(model, {name: value.to(device) for name, value in batch.items()})
                 yield rows, {name: metric(logits, labels).double().cpu() for name, metric in METRICS.items()}
@@ -128,7 +128,7 @@ def score_groups(
     for first in range(0, len(rows), batch_size):
         some = [rows[i] for i in range(first, min(first + batch_size, len(rows)))]
         batch = collate(some)
-        targets = (batch["labels"] != IGNORED).numpy()
+        targets = (batch["labels"] != IGNORE_INDEX).numpy()
         for _, by_metric in values(model, [batch], masked_logits):
             of_target = groups(some)[targets]
             for group in np.unique(of_target).tolist():
