@@ -16,7 +16,6 @@ from mlmx.data import masking
 from mlmx.data.chunks import Chunks, concat, document
 from mlmx.data.masking import (
     MASKINGS,
-    NEEDS_NO_UNIFORMS,
     Masker,
     replacement_shares,
     require_budget,
@@ -248,10 +247,10 @@ def test_the_largest_draw_is_as_good_as_any():
     assert np.array_equal(targets, candidates)
 
 
-@pytest.mark.parametrize("name", NEEDS_NO_UNIFORMS)
+@pytest.mark.parametrize("name", sorted(set(MASKINGS) - {"span"}))
 def test_strategies_that_are_given_no_uniforms_need_none(tokenizer, chunks: Chunks, name: str):
     mask = masker(tokenizer, MASKINGS[name])
-    assert not mask.draws_units
+    assert not mask.draws_units, "drawing takes time"
     drawn = masked(replace(mask, draws_units=True), chunks, range(32))
     assert torch.equal(drawn["labels"], masked(mask, chunks, range(32))["labels"])
 

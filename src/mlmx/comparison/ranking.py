@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlmx.comparison.rows import Row, documents_of, rows_for
 from mlmx.config.errors import RequestError, did_you_mean
+from mlmx.evaluation.metrics import higher_is_better
 from mlmx.runs import identity
 from mlmx.runs.run import Run
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from mlmx.evaluation.bootstrap import Difference, DocumentSums
 
 YARDSTICK, ACROSS_TOKENIZERS, OWN = "heldout/loss", "heldout/bits_per_byte", "eval/loss"
-HIGHER_IS_BETTER = ("accuracy", "tokens_per_second", "mfu")
 # What two protocols, or two sets of validation chunks, may differ in; the first that differs explains those after it.
 IN_WORDS = {
     "documents": "the choice of held-out documents",
@@ -112,7 +112,7 @@ def tabulate(
     """Read runs and set them side by side.
 
     Args:
-        sort: a metric; losses and times from the lowest, accuracies and speeds from the highest.
+        sort: a metric; the best first, as the metric says.
         keys: dials to show, also groups (``model``); those that vary if None.
         failures: why jobs failed, by their folders, which may not be there.
 
@@ -178,7 +178,7 @@ def _place(row: Row, metric: str) -> float:
     value = row.value(metric)
     if math.isnan(value):
         return math.inf
-    return -value if metric.endswith(HIGHER_IS_BETTER) else value
+    return -value if higher_is_better(metric) else value
 
 
 # ------------------------------------------------------------------------------- who with whom

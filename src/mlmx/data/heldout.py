@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from mlmx.data.rng import mix, sample_keys, uniform
 from mlmx.data.tokens import Tokens, take_whole, tokenize
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset
 
     from mlmx.data.cache import TokenCache
 
@@ -92,16 +92,20 @@ def dataset_heldout(*, heldout: str | None = None, allow_overlap: bool = False) 
 
 
 def split_off(
-    texts: Dataset | DatasetDict, other: Dataset | None, origin: str, documents: int, share: float, allow_overlap: bool
+    texts: Mapping[str, Dataset],
+    other: Dataset | None,
+    origin: str,
+    documents: int,
+    share: float,
+    allow_overlap: bool,
 ) -> Split:
     """Held-out documents: of another source where one is given, else the dataset's own, else a share of it.
 
     Raises:
         RequestError: held-out documents stand in the training texts too (counted, the first one quoted).
     """
-    own = texts.get("heldout") if isinstance(texts, dict) else None
-    train: Dataset = texts["train"] if isinstance(texts, dict) else texts
-    return _split_off(train, own if other is None else other, origin, documents, share, allow_overlap)
+    source = texts.get("heldout") if other is None else other
+    return _split_off(texts["train"], source, origin, documents, share, allow_overlap)
 
 
 @lru_cache(maxsize=2)  # the jobs of a sweep have the same texts
@@ -154,8 +158,6 @@ class HeldoutChunks(Chunks):
             **row,
             "document": self.keys[number],
             "position": first - int(self.tokens.offsets[number]) - self.tokens.num_prefix,
-            "start": first,
-            "length": int(self.lengths[index]),
             "num_prefix": len(self.prefix),
             "num_suffix": len(self.suffix),
             "chosen": np.concatenate([edges[0], own, edges[1]]),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlmx.config.errors import RequestError, path_of, require
 from mlmx.config.options import table
+from mlmx.config.plugins import call
 from mlmx.config.sources import find_package_file, require_reachable
 from mlmx.config.trust import TrustedCode, require_trusted_model, trusted_code
 
@@ -171,6 +172,16 @@ def scratch(
 
 
 MODELS: dict[str, Callable[..., Encoder]] = table(pretrained, packaged, scratch)
+
+
+def encoder_of(model: Callable[..., Encoder]) -> Encoder:
+    """What a function of `MODELS`, or a plugin's, names.
+
+    Raises:
+        RequestError: it gives something else.
+    """
+    encoder: Encoder = call("model", model, fits=lambda given: isinstance(given, Encoder), needed="an Encoder")
+    return encoder
 
 
 def require_fit(encoder: Encoder, chunk_size: int) -> None:
