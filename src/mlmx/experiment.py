@@ -31,6 +31,7 @@ from mlmx.data.masking import MASKINGS, Masker, masker, rate_schedule, replaceme
 from mlmx.data.protocol import protocol_parts
 from mlmx.data.report import data_report
 from mlmx.data.texts import DATASETS, quick_check, read
+from mlmx.data.tokens import kept_tokens
 from mlmx.evaluation import metrics
 from mlmx.models.encoders import MODELS, Encoder, encoder_of, load_tokenizer, require_fit, require_there
 from mlmx.runs import identity
@@ -148,7 +149,7 @@ def gather(cfg: TrainConfig, parts: Parts, source_name: str, cache: TokenCache) 
         parts.strategy, tokenizer, cfg.mlm_probability, cfg.seed, parts.shares, parts.final_probability, cfg.epochs
     )
     texts = parts.heldout.split(read(parts.source))
-    rows = cut(parts.chunking, cache.tokens(texts.train, tokenizer), cfg.chunk_size)
+    rows = cut(parts.chunking, kept_tokens(texts.train, tokenizer, cache), cfg.chunk_size)
     train_chunks, eval_chunks = parts.split(rows)
     heldout = None if texts.heldout is None else heldout_chunks(texts.heldout, tokenizer, cfg.chunk_size, cache)
     splits = {"train": train_chunks, "eval": eval_chunks}

@@ -12,15 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlmx.config.errors import require
+from mlmx.data.cache import Entry, TokenCache
 from mlmx.data.chunks import Chunks, document
 from mlmx.data.hashing import batches, document_keys, hashed_order
 from mlmx.data.rng import mix, sample_keys, uniform
-from mlmx.data.tokens import Tokens, take_whole, tokenize
+from mlmx.data.tokens import Tokens, entry_name, entry_of, take_whole, tokenize, tokens_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-    from mlmx.data.cache import TokenCache
 
 # Letters and digits, with apostrophes inside: no usual tokenizer makes a piece that reaches beyond such a word.
 WORD = re.compile(r"\w+(?:['’]\w+)*")
@@ -183,7 +182,7 @@ class MarkedTokens:
 
 def heldout_chunks(texts: Dataset, tokenizer: Any, chunk_size: int, cache: TokenCache | None = None) -> HeldoutChunks:
     """The held-out documents as rows of at most ``chunk_size`` tokens, nothing dropped."""
-    marked = mark_words(texts, tokenizer) if cache is None else cache.marked(texts, tokenizer)
+    marked = mark_words(texts, tokenizer) if cache is None else kept_words(texts, tokenizer, cache)
     rows = document(marked.tokens, chunk_size)
     rows = rows.select(np.argsort(-rows.lengths, kind="stable"))
     return HeldoutChunks(
@@ -193,6 +192,17 @@ def heldout_chunks(texts: Dataset, tokenizer: Any, chunk_size: int, cache: Token
         chosen=marked.chosen,
         word_bytes=marked.word_bytes,
     )
+
+
+def kept_words(texts: Dataset, tokenizer: Any, cache: TokenCache) -> MarkedTokens:
+    """As `mark_words` makes them, out of the cache where it has them."""
+
+    def make() -> Entry:
+        made = mark_words(texts, tokenizer)
+        return entry_of(made.tokens, chosen=made.chosen, word_bytes=made.word_bytes)
+
+    entry = cache.get(entry_name("heldout", texts, tokenizer), make)
+    return MarkedTokens(tokens_of(entry), entry.arrays["chosen"], entry.arrays["word_bytes"])
 
 
 def mark_words(texts: Dataset, tokenizer: Any) -> MarkedTokens:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,87 +27,17 @@ Found = TypeVar("Found")
 log = logging.getLogger("mlmx")
 
 
-class Evaluator(Protocol):
-    """Scores a model, so many rows at once, on the same targets each time."""
-
-    def __call__(self, trained: PreTrainedModel, batch_size: int) -> dict[str, float]: ...
-
-
-@dataclass(frozen=True)
-class OwnValidation:
-    """``eval/loss eval/perplexity eval/accuracy`` and those of plugins, on the run's own validation chunks."""
-
-    chunks: Chunks
-    mask: Masker
-
-    def __call__(self, trained: PreTrainedModel, batch_size: int) -> dict[str, float]:
-        sums = scoring.score(trained, self.chunks, self.mask, batch_size)
-        return {f"eval/{name}": value for name, value in scoring.numbers(sums).items()}
-
-
-@dataclass
-class HeldoutDocuments:
-    """``heldout/loss heldout/perplexity heldout/accuracy`` and those of plugins, on the yardstick.
-
-    Attributes:
-        documents: per-document sums of the last call.
-    """
-
-    rows: HeldoutChunks
-    vocabulary: Vocabulary
-    documents: DocumentSums | None = None
-
-    def __call__(self, trained: PreTrainedModel, batch_size: int) -> dict[str, float]:
-        self.documents = scoring.score_documents(trained, self.rows, Yardstick(self.vocabulary), batch_size)
-        return {f"heldout/{name}": value for name, value in scoring.numbers(self.documents.sums()).items()}
-
-
-@dataclass(frozen=True)
-class HeldoutWords:
-    """``heldout/bits_per_byte``, on whole words that are the same for every tokenizer."""
-
-    rows: HeldoutChunks
-    vocabulary: Vocabulary
-
-    def __call__(self, trained: PreTrainedModel, batch_size: int) -> dict[str, float]:
-        loss = {"loss": METRICS["loss"]}
-        words = scoring.score_documents(trained, self.rows, WholeWords(self.vocabulary), batch_size, loss)
-        return {"heldout/bits_per_byte": scoring.bits_per_byte(words, self.rows.word_bytes)}
-
-
-@dataclass(frozen=True)
-class WordKinds:
-    """``final/heldout_loss_rare`` and the like: loss and accuracy by word frequency and by piece.
-
-    Attributes:
-        groups: int8[N], see `heldout.token_groups`.
-    """
-
-    rows: HeldoutChunks
-    vocabulary: Vocabulary
-    groups: NDArray[np.int8]
-
-    def __call__(self, trained: PreTrainedModel, batch_size: int) -> dict[str, float]:
-        named: dict[str, Sums] = {}
-        found = scoring.score_groups(trained, self.rows, self.groups, Yardstick(self.vocabulary), batch_size)
-        for group, sums in found.items():
-            for name in (list(BANDS)[group // 2], PIECES[group % 2]):
-                named[name] = named.get(name, Sums()) + sums
-        return {
-            f"final/heldout_{metric}_{name}": value
-            for name in [*BANDS, *PIECES]
-            if name in named
-            for metric, value in scoring.numbers(named[name]).items()
-            if metric in METRICS
-        }
+# Maps a model to named numbers, so many rows at once, on the same targets each time.
+Evaluator = Callable[["PreTrainedModel", int], dict[str, float]]
 
 
 class Measure:
-    """Scores a model by all of its evaluators.
+    """Scores a model by a list of evaluators: ``eval/*``, and ``heldout/*`` of the yardstick.
 
     Attributes:
         protocol: what ``heldout/*`` is measured on, as an id.
         batch_size: rows scored at once; halved where memory does not suffice, which moves no score.
+        documents: per-document sums of the last call.
     """
 
     def __init__(
@@ -117,40 +48,39 @@ class Measure:
         batch_size: int,
         eval_chunks: Chunks | None = None,
     ) -> None:
-        self.heldout = None if heldout is None else HeldoutDocuments(heldout, mask.vocabulary)
+        self.heldout = heldout
         self.vocabulary = mask.vocabulary
         self.batch_size = batch_size
         self.protocol = "none" if heldout is None else protocol_id(heldout, tokenizer)
+        self.documents: DocumentSums | None = None
         self.evaluators: list[Evaluator] = []
         if eval_chunks is not None:
-            self.evaluators.append(OwnValidation(eval_chunks, replace(mask, fixed=True)))
-        if self.heldout is not None:
-            self.evaluators.append(self.heldout)
-            if self.heldout.rows.word_bytes.any():
-                self.evaluators.append(HeldoutWords(self.heldout.rows, self.vocabulary))
+            self.evaluators.append(partial(own_validation, eval_chunks, replace(mask, fixed=True)))
+        if heldout is not None:
+            self.evaluators.append(partial(self._yardstick, heldout))
+        if heldout is not None and heldout.word_bytes.any():
+            self.evaluators.append(partial(whole_words, heldout, self.vocabulary))
 
     def __call__(self, trained: PreTrainedModel) -> dict[str, float]:
         """The numbers of all evaluators."""
         return self._numbers(trained, self.evaluators)
 
     def breakdown(self, trained: PreTrainedModel, training: Chunks) -> dict[str, float]:
-        """Those of `WordKinds` on the held-out documents."""
+        """Those of `word_kinds`; none where nothing is held out."""
         if self.heldout is None:
             return {}
-        rows = self.heldout.rows
-        return self._numbers(trained, [WordKinds(rows, self.vocabulary, token_groups(rows.tokens, training))])
-
-    @property
-    def documents(self) -> DocumentSums | None:
-        """Per-document sums of the last call."""
-        return None if self.heldout is None else self.heldout.documents
+        groups = token_groups(self.heldout.tokens, training)
+        return self._numbers(trained, [partial(word_kinds, self.heldout, self.vocabulary, groups)])
 
     def _numbers(self, trained: PreTrainedModel, evaluators: Sequence[Evaluator]) -> dict[str, float]:
-        def found() -> dict[str, float]:
-            numbers = [evaluator(trained, self.batch_size) for evaluator in evaluators]
-            return {name: value for some in numbers for name, value in some.items()}
+        return self.within_memory(
+            lambda: {name: value for each in evaluators for name, value in each(trained, self.batch_size).items()}
+        )
 
-        return self.within_memory(found)
+    def _yardstick(self, rows: HeldoutChunks, trained: PreTrainedModel, batch_size: int) -> dict[str, float]:
+        """``heldout/loss heldout/perplexity heldout/accuracy``, and what plugins measure."""
+        self.documents = scoring.score_documents(trained, rows, Yardstick(self.vocabulary), batch_size)
+        return _in_section("heldout", self.documents.sums())
 
     def within_memory(self, scored: Callable[[], Found]) -> Found:
         """What ``scored`` gives, with as many rows at once as fit."""
@@ -168,3 +98,41 @@ class Measure:
                 raise WorkError(f"out of memory scoring a single row ({reason}): choose a smaller chunk_size or model")
             self.batch_size = (self.batch_size + 1) // 2
             log.warning("out of memory while scoring (%s): %d rows at once from here on", reason, self.batch_size)
+
+
+def own_validation(chunks: Chunks, mask: Masker, trained: PreTrainedModel, batch_size: int) -> dict[str, float]:
+    """``eval/loss eval/perplexity eval/accuracy``, and what plugins measure: the run's own validation chunks."""
+    return _in_section("eval", scoring.score(trained, chunks, mask, batch_size))
+
+
+def whole_words(
+    rows: HeldoutChunks, vocabulary: Vocabulary, trained: PreTrainedModel, batch_size: int
+) -> dict[str, float]:
+    """``heldout/bits_per_byte``: words that are the same for every tokenizer."""
+    loss = {"loss": METRICS["loss"]}
+    words = scoring.score_documents(trained, rows, WholeWords(vocabulary), batch_size, loss)
+    return {"heldout/bits_per_byte": scoring.bits_per_byte(words, rows.word_bytes)}
+
+
+def word_kinds(
+    rows: HeldoutChunks, vocabulary: Vocabulary, groups: NDArray[np.int8], trained: PreTrainedModel, batch_size: int
+) -> dict[str, float]:
+    """``final/heldout_loss_rare`` and the like: loss and accuracy by word frequency and by piece.
+
+    Args:
+        groups: int8[N], see `heldout.token_groups`.
+    """
+    named: dict[str, Sums] = {}
+    for group, sums in scoring.score_groups(trained, rows, groups, Yardstick(vocabulary), batch_size).items():
+        for name in (list(BANDS)[group // 2], PIECES[group % 2]):
+            named[name] = named.get(name, Sums()) + sums
+    return {
+        f"final/heldout_{metric}_{name}": value / named[name].tokens
+        for name in [*BANDS, *PIECES]
+        if name in named
+        for metric, value in named[name].totals.items()
+    }
+
+
+def _in_section(section: str, sums: Sums) -> dict[str, float]:
+    return {f"{section}/{name}": value for name, value in scoring.numbers(sums).items()}

@@ -52,17 +52,12 @@ TAKEN = (*METRICS, *OTHERS, "keys", "tokens")  # the last two beside the metrics
 
 
 def all_metrics() -> dict[str, Metric]:
-    """Ours, and those of installed plugins on tensors."""
-    return METRICS | {name: partial(_on_tensors, function) for name, function in of_plugins().items()}
-
-
-def of_plugins() -> dict[str, Callable[..., Any]]:
-    """The metrics of installed plugins, on arrays.
+    """Ours, and those of installed plugins.
 
     Raises:
         RequestError: one cannot be imported, has a name of ours, or does not say which direction is better.
     """
-    return {name: _of_plugin(name) for name in plugins("metric")}
+    return METRICS | {name: partial(_on_tensors, _of_plugin(name)) for name in plugins("metric")}
 
 
 def _of_plugin(name: str) -> Callable[..., Any]:
@@ -86,18 +81,18 @@ def _on_tensors(function: Callable[..., Any], logits: torch.Tensor, labels: torc
     return torch.from_numpy(_values(function, logits.float().numpy(force=True), labels.numpy(force=True)))
 
 
-def _values(
-    function: Callable[..., Any], logits: NDArray[np.float32], labels: NDArray[np.int64]
-) -> NDArray[np.float64]:
+def _values(function: Callable[..., Any], logits: Any, labels: Any) -> NDArray[np.float64]:
+    """What a plugin's function gives for float32[M, V] and int64[M]."""
     for array in (logits, labels):
         array.flags.writeable = False  # other metrics get the very same
-    fits = partial(_are_values, len(labels))
-    given = call("metric", function, logits, labels, fits=fits, needed="float[M], a value for each of M targets,")
+    given = call(
+        "metric",
+        function,
+        *(logits, labels),
+        fits=lambda given: isinstance(given, np.ndarray) and given.shape == labels.shape and given.dtype.kind == "f",
+        needed="float[M], a value for each of M targets,",
+    )
     return np.array(given, np.float64)
-
-
-def _are_values(number: int, given: Any) -> bool:
-    return isinstance(given, np.ndarray) and given.shape == (number,) and np.issubdtype(given.dtype, np.floating)
 
 
 def try_out() -> None:
@@ -107,7 +102,8 @@ def try_out() -> None:
         RequestError: one does not, in one line with its name.
     """
     logits = np.linspace(-4, 4, 3 * 8, dtype=np.float32).reshape(3, 8)
-    for name, function in of_plugins().items():
+    for name in plugins("metric"):
+        function = _of_plugin(name)
         values = _values(function, logits, np.array([7, 0, 3]))
         require(
             bool(np.isfinite(values).all()),
