@@ -120,8 +120,9 @@ def higher_is_better(name: str) -> bool:
     (False, False)
     """
     kinds = "|".join([*BANDS, *PIECES])
-    named = [*METRICS, *OTHERS, *plugins("metric")]
-    found = max((one for one in named if re.search(rf"(^|[/_]){one}(_({kinds}))?$", name)), key=len, default=None)
+    known = [*METRICS, *OTHERS, *plugins("metric")]
+    named = [one for one in known if re.search(rf"(^|[/_]){re.escape(one)}(_({kinds}))?$", name)]
+    found = max(named, key=len, default=None)
     if found is None or found in OTHERS:
         return found is not None and OTHERS[found]
     return bool(getattr(METRICS.get(found) or _of_plugin(found), "higher_is_better", False))

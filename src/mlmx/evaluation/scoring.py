@@ -104,19 +104,26 @@ def bits_per_byte(words: DocumentSums, word_bytes: NDArray[np.int64]) -> float:
 def targets(
     model: PreTrainedModel, rows: Any, collate: Collate, batch_size: int, metrics: Mapping[str, Metric]
 ) -> Iterator[Targets]:
-    """Metrics at each target of rows in their order, ``batch_size`` at a time; batches without targets are left out."""
+    """Metrics at each target of rows in their order, ``batch_size`` at a time; to be used inside `exactly`."""
     for first in range(0, len(rows), batch_size):
         batch = collate([rows[i] for i in range(first, min(first + batch_size, len(rows)))])
         row, column = (place.numpy() for place in batch["labels"].ne(IGNORE_INDEX).nonzero(as_tuple=True))
         if len(row):
-            logits, labels = head.masked_logits(model, _on(model, batch))
-            yield first + row, column, {name: metric(logits, labels).double().cpu() for name, metric in metrics.items()}
+            yield first + row, column, _values(model, batch, metrics)
+
+
+def _values(model: PreTrainedModel, batch: Batch, metrics: Mapping[str, Metric]) -> dict[str, torch.Tensor]:
+    logits, labels = head.masked_logits(model, _on(model, batch))  # given back before the next batch
+    return {name: metric(logits, labels).double().cpu() for name, metric in metrics.items()}
 
 
 def likeliest(
     model: PreTrainedModel, batch: Batch, top: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
-    """Of each target the likeliest ids, int64[M, top], their probabilities, and that of the right id, float32[M]."""
+    """Of each target the likeliest ids, int64[M, top], their probabilities, and that of the right id, float32[M].
+
+    To be used inside `exactly`.
+    """
     logits, labels = head.masked_logits(model, _on(model, batch))
     probabilities = logits.float().softmax(-1)
     found, own = probabilities.topk(top), probabilities.gather(1, labels[:, None])[:, 0]
