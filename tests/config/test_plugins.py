@@ -99,6 +99,12 @@ def test_a_plugin_takes_its_place_in_a_run_beside_the_shared_options(plugin: Pat
     assert (parts.encoder.fresh or {})["dim"] == 16
 
 
+def test_held_out_documents_come_from_a_plugin_too(plugin: Path):
+    source = parts_of(config(heldout={"dataset": {"name": "poems", "verses": 3}})).heldout.source
+    assert source is not None
+    assert (source.func.__module__, source.keywords) == (MODULE, {"verses": 3})
+
+
 @pytest.mark.parametrize(
     ("groups", "words"),
     [

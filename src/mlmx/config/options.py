@@ -66,10 +66,11 @@ def bind(
 
 
 def _plugin(group: str, name: str, functions: Mapping[str, F]) -> F:
-    """A user's own function."""
-    known = [*functions, *plugins(group)]
+    """A user's own function; that of ``heldout.dataset`` is a dataset's."""
+    stage = group.rpartition(".")[2]
+    known = [*functions, *plugins(stage)]
     require(name in known, f"{group}.name={name}: unknown{did_you_mean(name, known)} (known: {', '.join(known)})")
-    return typing.cast(F, load(group, name))
+    return typing.cast(F, load(stage, name))
 
 
 def _options_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
