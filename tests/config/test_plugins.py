@@ -244,6 +244,7 @@ def test_what_keeps_to_no_contract_is_one_line_before_anything_is_done(
         ("return Dataset.from_dict({'poem': ['a']})", "gives Dataset of poem; a datasets.Dataset"),
         ("return Dataset.from_dict({'text': [1]})", "gives Dataset of text; a datasets.Dataset"),
         ("return Dataset.from_dict({'text': ['a', None]})", "gives Dataset of text; a datasets.Dataset"),
+        ("return Dataset.from_dict({'text': []})", "gives Dataset of text; a datasets.Dataset"),
         ("return {'test': Dataset.from_dict({'text': ['a']})}", "gives dict of test; a datasets.Dataset"),
         ("return {}['a']", "fails (KeyError: 'a')"),
     ],

@@ -13,6 +13,7 @@ from mlmx.config.errors import RequestError, did_you_mean, path_of, require
 from mlmx.config.options import table
 from mlmx.config.plugins import F, call, states
 from mlmx.config.sources import COMMIT, find_package_file, require_reachable
+from mlmx.data.hashing import batches
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,21 +52,23 @@ def read(source: partial[Any]) -> dict[str, Dataset]:
     Raises:
         RequestError: it gives something else.
     """
-    needed = "a datasets.Dataset of rows {'text': str}, or a mapping of 'train' and 'heldout' to such,"
+    needed = "a datasets.Dataset of rows {'text': str}, one at least, or a mapping of 'train' and 'heldout' to such,"
     given = call("dataset", source, fits=_are_texts, needed=needed)
     return dict(given) if isinstance(given, dict) else {"train": given}
 
 
 def _are_texts(given: Any) -> bool:
     splits = given if isinstance(given, dict) else {"train": given}
-    return {"train"} <= set(splits) <= {"train", "heldout"} and all(map(_is_text, splits.values()))
+    named = {"train"} <= set(splits) <= {"train", "heldout"}
+    return named and all(map(_is_text, splits.values())) and len(splits["train"]) > 0
 
 
 def _is_text(rows: Any) -> bool:
-    if not isinstance(rows, _datasets().Dataset) or len(rows) == 0:
+    features = rows.features if isinstance(rows, _datasets().Dataset) else {}
+    if getattr(features.get("text"), "dtype", None) not in ("string", "large_string"):
         return False
-    dtype = getattr(rows.features.get("text"), "dtype", None)
-    return dtype in ("string", "large_string") and rows.data.column("text").null_count == 0
+    # What rows were selected from may hold nulls that they do not.
+    return rows.data.column("text").null_count == 0 or not any(batch.null_count for batch in batches(rows))
 
 
 def _require_there(path: str, revision: str | None = None, **_: Any) -> None:
