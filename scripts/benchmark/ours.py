@@ -26,7 +26,7 @@ from mlmx.commands import train as command
 from mlmx.data.cache import TokenCache
 from mlmx.data.chunks import concat
 from mlmx.data.masking import masker, token
-from mlmx.data.tokens import tokenize
+from mlmx.data.tokens import kept_tokens, tokenize
 from mlmx.evaluation.measure import Measure
 from mlmx.runs import checkpoints
 from mlmx.runs.log import log_to, log_to_file
@@ -130,7 +130,7 @@ def prepare(
         texts = load_reviews(reviews, folder)  # a table of its own each time, of which nothing is known yet
         began = time.perf_counter()
         with TokenCache(Path(folder) / "tokens") as cache:
-            chunk = concat(cache.tokens(texts, tokenizer), size)[0]["input_ids"]
+            chunk = concat(kept_tokens(texts, tokenizer, cache), size)[0]["input_ids"]
             cache.keep()
         return time.perf_counter() - began, chunk.tolist()
 

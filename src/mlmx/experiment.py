@@ -14,9 +14,9 @@ from mlmx.config.errors import require
 from mlmx.config.options import bind
 from mlmx.config.paths import outputs_dir
 from mlmx.config.schema import TrainConfig, load_option
-from mlmx.data import cache
+from mlmx.data import cache, chunks, masking
 from mlmx.data.cache import TokenCache
-from mlmx.data.chunks import CHUNKINGS, Chunks, require_amounts, split_chunks
+from mlmx.data.chunks import CHUNKINGS, Chunks, cut, require_amounts, split_chunks
 from mlmx.data.examples import Example, choose_examples
 from mlmx.data.hashing import content_sha256
 from mlmx.data.heldout import (
@@ -27,16 +27,19 @@ from mlmx.data.heldout import (
     heldout_dials,
     split_off,
 )
-from mlmx.data.masking import MASKINGS, Masker, masker, rate_schedule, replacement_shares, require_budget, try_out
+from mlmx.data.masking import MASKINGS, Masker, masker, rate_schedule, replacement_shares, require_budget
 from mlmx.data.protocol import protocol_parts
 from mlmx.data.report import data_report
-from mlmx.data.texts import DATASETS, quick_check
-from mlmx.models.encoders import MODELS, Encoder, load_tokenizer, require_fit, require_there
+from mlmx.data.texts import DATASETS, quick_check, read
+from mlmx.data.tokens import kept_tokens
+from mlmx.evaluation import metrics
+from mlmx.models.encoders import MODELS, Encoder, encoder_of, load_tokenizer, require_fit, require_there
 from mlmx.runs import identity
 from mlmx.tracking.store import TRACKINGS, Store
 from mlmx.training.arguments import require_names
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 
@@ -78,7 +81,7 @@ def parts_of(cfg: TrainConfig) -> Parts:
         "chunking=concat, both without options",
     )
     heldout = heldout_source(cfg)
-    return Parts(encoder(), source, split, chunking, heldout, strategy, shares(), schedule(), store())
+    return Parts(encoder_of(encoder), source, split, chunking, heldout, strategy, shares(), schedule(), store())
 
 
 def resume_of(cfg: TrainConfig) -> tuple[str | None, list[str]]:
@@ -97,7 +100,7 @@ def reuse_of(cfg: TrainConfig) -> bool:
 
 def texts_sha256(parts: Parts) -> dict[str, str | None]:
     """Hashes of the texts that a run would be trained and measured on, as in data.json's ``content_sha256``."""
-    texts = parts.heldout.split(parts.source())
+    texts = parts.heldout.split(read(parts.source))
     return {
         "corpus": content_sha256(texts.train),
         "heldout": None if texts.heldout is None else content_sha256(texts.heldout),
@@ -124,10 +127,12 @@ def check_training(cfg: TrainConfig) -> None:
     require_fit(parts.encoder, cfg.chunk_size)
     require_budget("mlm_probability", cfg.mlm_probability, cfg.chunk_size)
     require_budget("masking.final_probability", parts.final_probability or 1.0, max(cfg.chunk_size, 4))
-    try_out(parts.strategy)
+    masking.try_out(parts.strategy)
+    chunks.try_out(parts.chunking, cfg.chunk_size)
     for source in filter(None, (parts.source, parts.heldout.source)):
         quick_check(source)
     require_there(parts.encoder)
+    metrics.try_out()
 
 
 def gather(cfg: TrainConfig, parts: Parts, source_name: str, cache: TokenCache) -> Material:
@@ -143,12 +148,12 @@ def gather(cfg: TrainConfig, parts: Parts, source_name: str, cache: TokenCache) 
     mask = masker(
         parts.strategy, tokenizer, cfg.mlm_probability, cfg.seed, parts.shares, parts.final_probability, cfg.epochs
     )
-    texts = parts.heldout.split(parts.source())
-    chunks = parts.chunking(cache.tokens(texts.train, tokenizer), cfg.chunk_size)
-    train_chunks, eval_chunks = parts.split(chunks)
+    texts = parts.heldout.split(read(parts.source))
+    rows = cut(parts.chunking, kept_tokens(texts.train, tokenizer, cache), cfg.chunk_size)
+    train_chunks, eval_chunks = parts.split(rows)
     heldout = None if texts.heldout is None else heldout_chunks(texts.heldout, tokenizer, cfg.chunk_size, cache)
     splits = {"train": train_chunks, "eval": eval_chunks}
-    report = data_report(source_name, texts, tokenizer, parts.chunking, chunks, splits, heldout)
+    report = data_report(source_name, texts, tokenizer, parts.chunking, rows, splits, heldout)
     if heldout is not None:
         report["heldout"]["protocol_parts"] = protocol_parts(heldout, tokenizer)
     examples = () if texts.heldout is None else choose_examples(texts.heldout, tokenizer)
@@ -165,11 +170,10 @@ class HeldoutSource:
     share: float
     allow_overlap: bool
 
-    def split(self, texts: Any) -> Split:
-        """Training and held-out documents; see `data.split_off`."""
-        other = self.source() if self.source else None
-        if isinstance(other, dict):
-            other = other.get("heldout", other["train"])
+    def split(self, texts: dict[str, Dataset]) -> Split:
+        """Training and held-out documents; see `heldout.split_off`."""
+        found = read(self.source) if self.source else {}
+        other = found.get("heldout", found.get("train"))
         return split_off(texts, other, self.origin, self.documents, self.share, self.allow_overlap)
 
 

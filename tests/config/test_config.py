@@ -6,10 +6,8 @@ import doctest
 import importlib
 import math
 import pkgutil
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -174,101 +172,6 @@ def test_convert_refuses_another_type_and_words_what_is_needed(value: Any, wante
     assert str(refused.value) == f"lr={value!r}: {wording} is needed"
 
 
-# --------------------------------------------------------------------------------------- plugins
-
-PLUGIN = '''
-"""A user's own masking strategy and dataset."""
-from __future__ import annotations
-
-def every_other(uniforms, word_starts, rate, *, phase: int = 0):
-    import numpy as np
-    return np.broadcast_to(np.arange(uniforms.shape[1]) % 2 == phase, uniforms.shape)
-
-def poems(*, verses: int):
-    from datasets import Dataset
-    return Dataset.from_dict({"text": ["A rose is a rose."] * verses})
-'''
-ENTRY_POINTS = """
-[mlmx.plugins]
-masking.every_other = mlmx_test_plugin:every_other
-dataset.poems = mlmx_test_plugin:poems
-"""
-
-
-@pytest.fixture
-def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A distribution with entry points, as pip would install it."""
-    site = tmp_path / "site"
-    info = site / "mlmx_test_plugin-1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mlmx-test-plugin\nVersion: 1\n")
-    (info / "entry_points.txt").write_text(ENTRY_POINTS)
-    (site / "mlmx_test_plugin.py").write_text(PLUGIN)
-    monkeypatch.syspath_prepend(site)
-    monkeypatch.delitem(sys.modules, "mlmx_test_plugin", raising=False)
-    return site
-
-
-def train_config(**groups: dict[str, Any]) -> TrainConfig:
-    shipped: dict[str, dict[str, Any]] = {
-        "model": {"name": "scratch"},
-        "dataset": {"name": "packaged_reviews", "source": "imdb"},
-        "chunking": {"name": "concat"},
-        "masking": {"name": "token"},
-        "trainer": {"name": "corrected"},
-        "tracking": {"name": "none"},
-    }
-    return TrainConfig(**{**shipped, **groups})  # type: ignore[arg-type]
-
-
-def test_a_plugin_takes_its_place_in_a_run_beside_the_shared_options(plugin: Path):
-    from mlmx.experiment import parts_of
-
-    config = train_config(
-        masking={"name": "every_other", "phase": 1, "mask_share": 0.5, "keep_share": 0.4},
-        dataset={"name": "poems", "verses": 3, "eval_chunks": 5},
-    )
-    parts = parts_of(config)
-    assert parts.strategy.func.__module__ == "mlmx_test_plugin"
-    assert parts.strategy.keywords == {"phase": 1}
-    assert parts.shares == (0.5, 0.1)
-    assert parts.source()["text"] == ["A rose is a rose."] * 3
-    assert parts.split.keywords == {"eval_chunks": 5.0}
-
-
-@pytest.mark.parametrize(
-    ("groups", "words"),
-    [
-        ({"masking": {"name": "every_other", "phas": 1}}, "masking.phas: unknown option; did you mean phase?"),
-        ({"masking": {"name": "every_other", "phase": "x"}}, "masking.phase='x': a whole number is needed"),
-        ({"dataset": {"name": "poems"}}, "dataset.verses: missing"),
-        # a name counts in its own group only
-        ({"masking": {"name": "poems"}}, "masking.name=poems: unknown"),
-    ],
-)
-def test_a_plugin_is_checked_as_the_shipped_functions_are(plugin: Path, groups: dict[str, Any], words: str):
-    from mlmx.experiment import parts_of
-
-    with pytest.raises(RequestError) as refused:
-        parts_of(train_config(**groups))
-    assert words in str(refused.value)
-
-
-def test_a_shipped_name_is_never_replaced_by_a_plugin(plugin: Path):
-    from mlmx.data.masking import MASKINGS, token
-
-    entry_points = plugin / "mlmx_test_plugin-1.dist-info" / "entry_points.txt"
-    entry_points.write_text("[mlmx.plugins]\nmasking.token = mlmx_test_plugin:every_other\n")
-    assert bind("masking", {"name": "token"}, MASKINGS)[0].func is token
-
-
-def test_without_its_distribution_a_plugin_is_unknown():
-    from mlmx.data.masking import MASKINGS
-
-    with pytest.raises(RequestError, match=r"masking\.name=every_other: unknown"):
-        bind("masking", {"name": "every_other"}, MASKINGS)
-
-
 # ---------------------------------------------------------------------------------- refuse_code
 
 
@@ -345,7 +248,7 @@ def test_from_plain_converts_each_value_to_the_type_of_its_field():
 
 
 def test_plain_and_from_plain_are_inverse():
-    config = train_config()
+    config = TrainConfig(model={"name": "scratch"}, masking={"name": "token"}, tracking={"name": "none"})
     assert from_plain("train", asdict(config)) == config
     assert list(asdict(config))[:3] == ["chunk_size", "mlm_probability", "lr"]
 

@@ -12,10 +12,9 @@ import pytest
 from datasets import Dataset
 
 from mlmx.commands import main
-from mlmx.data import cache as data_cache
 from mlmx.data.cache import TokenCache, token_cache
 from mlmx.data.heldout import heldout_chunks
-from mlmx.data.tokens import Tokens, tokenize
+from mlmx.data.tokens import Tokens, kept_tokens, tokenize
 from mlmx.runs.run import all_runs
 
 TEXTS = Dataset.from_dict({"text": ["One film.", "Unbelievably good!"]})
@@ -30,14 +29,14 @@ def makings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(len(texts))
         return tokenize(texts, tokenizer)
 
-    monkeypatch.setattr(data_cache, "tokenize", counted)
+    monkeypatch.setattr("mlmx.data.tokens.tokenize", counted)
     return calls
 
 
 def kept(folder: Path, tokenizer, texts: Dataset = TEXTS) -> Tokens:
     """Tokens from the cache in a folder as a new process sees it."""
     with TokenCache(folder) as cache:
-        tokens = cache.tokens(texts, tokenizer)
+        tokens = kept_tokens(texts, tokenizer, cache)
         cache.keep()
     return tokens
 
@@ -75,7 +74,7 @@ def test_nothing_is_written_unless_it_is_to_be_kept(tmp_path: Path, tokenizer, m
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     with TokenCache(tmp_path / "cache") as cache:
-        cache.tokens(TEXTS, tokenizer)
+        kept_tokens(TEXTS, tokenizer, cache)
     assert not (tmp_path / "cache").exists()
     assert list((tmp_path / "tmp").iterdir()) == [], "the lock is gone as well"
 
@@ -85,9 +84,9 @@ def test_within_a_process_tokens_are_made_once_and_kept_when_a_job_gets_so_far(
 ):
     cache = TokenCache(tmp_path)
     with cache:
-        first = cache.tokens(TEXTS, tokenizer)
+        first = kept_tokens(TEXTS, tokenizer, cache)
     with cache:
-        assert cache.tokens(TEXTS, tokenizer).ids is first.ids
+        assert kept_tokens(TEXTS, tokenizer, cache).ids is first.ids
         cache.keep()
     assert makings == [2]
     assert len(list(tmp_path.iterdir())) == 1
@@ -140,7 +139,7 @@ def test_what_is_started_together_tokenises_once(tmp_path: Path, tokenizer, maki
     found: list[Tokens] = []
     threads = [threading.Thread(target=lambda: found.append(kept(tmp_path, tokenizer))) for _ in range(3)]
     with TokenCache(tmp_path) as first:
-        made = first.tokens(TEXTS, tokenizer)
+        made = kept_tokens(TEXTS, tokenizer, first)
         for thread in threads:
             thread.start()
         threads[0].join(timeout=0.3)
@@ -156,7 +155,7 @@ def test_what_is_started_together_tokenises_once(tmp_path: Path, tokenizer, maki
 def test_whoever_waits_makes_them_if_the_first_is_refused(tmp_path: Path, tokenizer, makings: list[int]):
     thread = threading.Thread(target=kept, args=(tmp_path, tokenizer))
     with TokenCache(tmp_path) as refused:
-        refused.tokens(TEXTS, tokenizer)
+        kept_tokens(TEXTS, tokenizer, refused)
         thread.start()
     thread.join()
     assert makings == [2, 2]

@@ -15,15 +15,16 @@ import torch
 from datasets import Dataset
 
 from mlmx.config.errors import RequestError
+from mlmx.config.labels import IGNORE_INDEX
 from mlmx.data import hashing, heldout
 from mlmx.data.chunks import concat, document
 from mlmx.data.heldout import BANDS, PIECES, HeldoutChunks, heldout_chunks, split_off, token_groups
-from mlmx.data.masking import IGNORED, Vocabulary, vocabulary
+from mlmx.data.masking import Vocabulary, vocabulary
 from mlmx.data.protocol import RATE, WholeWords, Yardstick
 from mlmx.data.tokens import tokenize
-from mlmx.evaluation.bootstrap import DocumentSums, paired_difference, resampled
+from mlmx.evaluation.bootstrap import DocumentSums, resampled
 from mlmx.evaluation.scoring import bits_per_byte, numbers, score_documents
-from mlmx.models.encoders import load_model, masked_logits, scratch
+from mlmx.models.encoders import load_model, scratch
 
 CHUNK_SIZES = (64, 128, 256, 512)
 
@@ -44,7 +45,7 @@ def targets(rows: HeldoutChunks, collate, batch_size: int) -> list[tuple[int, in
     for first in range(0, len(rows), batch_size):
         some = [rows[i] for i in range(first, min(first + batch_size, len(rows)))]
         batch = collate(some)
-        for row, column in zip(*np.nonzero((batch["labels"] != IGNORED).numpy()), strict=True):
+        for row, column in zip(*np.nonzero((batch["labels"] != IGNORE_INDEX).numpy()), strict=True):
             place = some[row]["position"] + column - some[row]["num_prefix"]
             shown, right = int(batch["input_ids"][row, column]), int(batch["labels"][row, column])
             found.append((int(some[row]["document"]), int(place), shown, right))
@@ -89,11 +90,11 @@ def test_score_is_the_same_for_batch_sizes_and_workers_and_repeats_to_the_bit(
     direct = [collate([rows[i] for i in range(first, min(first + 7, len(rows)))]) for first in range(0, len(rows), 7)]
     for through_loader, batch in zip(loader, direct, strict=True):
         assert all(torch.equal(through_loader[name], batch[name]) for name in batch)
-    scores = [score_documents(scored_model, rows, collate, size, masked_logits) for size in (1, 7, 64)]
+    scores = [score_documents(scored_model, rows, collate, size) for size in (1, 7, 64)]
     for other in scores[1:]:
         assert numbers(other.sums())["loss"] == pytest.approx(numbers(scores[0].sums())["loss"], rel=1e-6)
         assert np.array_equal(other.tokens, scores[0].tokens)
-    again = score_documents(scored_model, rows, collate, 7, masked_logits)
+    again = score_documents(scored_model, rows, collate, 7)
     assert np.array_equal(again.totals["loss"], scores[1].totals["loss"])
 
 
@@ -124,7 +125,7 @@ def test_context_is_all_that_a_chunk_size_changes(texts: Dataset, tokenizer, sco
     collate, losses = Yardstick(vocabulary(tokenizer)), {}
     for chunk_size in CHUNK_SIZES:
         rows = heldout_chunks(texts, tokenizer, chunk_size)
-        losses[chunk_size] = numbers(score_documents(scored_model, rows, collate, 16, masked_logits).sums())["loss"]
+        losses[chunk_size] = numbers(score_documents(scored_model, rows, collate, 16).sums())["loss"]
         record_property(f"loss_at_{chunk_size}", losses[chunk_size])
     assert len(set(losses.values())) == len(CHUNK_SIZES)
     assert max(losses.values()) - min(losses.values()) < 0.02
@@ -150,8 +151,8 @@ def test_overlap_is_counted_quoted_and_refused():
     training = Dataset.from_dict({"text": ["one", "two", "three"]})
     other = Dataset.from_dict({"text": ["two", "three", "four"]})
     with pytest.raises(RequestError, match=r"2 of its 3 documents.*'two'.*allow_overlap=true"):
-        split_off(training, other, "heldout.dataset=x", 10, 0.1, allow_overlap=False)
-    split = split_off(training, other, "heldout.dataset=x", 10, 0.1, allow_overlap=True)
+        split_off({"train": training}, other, "heldout.dataset=x", 10, 0.1, allow_overlap=False)
+    split = split_off({"train": training}, other, "heldout.dataset=x", 10, 0.1, allow_overlap=True)
     assert (split.heldout["text"][:], split.left_out) == (["four"], 2)
 
 
@@ -195,7 +196,7 @@ def scored_characters(rows: HeldoutChunks, tokenizer, number: int, text: str) ->
 
 def test_bits_per_byte_is_bits_over_bytes(texts: Dataset, tokenizer, scored_model):
     rows = heldout_chunks(texts, tokenizer, 128)
-    words = score_documents(scored_model, rows, WholeWords(vocabulary(tokenizer)), 8, masked_logits)
+    words = score_documents(scored_model, rows, WholeWords(vocabulary(tokenizer)), 8)
     found = bits_per_byte(words, rows.word_bytes)
     assert found == pytest.approx(words.totals["loss"].sum() / math.log(2) / rows.word_bytes.sum())
     uniform = int(words.tokens.sum()) * math.log2(len(tokenizer)) / rows.word_bytes.sum()
@@ -222,11 +223,11 @@ def test_paired_difference_finds_a_difference_that_single_scores_hide():
     tokens = rng.integers(20, 60, 400)
     hard = rng.normal(3.0, 1.0, 400)
     one, other = sums_of(hard + 0.05 + rng.normal(0, 0.1, 400), tokens), sums_of(hard, tokens)
-    found = paired_difference(one, other)
+    found = resampled([one, other]).difference(0, 1)
     assert found.low < found.mean < found.high
     assert found.low > 0, "the interval excludes no difference"
     assert found.mean == pytest.approx(0.05, abs=0.02)
-    back = paired_difference(other, one)
+    back = resampled([other, one]).difference(0, 1)
     assert (back.mean, back.low, back.high) == pytest.approx((-found.mean, -found.high, -found.low))
 
 
@@ -235,7 +236,8 @@ def test_the_interval_covers_at_its_level():
     for _ in range(200):
         tokens = rng.integers(20, 60, 100)
         noise = rng.normal(0.02, 0.3, 100)
-        found = paired_difference(sums_of(3 + noise, tokens), sums_of(np.full(100, 3.0), tokens), draws=400)
+        pair = sums_of(3 + noise, tokens), sums_of(np.full(100, 3.0), tokens)
+        found = resampled(pair, draws=400).difference(0, 1)
         covered += found.low <= 0.02 <= found.high
     assert 0.89 <= covered / 200 <= 0.99
 
@@ -243,7 +245,7 @@ def test_the_interval_covers_at_its_level():
 def test_only_the_same_targets_can_be_compared():
     tokens = np.array([5, 6])
     with pytest.raises(RequestError, match="did not score the same held-out targets"):
-        paired_difference(sums_of(np.ones(2), tokens), sums_of(np.ones(2), tokens + 1))
+        resampled([sums_of(np.ones(2), tokens), sums_of(np.ones(2), tokens + 1)])
 
 
 @pytest.mark.parametrize("number", [2, 9, 12])
@@ -264,7 +266,7 @@ def test_pairs_drawn_together_are_the_pairs_drawn_alone_whatever_fits_into_memor
     runs = [sums_of(rng.normal(3, 1, 30), tokens) for _ in range(3)]
     together = resampled(runs)
     for one, other in itertools.combinations(range(3), 2):
-        assert together.difference(one, other) == paired_difference(runs[one], runs[other])
+        assert together.difference(one, other) == resampled([runs[one], runs[other]]).difference(0, 1)
     monkeypatch.setattr("mlmx.evaluation.bootstrap.MOST_AT_ONCE", 100)
     assert np.allclose(resampled(runs).samples, together.samples, rtol=1e-13, atol=0)
     low, high = together.interval(0)

@@ -68,6 +68,7 @@ def test_every_kind_of_table_gives_its_texts_in_order_and_nothing_else(name: str
 def test_rows_without_text_are_left_out(name: str, tmp_path: Path):
     path = write(tmp_path / name, ["one", "", None, "  \n\t ", "\u3000", "two"])
     assert files(path=str(path))["text"] == ["one", "two"]
+    assert data_texts.read(partial(data_texts.files, path=str(path)))["train"]["text"] == ["one", "two"]
 
 
 def test_the_suffix_tells_the_kind_in_capitals_too(tmp_path: Path):

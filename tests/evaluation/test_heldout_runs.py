@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlmx.commands import main
-from mlmx.evaluation.bootstrap import DocumentSums, paired_difference
+from mlmx.evaluation.bootstrap import DocumentSums, resampled
 from mlmx.runs.run import HELDOUT_FILE, Run, all_runs
 
 
@@ -65,7 +65,7 @@ def test_both_are_scored_before_training_and_after_every_epoch(tiny: Path, corpu
 def test_two_runs_are_compared_document_by_document(tiny: Path, corpus: Path):
     one, other = train(tiny, corpus, "lr=1e-12"), train(tiny, corpus, "lr=3e-3", "epochs=3")
     sums = [DocumentSums.load(run.folder / HELDOUT_FILE) for run in (one, other)]
-    found = paired_difference(*sums)
+    found = resampled(sums).difference(0, 1)
     losses = [run.read_json("result.json")["metrics"]["heldout/loss"] for run in (one, other)]
     assert found.mean == pytest.approx(losses[0] - losses[1], rel=1e-6)
     assert 0 < found.low < found.mean < found.high

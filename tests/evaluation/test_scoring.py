@@ -6,16 +6,22 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from mlmx.config.errors import RequestError
+from mlmx.config.labels import IGNORE_INDEX
 from mlmx.data.chunks import document
-from mlmx.data.masking import IGNORED, masker, token
+from mlmx.data.masking import masker, token
 from mlmx.data.tokens import tokenize
 from mlmx.evaluation.bootstrap import Sums
-from mlmx.evaluation.scoring import METRICS, batches_of, numbers, score
-from mlmx.models.encoders import load_model, masked_logits, pretrained, scratch
+from mlmx.evaluation.metrics import METRICS, try_out
+from mlmx.evaluation.scoring import numbers, score
+from mlmx.models.encoders import load_model, pretrained, scratch
+from tests.support.plugins import MODULE, install
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +30,12 @@ def parts(tiny: Path, imdb, tokenizer):
     loaded = load_model(encoder, tokenizer, seed=0)
     chunks = document(tokenize(imdb.select(range(30)), tokenizer), 64)
     mask = replace(masker(partial(token), tokenizer, 0.15, 42, (0.8, 0.1)), fixed=True)
-    return loaded, chunks.select(torch.arange(40).numpy()), mask
+    return loaded, chunks.select(np.arange(40)), mask
 
 
 def scored(parts, batch_size: int) -> Sums:
     loaded, chunks, mask = parts
-    return score(loaded, batches_of(chunks, mask, batch_size), masked_logits)
+    return score(loaded, chunks, mask, batch_size)
 
 
 def test_score_does_not_move_with_batch_size(parts):
@@ -46,7 +52,7 @@ def test_score_repeats_to_the_bit(parts):
 
 def test_score_is_additive(parts):
     loaded, chunks, mask = parts
-    rows = torch.arange(40).numpy()
+    rows = np.arange(40)
     halves = [scored((loaded, chunks.select(half), mask), 8) for half in (rows[:24], rows[24:])]
     whole = scored(parts, 8)
     assert (halves[0] + halves[1]).totals == pytest.approx(whole.totals, rel=1e-12)
@@ -59,9 +65,9 @@ def test_score_is_the_cross_entropy_over_all_logits(parts):
     with torch.no_grad():
         logits = loaded.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
-    found = score(loaded, [batch], masked_logits)
+    found = score(loaded, chunks.select(np.arange(8)), mask, 8)
     assert found.totals["loss"] == pytest.approx(float(expected), rel=1e-6)
-    chosen = batch["labels"] != IGNORED
+    chosen = batch["labels"] != IGNORE_INDEX
     assert found.totals["accuracy"] == int((logits.argmax(-1)[chosen] == batch["labels"][chosen]).sum())
 
 
@@ -77,10 +83,15 @@ def test_score_leaves_the_model_as_it_was_and_uses_no_dropout(parts, tokenizer):
 
 def test_a_batch_without_targets_counts_nothing(parts):
     loaded, chunks, mask = parts
-    batch = mask([chunks[0]])
-    empty = {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
-    assert score(loaded, [empty], masked_logits) == Sums()
-    assert score(loaded, [empty, batch], masked_logits) == score(loaded, [batch], masked_logits)
+
+    def without_the_first(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = mask(rows)
+        empty = {**batch, "labels": torch.full_like(batch["labels"], IGNORE_INDEX)}
+        return empty if rows[0]["sample"] == chunks[0]["sample"] else batch
+
+    first, second, both = (chunks.select(np.array(rows)) for rows in ([0], [1], [0, 1]))
+    assert score(loaded, first, without_the_first, 1) == Sums()
+    assert score(loaded, both, without_the_first, 1) == score(loaded, second, mask, 1)
 
 
 def test_numbers():
@@ -101,3 +112,34 @@ def test_a_metric_is_one_function(parts, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(METRICS, "in_top_5", in_top_5)
     found = numbers(scored(parts, 8))
     assert found["accuracy"] <= found["in_top_5"] <= 1
+
+
+PLUGIN = """
+from mlmx.evaluation.metrics import metric
+
+@metric(higher_is_better=True)
+def own_accuracy(logits, labels):
+    return (logits.argmax(1) == labels).astype(np.float64)
+
+@metric(higher_is_better=False)
+def only_of_few(logits, labels):
+    return logits[:, 0] if len(labels) < 10 else logits[0]
+"""
+
+
+def test_a_plugins_metric_gets_arrays_and_its_mean_is_reported_beside_ours(
+    parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    install(tmp_path, PLUGIN, {"metric.own_accuracy": "own_accuracy"}, monkeypatch)
+    for batch_size in (7, 40):
+        found = numbers(scored(parts, batch_size))
+        assert list(found) == ["loss", "perplexity", "accuracy", "own_accuracy"]
+        assert found["own_accuracy"] == found["accuracy"]
+    assert math.isnan(numbers(Sums())["own_accuracy"])
+
+
+def test_what_a_plugins_metric_gives_is_checked_at_every_batch(parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    install(tmp_path, PLUGIN, {"metric.only_of_few": "only_of_few"}, monkeypatch)
+    try_out()
+    with pytest.raises(RequestError, match=rf"metric 'only_of_few' of {MODULE}: gives float32\[30522\]; float\[M\]"):
+        scored(parts, 40)

@@ -21,8 +21,9 @@ from transformers import (
 )
 
 from mlmx.config.errors import RequestError
-from mlmx.models.encoders import _longest_input, load_model, masked_logits, packaged, pretrained, scratch
+from mlmx.models.encoders import load_model, longest_input, packaged, pretrained, scratch
 from mlmx.models.fill import fill_masks
+from mlmx.models.head import masked_logits
 
 SIZES = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 COMMON = {**SIZES, "intermediate_size": 64, "max_position_embeddings": 40}
@@ -219,7 +220,7 @@ def test_longest_input_of_a_local_folder(tmp_path: Path, config: dict, longest: 
 
 def test_roberta_really_holds_its_longest_input_and_no_more():
     loaded = AutoModelForMaskedLM.from_config(CONFIGS["roberta"])
-    longest = _longest_input(loaded.config.to_dict())
+    longest = longest_input(loaded.config.to_dict())
     assert longest == 38
     loaded(input_ids=torch.full((1, longest), 7))
     with pytest.raises((IndexError, RuntimeError)):

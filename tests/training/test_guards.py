@@ -16,7 +16,7 @@ from transformers import AutoModelForMaskedLM, Trainer, TrainerCallback, Trainin
 from mlmx.commands import main
 from mlmx.config.errors import WorkError
 from mlmx.kernels.out_of_memory import brief, is_out_of_memory, parts
-from mlmx.models import encoders
+from mlmx.models import head
 from mlmx.runs.run import Run, all_runs
 from mlmx.tracking.tracker import Tracker
 from mlmx.training import guards
@@ -109,7 +109,7 @@ class Made:
         self.log, self.weights, self.folder = Log(), Weights(), folder
 
         def masked_logits(trained: Any, inputs: Any, room: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-            logits, labels = encoders.masked_logits(trained, inputs, room)
+            logits, labels = head.masked_logits(trained, inputs, room)
             return damage(self.trainer.state.global_step + 1, inputs, logits), labels
 
         self.trainer: CountedTrainer = make_trainer(
@@ -588,7 +588,7 @@ def command(tiny: Path, corpus: Path, *more: str) -> list[str]:
 def faults(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     """Factors of the logits by the number of the training step of this process."""
     found: dict[int, float] = {}
-    count, own = iter(range(1, 1000)), encoders.masked_logits
+    count, own = iter(range(1, 1000)), head.masked_logits
 
     def damaged(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         logits, labels = own(*args)
@@ -599,7 +599,7 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
         cut = torch.where(torch.arange(logits.shape[1]) > 0, -INF, 0.0) if damage == INF else 0.0
         return (logits + cut if damage == INF else logits * damage), labels
 
-    monkeypatch.setattr(encoders, "masked_logits", damaged)
+    monkeypatch.setattr(head, "masked_logits", damaged)
     return found
 
 
@@ -677,15 +677,14 @@ def test_a_run_that_hardly_fits_has_the_numbers_of_one_that_does(
         rows = all_runs()[-1].metrics()
         return [{name: value for name, value in row.items() if name.startswith(kinds)} for row in rows]
 
-    own, plenty = encoders.masked_logits, numbers()
+    own, plenty = head.masked_logits, numbers()
 
     def cramped(trained: Any, inputs: Any, *more: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if len(inputs["input_ids"]) > 3:
             raise RuntimeError(OUT_OF_MEMORY)
         return own(trained, inputs, *more)
 
-    monkeypatch.setattr(encoders, "masked_logits", cramped)
-    monkeypatch.setattr("mlmx.evaluation.scoring.cross_entropy", torch.nn.functional.cross_entropy)
+    monkeypatch.setattr(head, "masked_logits", cramped)
     scarce = [row for row in numbers() if row]
     for mine, theirs in zip(scarce, [row for row in plenty if row], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM
 
-from mlmx.models.encoders import masked_logits
+from mlmx.models.head import masked_logits
 from mlmx.training.arguments import training_arguments
 from tests.models.test_encoders import CONFIGS
 from tests.support.processes import distributed, ended, run_distributed, started

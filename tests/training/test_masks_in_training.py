@@ -13,7 +13,8 @@ from mlmx.data.chunks import concat
 from mlmx.data.masking import Masker, Rows, column, masker, token
 from mlmx.data.texts import files
 from mlmx.data.tokens import tokenize
-from mlmx.models.encoders import load_model, masked_logits, scratch
+from mlmx.models.encoders import load_model, scratch
+from mlmx.models.head import masked_logits
 from mlmx.training.arguments import training_arguments
 from tests.support.processes import run_distributed
 from tests.training.test_loss import Notes

@@ -16,7 +16,7 @@ from transformers import AlbertConfig, AutoModelForMaskedLM, BertConfig, DistilB
 
 from mlmx.kernels import flops, memory
 from mlmx.kernels.flops import flops_per_token, matmul_peak
-from mlmx.models import encoders
+from mlmx.models import head
 from mlmx.runs.run import Run
 from tests.training.test_training import train, train_scratch
 
@@ -49,7 +49,7 @@ def test_training_gives_logits_of_few_shapes_whatever_the_number_of_targets(
     tiny: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A kernel is made for each shape: a step in which all are new took a quarter longer."""
-    own, seen = encoders.masked_logits, []
+    own, seen = head.masked_logits, []
 
     def spy(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         logits, labels = own(*args)
@@ -57,7 +57,7 @@ def test_training_gives_logits_of_few_shapes_whatever_the_number_of_targets(
             seen.append((len(logits), int(labels.ne(-100).sum())))
         return logits, labels
 
-    monkeypatch.setattr(encoders, "masked_logits", spy)
+    monkeypatch.setattr(head, "masked_logits", spy)
     train(tiny, corpus, "masking=whole_word", "chunk_size=48", "dataset.train_chunks=64")
     assert len({targets for _, targets in seen}) > 2
     assert all(rows == -(-targets // 32) * 32 for rows, targets in seen)

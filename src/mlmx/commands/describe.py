@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mlmx.config.labels import IGNORE_INDEX
 from mlmx.config.schema import Job, TrainConfig
 from mlmx.config.trust import TRUST_FLAG, trusted_code
 from mlmx.data.chunks import Chunks
-from mlmx.data.masking import IGNORED, Masker
+from mlmx.data.masking import Masker
 from mlmx.runs.provenance import NOTE, PARENT
 from mlmx.runs.records import Status
 from mlmx.runs.run import Run
@@ -76,7 +77,7 @@ def masked_sample(mask: Masker, chunks: Chunks, tokenizer: Any) -> str:
     """A decoded chunk as the model will see it, and the tokens it has to find."""
     batch = mask([chunks[0]])
     inputs, labels = batch["input_ids"][0], batch["labels"][0]
-    targets = tokenizer.convert_ids_to_tokens([int(label) for label in labels if label != IGNORED])
+    targets = tokenizer.convert_ids_to_tokens([int(label) for label in labels if label != IGNORE_INDEX])
     more = "" if len(targets) <= SHOWN_TARGETS else f" … ({len(targets)} in all)"
     return f"masked   {tokenizer.decode(inputs)}\ntargets  {' '.join(targets[:SHOWN_TARGETS])}{more}"
 
@@ -87,7 +88,7 @@ def preview(mask: Masker, row: Mapping[str, Any], tokenizer: Any) -> str:
     pieces = []
     for seen, label in zip(batch["input_ids"][0].tolist(), batch["labels"][0].tolist(), strict=True):
         shown = tokenizer.convert_ids_to_tokens(seen)
-        pieces.append(shown if label == IGNORED else f"⟦{shown} → {tokenizer.convert_ids_to_tokens(label)}⟧")
+        pieces.append(shown if label == IGNORE_INDEX else f"⟦{shown} → {tokenizer.convert_ids_to_tokens(label)}⟧")
     return " ".join(pieces)
 
 

@@ -15,7 +15,8 @@ from mlmx.config.schema import EvaluateConfig, Job, TrainConfig
 from mlmx.data.cache import TokenCache
 from mlmx.data.heldout import HeldoutChunks, choose, heldout_chunks, split_off
 from mlmx.data.masking import Masker, masker
-from mlmx.data.texts import quick_check
+from mlmx.data.texts import quick_check, read
+from mlmx.evaluation import metrics
 from mlmx.evaluation.measure import Measure
 from mlmx.experiment import Parts, gather, parts_of, token_cache
 from mlmx.kernels import memory
@@ -36,6 +37,7 @@ def check(cfg: EvaluateConfig) -> None:
     require_fit(parts.encoder, settings.chunk_size)
     quick_check(parts.source)
     bind("tracking", cfg.tracking, TRACKINGS)
+    metrics.try_out()
 
 
 def resolve(cfg: EvaluateConfig) -> tuple[Path, TrainConfig, Run | None]:
@@ -104,11 +106,11 @@ def other_texts(
     """
     tokenizer = load_tokenizer(parts.encoder, settings.chunk_size)
     mask = masker(parts.strategy, tokenizer, settings.mlm_probability, settings.seed)
-    texts = parts.source()
-    documents = texts.get("heldout", texts["train"]) if isinstance(texts, dict) else texts
+    texts = read(parts.source)
+    documents = texts.get("heldout", texts["train"])
     left_out = 0
     if run is not None:
-        trained = parts_of(run.config()).source()
+        trained = read(parts_of(run.config()).source)
         split = split_off(trained, documents, source_name, parts.heldout.documents, 0, allow_overlap=True)
         assert split.heldout is not None
         chosen, left_out = split.heldout, split.left_out

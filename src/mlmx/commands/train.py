@@ -24,7 +24,7 @@ from mlmx.evaluation.fills import Fills
 from mlmx.evaluation.measure import Measure
 from mlmx.experiment import Material, Parts, check_training, gather, parts_of, resume_of, token_cache
 from mlmx.kernels import memory
-from mlmx.models import encoders
+from mlmx.models import head
 from mlmx.models.encoders import load_model, weights_sha256
 from mlmx.models.fill import fill_masks, prompt_of
 from mlmx.runs import checkpoints, disk, identity, process, provenance, signals
@@ -213,7 +213,7 @@ def fit(cfg: TrainConfig, ready: Ready, run: Run, tracker: Tracker, stop_early: 
         eval_chunks=ready.material.eval_chunks,
         mask=ready.material.mask,
         mlm_probability=cfg.mlm_probability,
-        masked_logits=encoders.masked_logits,
+        masked_logits=head.masked_logits,
         most_targets=most_targets(cfg, ready.material.mask.rates),
         scores=ready.measure,
         fills=Fills(ready.material.examples, ready.material.tokenizer, ready.measure),

@@ -7,10 +7,10 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
 from typing import Any, Literal, TypeVar
 
 from mlmx.config.errors import did_you_mean, require
+from mlmx.config.plugins import load, plugins
 
 F = TypeVar("F", bound=Callable[..., Any])
 Function = Callable[..., Any]
@@ -66,13 +66,11 @@ def bind(
 
 
 def _plugin(group: str, name: str, functions: Mapping[str, F]) -> F:
-    """A user's own function: entry point ``<group>.<name>`` in the group ``mlmx.plugins``."""
-    found = [point for point in entry_points(group="mlmx.plugins") if point.name == f"{group}.{name}"]
-    require(
-        bool(found),
-        f"{group}.name={name}: unknown{did_you_mean(name, functions)} (known: {', '.join(functions)})",
-    )
-    return typing.cast(F, found[0].load())
+    """A user's own function; that of ``heldout.dataset`` is a dataset's."""
+    stage = group.rpartition(".")[2]
+    known = [*functions, *plugins(stage)]
+    require(name in known, f"{group}.name={name}: unknown{did_you_mean(name, known)} (known: {', '.join(known)})")
+    return typing.cast(F, load(stage, name))
 
 
 def _options_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:

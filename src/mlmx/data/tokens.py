@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mlmx.data.cache import IN_MEMORY, Entry, TokenCache
 from mlmx.data.fast import agreeing_ids
-from mlmx.data.hashing import batches
+from mlmx.data.hashing import batches, content_sha256
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+FORMAT = 3  # of what is kept
 Flat = tuple[NDArray[np.int32], NDArray[np.int64]]  # the documents' ids end to end, and how many each has
 
 
@@ -68,6 +70,31 @@ def tokenize(texts: Dataset, tokenizer: Any) -> Tokens:
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return Tokens(ids, word_starts, offsets, prefix, suffix, by)
+
+
+def kept_tokens(texts: Dataset, tokenizer: Any, cache: TokenCache) -> Tokens:
+    """As `tokenize` makes them, out of the cache where it has them."""
+    return tokens_of(cache.get(entry_name("tokens", texts, tokenizer), lambda: entry_of(tokenize(texts, tokenizer))))
+
+
+def entry_name(kind: str, texts: Dataset, tokenizer: Any) -> str:
+    """``tokens-0123…``: of these texts by this tokenizer, and by no other."""
+    what = f"{FORMAT} {content_sha256(texts)} {tokenizer_sha256(tokenizer)}"
+    return f"{kind}-{hashlib.sha256(what.encode()).hexdigest()[:24]}"
+
+
+def entry_of(tokens: Tokens, **more: NDArray[Any]) -> Entry:
+    """Tokens as the cache keeps them, and further arrays beside theirs."""
+    arrays = {name: getattr(tokens, name) for name in ("ids", "word_starts", "offsets")} | more
+    facts = {name: getattr(tokens, name) for name in ("num_prefix", "num_suffix", "tokenized_by")}
+    return Entry({name: array for name, array in arrays.items() if array is not None}, facts)
+
+
+@lru_cache(maxsize=IN_MEMORY)  # the jobs of a sweep get the very same
+def tokens_of(entry: Entry) -> Tokens:
+    """The tokens of an entry."""
+    arrays = entry.arrays
+    return Tokens(arrays["ids"], arrays.get("word_starts"), arrays["offsets"], **entry.facts)
 
 
 def take_whole(tokenizer: Any) -> Any:

@@ -157,14 +157,3 @@ def _quantiles(samples: NDArray[np.float64], level: float) -> tuple[float, float
     tail = (1 - level) / 2
     low, high = np.quantile(samples, [tail, 1 - tail])
     return float(low), float(high)
-
-
-def paired_difference(
-    one: DocumentSums, other: DocumentSums, *, level: float = LEVEL, draws: int = DRAWS, seed: int = SEED
-) -> Difference:
-    """How much more loss ``one`` has than ``other`` on the same held-out targets (nats per target).
-
-    Raises:
-        RequestError: the two did not score the same targets.
-    """
-    return resampled([one, other], draws=draws, seed=seed).difference(0, 1, level)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,9 @@ import numpy as np
 
 from mlmx.data.examples import Example
 from mlmx.data.masking import batch, pad
-from mlmx.evaluation.measure import Measure, fast_kernels
-from mlmx.models.encoders import longest_input, masked_logits
+from mlmx.evaluation import scoring
+from mlmx.evaluation.measure import Measure
+from mlmx.models.encoders import longest_input
 
 if TYPE_CHECKING:
     import torch
@@ -37,18 +39,15 @@ class Fills:
 
     def __call__(self, trained: PreTrainedModel) -> list[dict[str, Any]]:
         """A row per example that the model can hold: sentence, the word that stood there, and the likeliest ones."""
-        most = longest_input(trained)
+        most = longest_input(trained.config.to_dict()) or math.inf
         held = [example for example in self.examples if len(example.input_ids) <= most]
-        with fast_kernels(trained):
-            return self.measure.within_memory(lambda: self._filled(trained, held))
+        return self.measure.within_memory(lambda: self._filled(trained, held))
 
     def _filled(self, trained: PreTrainedModel, held: Sequence[Example]) -> list[dict[str, Any]]:
-        from mlmx.evaluation import scoring
-
         rows, size, top = [], self.measure.batch_size, min(TOP, len(self.tokenizer))
-        with scoring.evaluating(trained):
+        with scoring.exactly(trained):
             for some in (held[first : first + size] for first in range(0, len(held), size)):
-                found = scoring.likeliest(trained, self._batch(some), masked_logits, top)
+                found = scoring.likeliest(trained, self._batch(some), top)
                 rows += [self._row(*parts) for parts in zip(some, *(part.tolist() for part in found), strict=True)]
         return rows
 

@@ -1,29 +1,24 @@
-"""What a model is measured on: the run's own validation chunks (``eval/*``) and the yardstick (``heldout/*``)."""
+"""What a model is measured on: a list of evaluators, each a map from the model to named numbers."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mlmx.config.errors import WorkError
-from mlmx.data import protocol
 from mlmx.data.chunks import Chunks
-from mlmx.data.heldout import (
-    BANDS,
-    PIECES,
-    HeldoutChunks,
-    token_groups,
-)
-from mlmx.data.masking import Masker
-from mlmx.data.protocol import protocol_id
+from mlmx.data.heldout import BANDS, PIECES, HeldoutChunks, token_groups
+from mlmx.data.masking import Masker, Vocabulary
+from mlmx.data.protocol import WholeWords, Yardstick, protocol_id
+from mlmx.evaluation import scoring
 from mlmx.evaluation.bootstrap import DocumentSums, Sums
-from mlmx.models import encoders
+from mlmx.evaluation.metrics import METRICS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,8 +27,12 @@ Found = TypeVar("Found")
 log = logging.getLogger("mlmx")
 
 
+# Maps a model to named numbers, so many rows at once, on the same targets each time.
+Evaluator = Callable[["PreTrainedModel", int], dict[str, float]]
+
+
 class Measure:
-    """Scores a model on both; the same targets each time it is called.
+    """Scores a model by a list of evaluators: ``eval/*``, and ``heldout/*`` of the yardstick.
 
     Attributes:
         protocol: what ``heldout/*`` is measured on, as an id.
@@ -52,15 +51,36 @@ class Measure:
         self.heldout = heldout
         self.vocabulary = mask.vocabulary
         self.batch_size = batch_size
-        self.eval_chunks = eval_chunks
-        self.eval_mask = replace(mask, fixed=True)
         self.protocol = "none" if heldout is None else protocol_id(heldout, tokenizer)
         self.documents: DocumentSums | None = None
+        self.evaluators: list[Evaluator] = []
+        if eval_chunks is not None:
+            self.evaluators.append(partial(own_validation, eval_chunks, replace(mask, fixed=True)))
+        if heldout is not None:
+            self.evaluators.append(partial(self._yardstick, heldout))
+        if heldout is not None and heldout.word_bytes.any():
+            self.evaluators.append(partial(whole_words, heldout, self.vocabulary))
 
     def __call__(self, trained: PreTrainedModel) -> dict[str, float]:
-        """``eval/loss eval/perplexity eval/accuracy``, the same of ``heldout/``, and ``heldout/bits_per_byte``."""
-        with fast_kernels(trained):
-            return self.within_memory(lambda: self._scores(trained))
+        """The numbers of all evaluators."""
+        return self._numbers(trained, self.evaluators)
+
+    def breakdown(self, trained: PreTrainedModel, training: Chunks) -> dict[str, float]:
+        """Those of `word_kinds`; none where nothing is held out."""
+        if self.heldout is None:
+            return {}
+        groups = token_groups(self.heldout.tokens, training)
+        return self._numbers(trained, [partial(word_kinds, self.heldout, self.vocabulary, groups)])
+
+    def _numbers(self, trained: PreTrainedModel, evaluators: Sequence[Evaluator]) -> dict[str, float]:
+        return self.within_memory(
+            lambda: {name: value for each in evaluators for name, value in each(trained, self.batch_size).items()}
+        )
+
+    def _yardstick(self, rows: HeldoutChunks, trained: PreTrainedModel, batch_size: int) -> dict[str, float]:
+        """``heldout/loss heldout/perplexity heldout/accuracy``, and what plugins measure."""
+        self.documents = scoring.score_documents(trained, rows, Yardstick(self.vocabulary), batch_size)
+        return _in_section("heldout", self.documents.sums())
 
     def within_memory(self, scored: Callable[[], Found]) -> Found:
         """What ``scored`` gives, with as many rows at once as fit."""
@@ -79,63 +99,40 @@ class Measure:
             self.batch_size = (self.batch_size + 1) // 2
             log.warning("out of memory while scoring (%s): %d rows at once from here on", reason, self.batch_size)
 
-    def _scores(self, trained: PreTrainedModel) -> dict[str, float]:
-        from mlmx.evaluation import scoring
 
-        found: dict[str, float] = {}
-        if self.eval_chunks is not None:
-            batches = scoring.batches_of(self.eval_chunks, self.eval_mask, self.batch_size)
-            sums = scoring.score(trained, batches, encoders.masked_logits)
-            found |= {f"eval/{name}": value for name, value in scoring.numbers(sums).items()}
-        return found if self.heldout is None else found | self._yardstick(trained, self.heldout)
-
-    def _yardstick(self, trained: PreTrainedModel, heldout: HeldoutChunks) -> dict[str, float]:
-        from mlmx.evaluation import scoring
-
-        score = partial(scoring.score_documents, trained, heldout, batch_size=self.batch_size)
-        self.documents = score(collate=protocol.Yardstick(self.vocabulary), masked_logits=encoders.masked_logits)
-        found = {f"heldout/{name}": value for name, value in scoring.numbers(self.documents.sums()).items()}
-        words = score(collate=protocol.WholeWords(self.vocabulary), masked_logits=encoders.masked_logits)
-        if heldout.word_bytes.any():
-            found["heldout/bits_per_byte"] = scoring.bits_per_byte(words, heldout.word_bytes)
-        return found
-
-    def breakdown(self, trained: PreTrainedModel, training: Chunks) -> dict[str, float]:
-        """``final/heldout_loss_rare`` and the like: loss and accuracy by word frequency and by piece."""
-        from mlmx.evaluation import scoring
-
-        if self.heldout is None:
-            return {}
-        per_token = token_groups(self.heldout.tokens, training)
-        groups, collate = partial(_groups_of, per_token), protocol.Yardstick(self.vocabulary)
-        score = partial(
-            scoring.score_groups, trained, self.heldout, groups, collate, masked_logits=encoders.masked_logits
-        )
-        with fast_kernels(trained):
-            found = self.within_memory(lambda: score(batch_size=self.batch_size))
-        named: dict[str, Sums] = {}
-        for group, sums in found.items():
-            for name in (list(BANDS)[group // 2], PIECES[group % 2]):
-                named[name] = named.get(name, Sums()) + sums
-        return {
-            f"final/heldout_{metric}_{name}": value
-            for name in [*BANDS, *PIECES]
-            if name in named
-            for metric, value in scoring.numbers(named[name]).items()
-            if metric in ("loss", "accuracy")
-        }
+def own_validation(chunks: Chunks, mask: Masker, trained: PreTrainedModel, batch_size: int) -> dict[str, float]:
+    """``eval/loss eval/perplexity eval/accuracy``, and what plugins measure: the run's own validation chunks."""
+    return _in_section("eval", scoring.score(trained, chunks, mask, batch_size))
 
 
-def fast_kernels(trained: PreTrainedModel) -> contextlib.AbstractContextManager[Any]:
-    """The kernels that training uses on the CPU."""
-    from mlmx.kernels.cpu import CpuKernels
+def whole_words(
+    rows: HeldoutChunks, vocabulary: Vocabulary, trained: PreTrainedModel, batch_size: int
+) -> dict[str, float]:
+    """``heldout/bits_per_byte``: words that are the same for every tokenizer."""
+    loss = {"loss": METRICS["loss"]}
+    words = scoring.score_documents(trained, rows, WholeWords(vocabulary), batch_size, loss)
+    return {"heldout/bits_per_byte": scoring.bits_per_byte(words, rows.word_bytes)}
 
-    return CpuKernels() if trained.device.type == "cpu" else contextlib.nullcontext()
+
+def word_kinds(
+    rows: HeldoutChunks, vocabulary: Vocabulary, groups: NDArray[np.int8], trained: PreTrainedModel, batch_size: int
+) -> dict[str, float]:
+    """``final/heldout_loss_rare`` and the like: loss and accuracy by word frequency and by piece.
+
+    Args:
+        groups: int8[N], see `heldout.token_groups`.
+    """
+    named: dict[str, Sums] = {}
+    for group, sums in scoring.score_groups(trained, rows, groups, Yardstick(vocabulary), batch_size).items():
+        for name in (list(BANDS)[group // 2], PIECES[group % 2]):
+            named[name] = named.get(name, Sums()) + sums
+    return {
+        f"final/heldout_{metric}_{name}": value / named[name].tokens
+        for name in [*BANDS, *PIECES]
+        if name in named
+        for metric, value in named[name].totals.items()
+    }
 
 
-def _groups_of(per_token: Any, rows: Sequence[Any]) -> Any:
-    groups = np.zeros((len(rows), max(len(row["input_ids"]) for row in rows)), np.int8)
-    for line, row in zip(groups, rows, strict=True):
-        own = per_token[row["start"] : row["start"] + row["length"]]
-        line[row["num_prefix"] : row["num_prefix"] + len(own)] = own
-    return groups
+def _in_section(section: str, sums: Sums) -> dict[str, float]:
+    return {f"{section}/{name}": value for name, value in scoring.numbers(sums).items()}

@@ -8,41 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.nn.functional import cross_entropy
 
-from mlmx.config.options import table
+from mlmx.config.labels import IGNORE_INDEX
+from mlmx.data.heldout import HeldoutChunks
 from mlmx.evaluation.bootstrap import DocumentSums, Sums
+from mlmx.evaluation.metrics import METRICS, Metric, all_metrics
+from mlmx.models import head
 
-Batch = dict[str, torch.Tensor]
-IGNORED = -100
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
-
-# ------------------------------------------------------------------------------------ the metrics
-# A metric: float[M, V] logits and long[M] labels of M targets → float[M], one value per target. It is
-# reported under its function's name as the mean over all targets.
-
-
-def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats."""
-    return cross_entropy(logits.float(), labels, reduction="none")
-
-
-def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """1 where the likeliest token is the right one."""
-    return (logits.argmax(-1) == labels).float()
-
-
-Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-METRICS: dict[str, Metric] = table(loss, accuracy)
-
-
-# ----------------------------------------------------------------------------------------- sums
+Batch = dict[str, "torch.Tensor"]
+Collate = Callable[[Sequence[Any]], Batch]
+# Of the targets of a batch: the row of each, int64[M], its column, int64[M], and each metric's value, float64[M].
+Targets = tuple[NDArray[np.int64], NDArray[np.int64], dict[str, "torch.Tensor"]]
 
 
 def numbers(sums: Sums) -> dict[str, float]:
@@ -52,7 +37,7 @@ def numbers(sums: Sums) -> dict[str, float]:
     0.5
     """
     if not sums.tokens:
-        return dict.fromkeys([*METRICS, "perplexity"], math.nan)
+        return dict.fromkeys([*all_metrics(), "perplexity"], math.nan)
     means = {name: total / sums.tokens for name, total in sums.totals.items()}
     return {"loss": means["loss"], "perplexity": perplexity(means["loss"]), **means}
 
@@ -65,76 +50,48 @@ def perplexity(mean_loss: float) -> float:
         return math.inf
 
 
-MaskedLogits = Callable[[torch.nn.Module, Batch], tuple[torch.Tensor, torch.Tensor]]
-# Of one batch: the row of each target, long[M], and each metric's value there, float64[M].
-Values = tuple[torch.Tensor, dict[str, torch.Tensor]]
-
-
-@torch.no_grad()
-def values(model: torch.nn.Module, batches: Iterable[Batch], masked_logits: MaskedLogits) -> Iterator[Values]:
-    """Each metric at each target, in fp32 without dropout, whatever precision the model trains in."""
-    device = next(model.parameters()).device
-    with evaluating(model), torch.autocast(device.type, enabled=False), full_fp32():
-        for batch in batches:
-            rows = batch["labels"].ne(IGNORED).nonzero()[:, 0]
-            if len(rows):
-                logits, labels = masked_logits(model, {name: value.to(device) for name, value in batch.items()})
-                yield rows, {name: metric(logits, labels).double().cpu() for name, metric in METRICS.items()}
-
-
-def score(model: torch.nn.Module, batches: Iterable[Batch], masked_logits: MaskedLogits) -> Sums:
-    """Add up the batches' targets."""
+def score(model: PreTrainedModel, rows: Any, collate: Collate, batch_size: int) -> Sums:
+    """Add up the targets of all rows."""
     sums = Sums()
-    for rows, found in values(model, batches, masked_logits):
-        sums += Sums(len(rows), {name: float(value.sum()) for name, value in found.items()})
+    with exactly(model):
+        for _, column, values in targets(model, rows, collate, batch_size, all_metrics()):
+            sums += Sums(len(column), {name: float(value.sum()) for name, value in values.items()})
     return sums
 
 
 def score_documents(
-    model: torch.nn.Module,
-    rows: Any,
-    collate: Callable[[Sequence[Any]], Batch],
+    model: PreTrainedModel,
+    rows: HeldoutChunks,
+    collate: Collate,
     batch_size: int,
-    masked_logits: MaskedLogits,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> DocumentSums:
-    """Score held-out rows (`data.HeldoutChunks`), summed per document.
-
-    Targets are added in the order of the rows, whatever the batch size.
-    """
+    """Score held-out rows, summed per document; targets are added in the order of the rows, whatever the batch size."""
+    metrics = all_metrics() if metrics is None else metrics
     tokens = np.zeros(len(rows.keys), np.int64)
-    totals = {name: np.zeros(len(rows.keys)) for name in METRICS}
-    first = 0
-    for batch in batches_of(rows, collate, batch_size):
-        for in_batch, found in values(model, [batch], masked_logits):
-            documents = rows.rows_of[first + in_batch.numpy()]
+    totals = {name: np.zeros(len(rows.keys)) for name in metrics}
+    with exactly(model):
+        for row, _, values in targets(model, rows, collate, batch_size, metrics):
+            documents = rows.rows_of[row]
             np.add.at(tokens, documents, 1)
-            for name, value in found.items():
+            for name, value in values.items():
                 np.add.at(totals[name], documents, value.numpy())
-        first += len(batch["input_ids"])
     order = np.argsort(rows.keys)  # documents in one order, wherever they were read from
     return DocumentSums(rows.keys[order], tokens[order], {name: total[order] for name, total in totals.items()})
 
 
 def score_groups(
-    model: torch.nn.Module,
-    rows: Any,
-    groups: Callable[[Sequence[Any]], NDArray[np.integer[Any]]],
-    collate: Callable[[Sequence[Any]], Batch],
-    batch_size: int,
-    masked_logits: MaskedLogits,
+    model: PreTrainedModel, rows: HeldoutChunks, groups: NDArray[np.integer[Any]], collate: Collate, batch_size: int
 ) -> dict[int, Sums]:
-    """Sums per group of targets; ``groups`` gives the group of every position of a batch, int[B, T]."""
+    """Sums per group of targets; ``groups`` gives that of every held-out token, int[N]."""
     found: dict[int, Sums] = {}
-    for first in range(0, len(rows), batch_size):
-        some = [rows[i] for i in range(first, min(first + batch_size, len(rows)))]
-        batch = collate(some)
-        targets = (batch["labels"] != IGNORED).numpy()
-        for _, by_metric in values(model, [batch], masked_logits):
-            of_target = groups(some)[targets]
+    with exactly(model):
+        for row, column, values in targets(model, rows, collate, batch_size, METRICS):
+            of_target = groups[rows.starts[row] + column - len(rows.prefix)]
             for group in np.unique(of_target).tolist():
-                chosen = torch.from_numpy(of_target == group)
-                totals = {name: float(value[chosen].sum()) for name, value in by_metric.items()}
-                found[group] = found.get(group, Sums()) + Sums(int(chosen.sum()), totals)
+                chosen = np.flatnonzero(of_target == group)
+                totals = {name: float(value[chosen].sum()) for name, value in values.items()}
+                found[group] = found.get(group, Sums()) + Sums(len(chosen), totals)
     return found
 
 
@@ -144,22 +101,66 @@ def bits_per_byte(words: DocumentSums, word_bytes: NDArray[np.int64]) -> float:
     return float(words.totals["loss"].sum()) / math.log(2) / total if total else math.nan
 
 
-@torch.no_grad()
+def targets(
+    model: PreTrainedModel, rows: Any, collate: Collate, batch_size: int, metrics: Mapping[str, Metric]
+) -> Iterator[Targets]:
+    """Metrics at each target of rows in their order, ``batch_size`` at a time; to be used inside `exactly`."""
+    for first in range(0, len(rows), batch_size):
+        batch = collate([rows[i] for i in range(first, min(first + batch_size, len(rows)))])
+        row, column = (place.numpy() for place in batch["labels"].ne(IGNORE_INDEX).nonzero(as_tuple=True))
+        if len(row):
+            yield first + row, column, _values(model, batch, metrics)
+
+
+def _values(model: PreTrainedModel, batch: Batch, metrics: Mapping[str, Metric]) -> dict[str, torch.Tensor]:
+    logits, labels = head.masked_logits(model, _on(model, batch))  # given back before the next batch
+    return {name: metric(logits, labels).double().cpu() for name, metric in metrics.items()}
+
+
 def likeliest(
-    model: torch.nn.Module, batch: Batch, masked_logits: MaskedLogits, top: int
+    model: PreTrainedModel, batch: Batch, top: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
-    """Of each target the likeliest ids, int64[M, top], their probabilities, and that of the right id, float32[M]."""
-    device = next(model.parameters()).device
-    with evaluating(model), torch.autocast(device.type, enabled=False), full_fp32():
-        logits, labels = masked_logits(model, {name: value.to(device) for name, value in batch.items()})
-        probabilities = logits.float().softmax(-1)
-        found, own = probabilities.topk(top), probabilities.gather(1, labels[:, None])[:, 0]
+    """Of each target the likeliest ids, int64[M, top], their probabilities, and that of the right id, float32[M].
+
+    To be used inside `exactly`.
+    """
+    logits, labels = head.masked_logits(model, _on(model, batch))
+    probabilities = logits.float().softmax(-1)
+    found, own = probabilities.topk(top), probabilities.gather(1, labels[:, None])[:, 0]
     return found.indices.cpu().numpy(), found.values.cpu().numpy(), own.cpu().numpy()
+
+
+def _on(model: PreTrainedModel, batch: Batch) -> Batch:
+    return {name: value.to(model.device) for name, value in batch.items()}
+
+
+@contextlib.contextmanager
+def exactly(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block the model computes in fp32, without dropout and gradients, whatever it trains with.
+
+    On the CPU with the kernels that training uses.
+    """
+    import torch
+
+    from mlmx.kernels.cpu import CpuKernels
+
+    kernels = CpuKernels() if model.device.type == "cpu" else contextlib.nullcontext()
+    was_training = model.training
+    if was_training:  # each change goes through all of its modules
+        model.train(False)
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False), full_fp32(), kernels:
+            yield
+    finally:
+        if was_training:
+            model.train()
 
 
 @contextlib.contextmanager
 def full_fp32() -> Iterator[None]:
     """No TF32 inside the block: a score is the same whether or not training uses it."""
+    import torch
+
     cudnn: Any = torch.backends.cudnn
     products, convolutions = torch.get_float32_matmul_precision(), cudnn.conv.fp32_precision
     torch.set_float32_matmul_precision("highest")
@@ -169,22 +170,3 @@ def full_fp32() -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(products)
         cudnn.conv.fp32_precision = convolutions
-
-
-@contextlib.contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model in evaluation mode inside the block, as it was after it."""
-    was_training = model.training
-    if was_training:  # each change goes through all of its modules
-        model.eval()
-    try:
-        yield
-    finally:
-        if was_training:
-            model.train()
-
-
-def batches_of(rows: Any, collate: Callable[[Sequence[Any]], Batch], batch_size: int) -> Iterator[Batch]:
-    """Rows in order, ``batch_size`` at a time; the last batch may be smaller."""
-    for first in range(0, len(rows), batch_size):
-        yield collate([rows[i] for i in range(first, min(first + batch_size, len(rows)))])

@@ -1,10 +1,9 @@
-"""The encoder: its tokenizer, its weights, and its loss on masked positions only."""
+"""The encoder: its tokenizer and its weights."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from mlmx.config.errors import RequestError, path_of, require
 from mlmx.config.options import table
+from mlmx.config.plugins import call
 from mlmx.config.sources import find_package_file, require_reachable
 from mlmx.config.trust import TrustedCode, require_trusted_model, trusted_code
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Position ids of these architectures begin after the padding id: 514 positions hold 512 tokens.
@@ -70,7 +69,7 @@ def pretrained(*, path: str, revision: str | None = None, max_length: int | None
         config = folder / "config.json"
         require(config.is_file(), f"model.path={path}: no config.json in this folder; give a saved model's folder")
         _refuse_pickled_weights(path, folder)
-        return Encoder(str(folder), None, None, _longest_input(_read_config(path, config)))
+        return Encoder(str(folder), None, None, longest_input(_read_config(path, config)))
     _require_folder_or_repo("model.path", path)
     asked = trusted_code()
     code = asked if asked == TrustedCode(path, str(revision)) else None
@@ -175,6 +174,16 @@ def scratch(
 MODELS: dict[str, Callable[..., Encoder]] = table(pretrained, packaged, scratch)
 
 
+def encoder_of(model: Callable[..., Encoder]) -> Encoder:
+    """What a function of `MODELS`, or a plugin's, names.
+
+    Raises:
+        RequestError: it gives something else.
+    """
+    encoder: Encoder = call("model", model, fits=lambda given: isinstance(given, Encoder), needed="an Encoder")
+    return encoder
+
+
 def require_fit(encoder: Encoder, chunk_size: int) -> None:
     """Refuse a chunk longer than the model's positions."""
     if encoder.max_length is not None and chunk_size > encoder.max_length:
@@ -212,7 +221,7 @@ def load_tokenizer(encoder: Encoder, chunk_size: int) -> PreTrainedTokenizerBase
         f"{'' if tokenizer.mask_token_id is not None else ' (its tokenizer has no mask token)'}; choose an encoder "
         "such as distilbert, bert_base or roberta_base",
     )
-    longest = encoder.max_length if encoder.fresh else _longest_input(config.to_dict())
+    longest = encoder.max_length if encoder.fresh else longest_input(config.to_dict())
     require_fit(Encoder(encoder.path, max_length=longest), chunk_size)
     return tokenizer
 
@@ -246,22 +255,8 @@ def load_model(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, seed: int) 
     return loading.saved_model(encoder.path, encoder.revision, encoder.code)
 
 
-def masked_logits(
-    model: torch.nn.Module, batch: dict[str, torch.Tensor], room: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and labels of the masked positions only: float[M, V], long[M]; see `mlmx.models.head`."""
-    from mlmx.models import head
-
-    return head.masked_logits(model, batch, room)
-
-
-def longest_input(loaded: PreTrainedModel) -> float:
-    """Of how many tokens, special ones included, a text may be to fit into the model; infinite if it does not say."""
-    longest = _longest_input(loaded.config.to_dict())
-    return math.inf if longest is None else longest
-
-
-def _longest_input(config: dict[str, Any]) -> int | None:
+def longest_input(config: dict[str, Any]) -> int | None:
+    """Of how many tokens, special ones included, a text may be to fit into the model; None if it does not say."""
     positions, kind = config.get("max_position_embeddings"), config.get("model_type")
     if not isinstance(positions, int) or positions < 1 or kind in RELATIVE_POSITIONS:
         return None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlmx.config.errors import require
-from mlmx.models.encoders import _longest_input
+from mlmx.models.encoders import longest_input
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ def prompt_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: 
     prompt = text.replace("[MASK]", str(tokenizer.mask_token))
     ids = tokenizer(prompt)["input_ids"]
     require(tokenizer.mask_token_id in ids, f"{text!r}: holds no [MASK] (or {tokenizer.mask_token}) to fill")
-    longest = _longest_input(model.config.to_dict())
+    longest = longest_input(model.config.to_dict())
     shown = text if len(text) <= 40 else f"{text[:40]}…"
     require(
         longest is None or len(ids) <= longest,

@@ -8,13 +8,14 @@ Loss and gradients are those of the full head.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from mlmx.config.labels import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("mlmx")
-
-IGNORED = -100  # the label of a position that is not scored, as in torch's cross-entropy
 
 # Architecture → the module of its encoder that gets a position's states, and the residual's, where nothing but that
 # position counts any more, "" for what follows the whole encoder: where layers share their weights (ALBERT) or the
@@ -42,13 +43,15 @@ def masked_logits(
     architecture that is not in the table, all positions are projected and the others dropped.
 
     Args:
-        room: return this many rows whatever M is, the surplus labelled `IGNORED`: shapes that never change need no
-            word from the device, and what is made for a shape is made once. Logits are NaN where M exceeds it.
+        room: return this many rows whatever M is, the surplus not scored: shapes that never change need no word from
+            the device, and what is made for a shape is made once. Logits are NaN where M exceeds it.
     """
+    import torch
+
     own = unwrapped(model)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     labels = batch["labels"].flatten()
-    chosen = labels.ne(IGNORED)
+    chosen = labels.ne(IGNORE_INDEX)
     lost = None
     if room is None:
         positions = chosen.nonzero().squeeze(1)
