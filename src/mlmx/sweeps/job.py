@@ -26,7 +26,7 @@ from mlmx.sweeps.sweep import Sweep, SweepJob, begin_job, fail_job
 from mlmx.tracking.mirror import RUN_FILE
 
 if TYPE_CHECKING:
-    from mlmx.training.reporter import StopEarly
+    from mlmx.training.callbacks import StopEarly
 
 log = logging.getLogger("mlmx")
 Train = Callable[[TrainConfig, Job, "StopEarly | None"], float]
