@@ -33,7 +33,7 @@ from mlmx.runs.log import log_to, log_to_file
 from mlmx.runs.run import Run
 from mlmx.tracking.store import Store
 from mlmx.tracking.tracker import Tracker
-from mlmx.training import engine
+from mlmx.training import trainer as training
 from mlmx.training.arguments import resolve_precision
 
 if TYPE_CHECKING:
@@ -70,18 +70,18 @@ def on_reviews(setup: dict[str, Any]) -> list[str]:
 @contextlib.contextmanager
 def changed(prepare: Callable[[Trainer], None]) -> Iterator[None]:
     """Inside the block, ``prepare`` is called with every trainer that mlmx makes."""
-    own = engine.make_trainer
+    own = training.Trainer
 
     def made(*args: Any, **kwargs: Any) -> Any:
         trainer = own(*args, **kwargs)
         prepare(trainer)
         return trainer
 
-    engine.make_trainer = made
+    training.Trainer = made
     try:
         yield
     finally:
-        engine.make_trainer = own
+        training.Trainer = own
 
 
 # ------------------------------------------------------------------------------- what may be asked
@@ -198,7 +198,7 @@ def sweep(channel: Channel, setup: dict[str, Any], chunk_sizes: list[int]) -> No
         return value
 
     scoring = (Measure, "__call__"), (Measure, "breakdown")
-    saving = (engine.CountedTrainer, "_save_checkpoint"), (checkpoints, "write")
+    saving = (training.Trainer, "_save_checkpoint"), (checkpoints, "write")
     reviews = ["dataset=imdb_packaged"] if setup["packaged"] else ["dataset=files", f"dataset.path={setup['reviews']}"]
     dials = [f"chunk_size={','.join(map(str, chunk_sizes))}", "lr=2e-5,5e-5", "epochs=1", "heldout.documents=20"]
     command.train = train_and_wait

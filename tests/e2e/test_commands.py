@@ -418,16 +418,16 @@ def test_a_training_that_breaks_off(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from mlmx.training.engine import CorrectedTrainer
+    from mlmx.training.trainer import Trainer
 
-    compute_loss = CorrectedTrainer.compute_loss
+    compute_loss = Trainer.compute_loss
 
     def breaks(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == 5:  # in the second epoch
             raise ending
         return compute_loss(self, *args, **kwargs)
 
-    monkeypatch.setattr(CorrectedTrainer, "compute_loss", breaks)
+    monkeypatch.setattr(Trainer, "compute_loss", breaks)
     assert main(request(tiny, corpus)) == code
     assert capsys.readouterr().err == f"{line}\n"
     (folder,) = run_folders(outputs)

@@ -18,7 +18,7 @@ from mlmx.commands.main import main
 from mlmx.runs import checkpoints
 from mlmx.runs.disk import free_bytes
 from mlmx.runs.run import Run, all_runs
-from mlmx.training.engine import CorrectedTrainer
+from mlmx.training.trainer import Trainer
 
 MB = 2**20
 
@@ -67,15 +67,15 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None
     """Arranges something to happen in the middle of an optimizer step, once."""
 
     def arrange(step: int, happens: Callable[[], None]) -> None:
-        compute_loss = CorrectedTrainer.compute_loss
+        compute_loss = Trainer.compute_loss
 
         def watched(trainer: Any, *args: Any, **kwargs: Any) -> Any:
             if trainer.state.global_step == step:
-                monkeypatch.setattr(CorrectedTrainer, "compute_loss", compute_loss)
+                monkeypatch.setattr(Trainer, "compute_loss", compute_loss)
                 happens()
             return compute_loss(trainer, *args, **kwargs)
 
-        monkeypatch.setattr(CorrectedTrainer, "compute_loss", watched)
+        monkeypatch.setattr(Trainer, "compute_loss", watched)
 
     return arrange
 

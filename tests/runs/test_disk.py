@@ -147,22 +147,22 @@ def test_the_limit_is_where_the_estimate_is(monkeypatch: pytest.MonkeyPatch, tmp
 def test_checkpoints_that_are_there_are_not_asked_for_again(
     tiny: Path, corpus: Path, outputs: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from mlmx.training.engine import CorrectedTrainer
+    from mlmx.training.trainer import Trainer
 
     asked: list[int] = []
     monkeypatch.setattr(disk, "require_free", lambda folder, needed, kept: asked.append(needed))
-    compute_loss = CorrectedTrainer.compute_loss
+    compute_loss = Trainer.compute_loss
 
     def breaks(trainer: Any, *args: Any, **kwargs: Any) -> Any:
         if trainer.state.global_step == 1:
             raise RuntimeError("an error in the second epoch")
         return compute_loss(trainer, *args, **kwargs)
 
-    monkeypatch.setattr(CorrectedTrainer, "compute_loss", breaks)
+    monkeypatch.setattr(Trainer, "compute_loss", breaks)
     assert main(request(tiny, corpus, "epochs=2", "tracking=none")) == 1
     (checkpoint,) = outputs.glob("train/*/checkpoints/checkpoint-*")
     there = disk.bytes_below(checkpoint)
-    monkeypatch.setattr(CorrectedTrainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(Trainer, "compute_loss", compute_loss)
     assert main(["train", "resume=last"]) == 0
     assert asked[0] - asked[1] == there > MB
 
@@ -238,7 +238,7 @@ def test_an_error_that_ended_a_run_is_not_hidden_by_one_of_saying_so(
 ):
     from mlmx.config import whole
     from mlmx.runs.run import all_runs
-    from mlmx.training.engine import CorrectedTrainer
+    from mlmx.training.trainer import Trainer
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         monkeypatch.setattr(whole, "write", full)
@@ -248,7 +248,7 @@ def test_an_error_that_ended_a_run_is_not_hidden_by_one_of_saying_so(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     write = whole.write
-    monkeypatch.setattr(CorrectedTrainer, "compute_loss", broken)
+    monkeypatch.setattr(Trainer, "compute_loss", broken)
     assert main(request(tiny, corpus, "tracking=none")) == 1
     said = capsys.readouterr()
     assert said.err == "mlmx: RuntimeError: the first error (MLMX_DEBUG=1 shows where)\n"

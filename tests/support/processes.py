@@ -16,7 +16,7 @@ from typing import Any
 IMPORTED = [
     "mlmx.commands.main",
     "mlmx.commands.train",
-    "mlmx.training.engine",
+    "mlmx.training.trainer",
     "mlmx.evaluation.scoring",
     "mlmx.tracking.mlflow_run",
 ]
@@ -39,15 +39,15 @@ def _run(argv: list[str], outputs: str, said: str, environment: dict[str, str]) 
     multiprocessing.set_start_method("fork", force=True)  # of what the command itself starts, as on a command line
     sys.stdout = sys.stderr = Path(said).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115
     from mlmx.commands.main import main
-    from mlmx.training.engine import CountedTrainer
+    from mlmx.training.trainer import Trainer
 
-    step = CountedTrainer.training_step
+    step = Trainer.training_step
 
     def slowly(*args: Any, **kwargs: Any) -> Any:
         time.sleep(STEP_SECONDS)
         return step(*args, **kwargs)
 
-    CountedTrainer.training_step = slowly  # type: ignore[method-assign]
+    Trainer.training_step = slowly  # type: ignore[method-assign]
     sys.exit(main(argv))
 
 

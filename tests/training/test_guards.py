@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForMaskedLM, TrainerCallback, TrainingArguments
+from transformers import Trainer as LibraryTrainer
 
 from mlmx.commands import main
 from mlmx.config.errors import WorkError
@@ -19,9 +20,9 @@ from mlmx.kernels.out_of_memory import brief, is_out_of_memory, parts
 from mlmx.models import head
 from mlmx.runs.run import Run, all_runs
 from mlmx.tracking.tracker import Tracker
-from mlmx.training import guards
+from mlmx.training import failures
 from mlmx.training.arguments import training_arguments
-from mlmx.training.engine import CountedTrainer, make_trainer, run_and_save
+from mlmx.training.trainer import Trainer, run_and_save
 from tests.models.test_encoders import CONFIGS
 from tests.support.processes import run_distributed
 from tests.training.test_loss import Notes, Rows, stack
@@ -69,6 +70,8 @@ def flat(of: torch.nn.Module) -> torch.Tensor:
 
 
 class NoTokenizer:
+    mask_token = "[MASK]"
+
     def save_pretrained(self, folder: str) -> None:
         pass
 
@@ -112,7 +115,7 @@ class Made:
             logits, labels = head.masked_logits(trained, inputs, room)
             return damage(self.trainer.state.global_step + 1, inputs, logits), labels
 
-        self.trainer: CountedTrainer = make_trainer(
+        self.trainer = Trainer(
             name,
             training_arguments({**fixed, **options}, folder / "checkpoints", precision="fp32", **dials),
             model=loaded,
@@ -179,7 +182,7 @@ def test_the_librarys_trainer_logs_nan_as_0_and_succeeds(tmp_path: Path):
     with torch.no_grad():
         next(iter(loaded.parameters())).fill_(NAN)
     arguments = TrainingArguments(str(tmp_path), num_train_epochs=1, logging_steps=1, use_cpu=True, disable_tqdm=True)
-    trainer = Trainer(model=loaded, args=arguments, train_dataset=Rows([2]), data_collator=stack)
+    trainer = LibraryTrainer(model=loaded, args=arguments, train_dataset=Rows([2]), data_collator=stack)
     trainer.train()
     assert [row["loss"] for row in trainer.state.log_history if "loss" in row] == [0.0] * STEPS
     assert trainer.state.global_step == STEPS
@@ -251,7 +254,7 @@ def test_the_mean_loss_is_over_the_steps_applied(tmp_path: Path):
 
 
 def test_too_many_in_a_row_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(guards, "MOST_SKIPPED_IN_A_ROW", 2)
+    monkeypatch.setattr(failures, "MOST_SKIPPED_IN_A_ROW", 2)
     Made(tmp_path, at(1, 2, 4, 5), on_nan="skip").run()
     made = Made(tmp_path, at(2, 3, 4, 5), on_nan="skip")
     with pytest.raises(WorkError, match=r"step 4 has loss nan .* as had the 2 steps before it"):
@@ -294,16 +297,9 @@ def in_fp16(made: Made) -> Made:
 
 def test_the_librarys_arithmetic_stops_too(tmp_path: Path):
     """trainer.name=stock does not log 0.0, and does not succeed."""
-    made = Made(tmp_path)
-    stock = CountedTrainer(
-        model=made.trainer.model,
-        args=made.trainer.args,
-        train_dataset=Rows([2]),
-        eval_dataset=Rows([2]),
-        data_collator=stack,
-        scores=lambda trained: {},
-        recorder=made.log,
-    )
+    made = Made(tmp_path, name="stock")
+    stock = made.trainer
+    stock.train_dataset, stock.eval_dataset, stock.data_collator = Rows([2]), Rows([2]), stack
     assert not stock.args.logging_nan_inf_filter
     with torch.no_grad():
         next(iter(stock.model.parameters())).fill_(NAN)
@@ -481,7 +477,7 @@ def test_a_batch_in_parts_has_the_same_loss_gradient_and_weights(
         assert len(values[0]) == STEPS
         assert values[0] == pytest.approx(values[1], rel=1e-6), name
     assert torch.linalg.norm(made.end - whole.end) <= 1e-6 * torch.linalg.norm(whole.end)
-    assert made.trainer.tokens_seen == whole.trainer.tokens_seen
+    assert made.trainer.throughput.tokens == whole.trainer.throughput.tokens
     told = [record.getMessage() for record in said.records if "out of memory" in record.getMessage()]
     assert len(told) == math.log2(splits), "said once, and remembered"
     assert [value for _, name, value in made.log.points if name == "perf/splits"][-1] == splits
@@ -508,8 +504,9 @@ def test_the_room_for_targets_shrinks_with_the_parts(tmp_path: Path):
     """On a GPU logits have room for the most targets that a batch can have; a part needs its rows' share."""
     rooms: list[int | None] = []
     made = Made(tmp_path, fits(3), max_steps=1)
-    made.trainer.most_targets, own = 100, made.trainer.masked_logits
-    made.trainer.masked_logits = lambda trained, inputs, room: (rooms.append(room), own(trained, inputs, room))[1]
+    corrected = made.trainer.corrected
+    corrected.most_targets, own = 100, corrected.masked_logits
+    corrected.masked_logits = lambda trained, inputs, room: (rooms.append(room), own(trained, inputs, room))[1]
     made.run()
     assert rooms == [100, 50, *[25] * 4]
 

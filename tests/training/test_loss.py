@@ -55,7 +55,7 @@ class Notes:
 
 
 def trained(family: str, counts: list[int], batch_size: int, accumulation: int, folder: Path) -> tuple[Notes, Any]:
-    from mlmx.training.engine import make_trainer
+    from mlmx.training.trainer import Trainer
 
     torch.manual_seed(1)
     config = CONFIGS[family]
@@ -74,7 +74,7 @@ def trained(family: str, counts: list[int], batch_size: int, accumulation: int, 
     }
     dials = {"lr": 1e-4, "epochs": 1, "batch_size": batch_size, "weight_decay": 0.01, "seed": 42, "precision": "fp32"}
     notes = Notes()
-    trainer = make_trainer(
+    trainer = Trainer(
         "corrected",
         training_arguments(options, folder, **dials),
         model=loaded,

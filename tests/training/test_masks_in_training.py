@@ -46,7 +46,7 @@ class Recording:
 def train(folder: Path, corpus: Path, tokenizer_folder: Path, batch_size: int, **options: int) -> None:
     from transformers import AutoTokenizer
 
-    from mlmx.training.engine import make_trainer
+    from mlmx.training.trainer import Trainer
 
     folder.mkdir(exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
@@ -56,7 +56,7 @@ def train(folder: Path, corpus: Path, tokenizer_folder: Path, batch_size: int, *
     mask = masker(partial(token), tokenizer, 0.15, 42)
     dials = {"lr": 1e-3, "epochs": 2, "batch_size": batch_size, "weight_decay": 0.0, "seed": 42, "precision": "fp32"}
     fixed = {"name": "corrected", "save_strategy": "no", "logging_strategy": "no", "use_cpu": True}
-    trainer = make_trainer(
+    trainer = Trainer(
         "corrected",
         training_arguments({**fixed, **options}, folder / "checkpoints", **dials),
         model=load_model(scratch(layers=1, hidden_size=16, heads=1), tokenizer, seed=0),

@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from mlmx.commands.main import main
+from mlmx.evaluation.measure import Measure
 from mlmx.runs import checkpoints
 from mlmx.runs.checkpoints import is_interim
 from mlmx.runs.run import Run
@@ -274,20 +275,18 @@ def test_a_second_signal_ends_at_once_and_harms_nothing(whole, dropping, corpus,
 
 
 def test_a_signal_while_scoring_leaves_the_scores_to_the_resumed_run(whole, outputs, monkeypatch):
-    from mlmx.training import engine
-
-    wanted, scored = whole(), engine.CorrectedTrainer.scored
+    wanted, score = whole(), Measure.__call__
     folder = killed_at(8, wanted, outputs / "train" / "killed")
 
-    def signalled(trainer, *args, **kwargs):
-        if trainer.state.global_step == 10:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return scored(trainer, *args, **kwargs)
+    def signalled(measure, model):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return score(measure, model)
 
-    monkeypatch.setattr(engine.CorrectedTrainer, "scored", signalled)
-    assert main(["train", f"resume={folder}"]) == 143
+    with monkeypatch.context() as patched:
+        patched.setattr(Measure, "__call__", signalled)
+        assert main(["train", f"resume={folder}"]) == 143
+    assert [row["step"] for row in Run(folder).metrics()][-1] == 10
     assert not any("eval/loss" in row for row in Run(folder).metrics() if row["step"] == 10)
-    monkeypatch.setattr(engine.CorrectedTrainer, "scored", scored)
     check_resumed(folder, wanted)
 
 

@@ -37,7 +37,7 @@ from mlmx.training.arguments import optimizer_bytes, saves, training_arguments
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
-    from mlmx.training.reporter import StopEarly
+    from mlmx.training.callbacks import StopEarly
 
 log = logging.getLogger("mlmx")
 LONGEST_UNIT = 32  # tokens of one word or span
@@ -169,7 +169,7 @@ def make_ready(cfg: TrainConfig, job: Job, parts: Parts, clock: Clock, cache: To
     )
     material = gather(cfg, parts, describe.source_name(cfg, job), cache)
     clock.lap("data")
-    importlib.import_module("mlmx.training.engine")
+    importlib.import_module("mlmx.training.trainer")
     memory.settle()
     loaded = load_model(parts.encoder, material.tokenizer, cfg.seed)
     prompt_of(loaded, material.tokenizer, cfg.example)
@@ -202,9 +202,9 @@ def start_record(cfg: TrainConfig, job: Job, ready: Ready, tracker: Tracker) -> 
 
 def fit(cfg: TrainConfig, ready: Ready, run: Run, tracker: Tracker, stop_early: StopEarly | None) -> None:
     """Train from the baseline to the last epoch and save the model."""
-    from mlmx.training.engine import make_trainer, run_and_save
+    from mlmx.training.trainer import Trainer, run_and_save
 
-    trainer = make_trainer(
+    trainer = Trainer(
         cfg.trainer["name"],
         ready.arguments,
         model=ready.model,
@@ -220,9 +220,9 @@ def fit(cfg: TrainConfig, ready: Ready, run: Run, tracker: Tracker, stop_early: 
         recorder=tracker,
         on_nan=cfg.on_nan,
         stop_early=stop_early,
+        keep=cfg.keep,
+        save_seconds=math.inf if cfg.save_minutes is None else cfg.save_minutes * 60,
     )
-    trainer.keep = cfg.keep
-    trainer.save_seconds = math.inf if cfg.save_minutes is None else cfg.save_minutes * 60
     checkpoint = checkpoints.newest_whole(run.checkpoints)
     if checkpoint is not None:
         log.info("resume   from %s", checkpoint)

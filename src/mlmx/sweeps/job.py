@@ -26,7 +26,7 @@ from mlmx.runs.run import Run, discard_empty
 from mlmx.sweeps.sweep import Sweep, SweepJob, begin_job, fail_job
 
 if TYPE_CHECKING:
-    from mlmx.training.reporter import StopEarly
+    from mlmx.training.callbacks import StopEarly
 
 log = logging.getLogger("mlmx")
 Train = Callable[[TrainConfig, Job, "StopEarly | None"], float]

@@ -1,7 +1,6 @@
-"""Training: `transformers.Trainer`, corrected where its numbers are wrong for masked LM.
+"""The library's TrainingArguments from the dials and the ``trainer`` group.
 
-This file is light: names and options are checked before torch is imported. `engine` holds the trainers,
-`progress` what a person sees of them.
+This file is light: names and options are checked before torch is imported.
 """
 
 from __future__ import annotations

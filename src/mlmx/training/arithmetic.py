@@ -1,0 +1,108 @@
+"""How a step's loss is computed: corrected for masked LM, or by the library as it is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, TrainingArguments
+
+from mlmx.config.labels import IGNORE_INDEX
+from mlmx.kernels.cpu import CpuKernels
+from mlmx.kernels.out_of_memory import Batch
+
+MaskedLogits = Callable[[torch.nn.Module, Batch, int | None], tuple[torch.Tensor, torch.Tensor]]
+
+ROWS = 32  # to a multiple of which the rows of targets are filled up: two tiles of AMX
+
+
+class Corrected:
+    """Loss = Σ cross-entropy ÷ masked tokens of the whole effective batch, over micro-batches and processes.
+
+    The library multiplies loss and gradient by the accumulation steps for every masked-LM head that takes
+    ``**kwargs`` without using them (huggingface/transformers#47688).
+
+    Args:
+        masked_logits: logits and labels of a batch's masked positions, in so many rows.
+        most_targets: more than a batch can have.
+    """
+
+    def __init__(self, arguments: TrainingArguments, masked_logits: MaskedLogits, most_targets: int | None) -> None:
+        self.args = arguments
+        self.masked_logits = masked_logits
+        self.most_targets = most_targets if arguments.device.type == "cuda" else None
+
+    @contextlib.contextmanager
+    def drawing(self, model: torch.nn.Module, step: int, *place: int) -> Iterator[None]:
+        """Around forward and backward of a micro-batch or a part of it.
+
+        Args:
+            place: its number within the step and, where it is split, that of the part within it.
+        """
+        # Dropout is a function of (seed, step, place within the step, process), not of what was drawn before.
+        torch.manual_seed(hash((self.args.seed, step, *place, self.args.process_index)) & (2**63 - 1))
+        # Such a mode reaches neither what a compiler traces nor what a backward pass runs again.
+        beyond = self.args.torch_compile or getattr(model, "is_activation_checkpointing", False)
+        with CpuKernels() if self.args.device.type == "cpu" and not beyond else contextlib.nullcontext():
+            yield
+
+    def loss(
+        self, model: torch.nn.Module, inputs: Batch, num_items: torch.Tensor | int | None, share: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss, float[], and logits.
+
+        Args:
+            num_items: targets of the whole effective batch; None for those of this one.
+            share: rows of this one, of how many in a whole batch.
+        """
+        logits, labels = self.masked_logits(model, inputs, self._room(inputs["labels"], *share))
+        total = cross_entropy(logits.float(), labels, reduction="sum")
+        count = labels.ne(IGNORE_INDEX).sum() if num_items is None else num_items
+        # max: an effective batch without targets has loss 0, not NaN.
+        loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
+        if self.args.average_tokens_across_devices:
+            loss = loss * self.args.world_size  # DDP averages gradients: undo it
+        return loss, logits
+
+    def _room(self, labels: torch.Tensor, rows: int, of: int) -> int:
+        """Rows of logits for a batch's targets: of few shapes, since kernels are made for each.
+
+        On a GPU it is one, so that nothing waits for the device and compiled code is made once.
+        """
+        if self.most_targets:
+            return -(-self.most_targets * rows // of)
+        return -(-int(labels.ne(IGNORE_INDEX).sum()) // ROWS) * ROWS
+
+
+class InputIds(torch.utils.data.Dataset[dict[str, Any]]):
+    """Rows as the stock collator expects them: ``{"input_ids": int64[T], "attention_mask": int64[T]}``."""
+
+    def __init__(self, chunks: Any) -> None:
+        self.chunks = chunks
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        ids = torch.tensor(self.chunks[index]["input_ids"], dtype=torch.long)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@contextlib.contextmanager
+def in_full_precision(model: PreTrainedModel) -> Iterator[None]:
+    """The model's own ``forward`` inside the block: accelerate wraps it in autocast for mixed precision.
+
+    Scores are taken in fp32 whatever a run trains in, so that ``evaluate`` on the saved model repeats them.
+    """
+    wrapped, own = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
+    if own is not None:
+        model.forward = own
+    try:
+        yield
+    finally:
+        if own is not None:
+            model.forward = cast(Any, wrapped)

@@ -1,0 +1,202 @@
+"""What a training does when a step goes wrong: a loss that is not finite, a batch that does not fit into memory."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mlmx.config.errors import WorkError
+from mlmx.kernels.out_of_memory import Batch, brief, is_out_of_memory, release
+from mlmx.runs import checkpoints
+
+log = logging.getLogger("mlmx")
+
+MOST_SKIPPED_IN_A_ROW = 20
+MOST_ROLLBACKS = 3
+
+Record = Callable[[dict[str, float]], None]  # numbers of the step at hand
+
+
+class RollBack(Exception):  # noqa: N818 (no error: a way of going on)
+    """Training is to go on from its newest whole checkpoint."""
+
+
+@dataclass
+class Window:
+    """The micro-batches of an optimizer step: what is judged, and done again, as a whole.
+
+    Attributes:
+        sum_before: the library's sum of losses before the step, float[].
+        loss: of the step so far, float[].
+        batches: each micro-batch so far, with its number: 1, 2, …, and 0 for the step's last one.
+    """
+
+    sum_before: torch.Tensor
+    loss: torch.Tensor
+    batches: list[tuple[int, Batch]] = field(default_factory=list)
+
+    def run(
+        self,
+        inputs: Batch,
+        is_last: bool,
+        forward_backward: Callable[[int, Batch], torch.Tensor],
+        make_room: Callable[[str], None],
+    ) -> torch.Tensor:
+        """The loss of the next micro-batch.
+
+        Args:
+            forward_backward: is given a micro-batch's number and itself.
+            make_room: is told what the device says when memory runs out, and clears the gradients of the step.
+        """
+        self.batches.append((0 if is_last else len(self.batches) + 1, inputs))
+        undone = self.batches[-1:]
+        while True:
+            try:
+                for number, batch in undone:
+                    loss = forward_backward(number, batch)
+                self.loss += loss
+                return loss
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = brief(error)
+            # Here the error is gone, and with it the tensors of the frames it had passed through. A backward pass
+            # that broke off has left gradients of its own, so all of the step so far is done again.
+            release()
+            make_room(reason)
+            undone = self.batches
+
+
+@dataclass
+class Mishaps:
+    """What has gone wrong in a training so far, and what becomes of a step that goes wrong next.
+
+    Attributes:
+        batch_size: rows of a whole micro-batch.
+        on_nan: what becomes of a step whose loss or gradient is not finite: ``stop``, ``skip`` or ``rollback``.
+        splits: parts that a micro-batch is cut into since memory ran out.
+        skipped: optimizer steps that were not applied.
+        rolled_back: optimizer steps that training went back from; one that fails again is skipped.
+    """
+
+    batch_size: int
+    on_nan: str = "stop"
+    splits: int = 1
+    skipped: list[int] = field(default_factory=list)
+    rolled_back: list[int] = field(default_factory=list)
+
+    def state(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"splits": self.splits, "skipped": self.skipped, "rolled_back": self.rolled_back}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave; what has been learnt since a training went back is kept."""
+        self.skipped = list(state["skipped"])
+        self.splits = max(self.splits, state["splits"])
+        self.rolled_back = sorted({*self.rolled_back, *state["rolled_back"]})
+
+    def skipped_before(self, step: int) -> int:
+        """Length of the row of skipped steps that ends right before this one.
+
+        >>> Mishaps(8, skipped=[2, 4, 5]).skipped_before(6)
+        2
+        """
+        first = step
+        while first - 1 in self.skipped:
+            first -= 1
+        return step - first
+
+    def way_on(self, step: int, max_steps: int) -> Literal["stop", "skip", "rollback"]:
+        """What becomes of a step that fails; too many skipped in a row, or too many ways back, end the training.
+
+        >>> mishaps = Mishaps(8, "rollback", rolled_back=[3])
+        >>> mishaps.way_on(3, max_steps=10), mishaps.way_on(4, max_steps=10)
+        ('skip', 'rollback')
+        """
+        if self.on_nan == "stop" or self.skipped_before(step) == min(MOST_SKIPPED_IN_A_ROW, max_steps - 1):
+            return "stop"
+        if self.on_nan == "skip" or step in self.rolled_back:
+            return "skip"
+        return "stop" if len(self.rolled_back) == MOST_ROLLBACKS else "rollback"
+
+    def leave(self, step: int, loss: float, norm: float, max_steps: int, folder: Path, record: Record) -> None:
+        """Leave out a step that fails.
+
+        Args:
+            folder: of the checkpoints.
+
+        Raises:
+            WorkError: as ``stop`` says, or because too much was left out.
+            RollBack: the first time that this step fails.
+        """
+        way_on = self.way_on(step, max_steps)
+        if way_on == "stop":
+            record({"train/loss": loss, "train/grad_norm": norm})
+            raise WorkError(self._last_words(step, loss, norm, folder))
+        if step not in self.rolled_back:
+            record({"train/failed_loss": loss, "train/failed_grad_norm": norm})
+        if way_on == "rollback":
+            self.rolled_back.append(step)
+            record({"train/rollbacks": float(len(self.rolled_back))})
+            log.warning("step %d fails (loss %g, gradient %g): back to the last checkpoint", step, loss, norm)
+            raise RollBack
+        self.skipped.append(step)
+        record({"train/skipped_steps": float(len(self.skipped))})
+        log.warning("step %d fails (loss %g, gradient %g): left out", step, loss, norm)
+
+    def _last_words(self, step: int, loss: float, norm: float, folder: Path) -> str:
+        """Why training ends, and how to go on."""
+        tried = ""
+        if count := self.skipped_before(step):
+            tried = f", as had the {count} steps before it, which were left out"
+        if self.rolled_back:
+            tried = f", after training went back from steps {', '.join(map(str, self.rolled_back))}"
+        found = f"step {step} has loss {loss:g} and a gradient of norm {norm:g}"
+        least = f"{found}{tried}; the weights are those before it. Choose a lower lr"
+        if not checkpoints.all_of(folder):
+            return least + (", or on_nan=skip to leave such steps out" if self.on_nan == "stop" else "")
+        dial, value = ("on_nan", "skip") if self.on_nan == "stop" else ("lr", "…")
+        run = shlex.quote(str(folder.parent))
+        again = f"python -m mlmx train resume={run} {dial}={value} resume.allow=[{dial}]"
+        return f"{least}, or go on from the last checkpoint: {again}"
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a whole micro-batch that go through the model together."""
+        return -(-self.batch_size // self.splits)
+
+    def split(self, step: int, reason: str, never: str | None, record: Record) -> None:
+        """Twice as many parts from here on.
+
+        Args:
+            never: where batches cannot be split, why.
+
+        Raises:
+            WorkError: a part is one row already, or splitting is not possible here.
+        """
+        if never is not None:
+            raise WorkError(
+                f"out of memory at step {step} ({reason}): {never} a batch is not split by itself; choose a smaller "
+                "batch_size and as many times more trainer.gradient_accumulation_steps"
+            )
+        if self.rows_at_once == 1:
+            raise WorkError(
+                f"out of memory at step {step} with a single row ({reason}): choose a smaller chunk_size, or "
+                "trainer.activation_checkpointing=true"
+            )
+        self.splits *= 2
+        record({"perf/splits": float(self.splits)})
+        log.warning(
+            "out of memory at step %d (%s): from here on each micro-batch of %d rows is run in parts of %d; batch, "
+            "masks and loss stay the same",
+            step,
+            reason,
+            self.batch_size,
+            self.rows_at_once,
+        )

@@ -1,0 +1,196 @@
+"""What a checkpoint holds beyond weights, by parts that give their state and take it up again.
+
+Beyond the library's own resuming: no pickle, the sums behind the next logged loss, and what the last step still owed
+(its log, its scores, the end of its epoch) when its checkpoint was saved.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import nested_gather
+
+from mlmx.config.schema import BEST_AND_LAST
+from mlmx.runs import checkpoints
+
+FORMAT = 2
+TENSORS = "optimizer.safetensors"
+FLAGS = ("should_log", "should_evaluate", "should_save")
+
+
+class Part(Protocol):
+    """Of a training; its state is of plain values, tensors and arrays."""
+
+    def state(self) -> Any: ...
+
+    def load(self, state: Any) -> None: ...
+
+
+class Sums:
+    """The library's sums behind the next logged loss and the mean loss of a training."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer: Any = trainer
+
+    def state(self) -> dict[str, Any]:
+        """Of all processes together, so all of them have to ask."""
+        gathered = nested_gather(self.trainer._tr_loss, self.trainer.args.parallel_mode)  # type: ignore[no-untyped-call]
+        total, logged = self.trainer._total_loss_scalar, self.trainer._globalstep_last_logged
+        return {"since_log": gathered.mean().item(), "total": total, "last_logged": logged}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """The library has just set its sums to 0."""
+        self.trainer._tr_loss += state["since_log"]
+        self.trainer._total_loss_scalar = state["total"]
+        self.trainer._globalstep_last_logged = state["last_logged"]
+
+
+@dataclass
+class Owed:
+    """What the step that ended last still owes, and what its log needs for that.
+
+    Attributes:
+        flags: of the library's control: what is to be done before the next step.
+        epoch_end: whether the end of its epoch is still to come.
+    """
+
+    step: int = -1
+    flags: list[str] = field(default_factory=list)
+    epoch_end: bool = False
+    grad_norm: torch.Tensor | float | None = None
+    lr: float | None = None
+
+    def note(self, step: int, ends_epoch: bool, grad_norm: torch.Tensor | float | None, lr: float | None) -> None:
+        """A step, whenever the library asks what it owes: when it has ended, and again when its epoch has."""
+        self.epoch_end = ends_epoch and step != self.step
+        self.step, self.grad_norm, self.lr = step, grad_norm, lr
+
+    def state(self) -> dict[str, Any]:
+        return vars(self) | {"grad_norm": None if self.grad_norm is None else float(self.grad_norm)}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+
+
+class OptimizerState:
+    """Optimizer, its schedule and the gradient scaler of fp16, which the library makes anew for each training."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer: Any = trainer
+
+    def _kept(self) -> dict[str, Any]:
+        scaler = getattr(self.trainer.accelerator, "scaler", None)
+        return {"optimizer": self.trainer.optimizer, "scheduler": self.trainer.lr_scheduler, "scaler": scaler}
+
+    def state(self) -> dict[str, Any]:
+        return {name: one.state_dict() if one else None for name, one in self._kept().items()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """As saved, but for the rate and decay that were asked for: they may have been changed on purpose."""
+        groups, scheduler = self.trainer.optimizer.param_groups, self.trainer.lr_scheduler
+        asked = [(group["initial_lr"], group["weight_decay"]) for group in groups]
+        for name, one in self._kept().items():
+            if one and state[name]:
+                one.load_state_dict(state[name])
+        groups = self.trainer.optimizer.param_groups
+        for group, (lr, decay) in zip(groups, asked, strict=True):
+            group["initial_lr"], group["weight_decay"] = lr, decay
+        if isinstance(scheduler, LambdaLR):
+            scheduler.base_lrs = [lr for lr, _ in asked]
+            at = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+            rates = [base * factor for base, factor in zip(scheduler.base_lrs, at, strict=True)]
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+            scheduler._last_lr = rates
+
+
+def random_states() -> dict[str, Any]:
+    """Of the global generators; the stock collator and dropout draw from them."""
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def load_random_states(states: Mapping[str, Any]) -> None:
+    """Put the global generators back."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+class Checkpoints:
+    """Those of a training: when the next one is due, what is in one, and which stay.
+
+    Args:
+        keep: which stay; ``all`` leaves it to ``save_total_limit``.
+        save_seconds: after so long without a checkpoint an interim one is saved, which the next one replaces.
+    """
+
+    def __init__(self, arguments: TrainingArguments, keep: str, save_seconds: float) -> None:
+        self.folder = Path(str(arguments.output_dir))
+        self.limit = checkpoints.limit_of(keep) or arguments.save_total_limit
+        self.keep, self.save_seconds = keep, save_seconds
+        self.saved_at = time.monotonic()
+
+    def is_late(self) -> bool:
+        """Whether an interim checkpoint is due."""
+        return time.monotonic() - self.saved_at > self.save_seconds
+
+    def write(self, state: TrainerState, parts: Mapping[str, Any], save_model: Callable[[str], None]) -> None:
+        """One of this step, whole or not at all; older ones go as ``keep`` says.
+
+        Args:
+            parts: the state of each.
+        """
+        folder = self.folder / f"{checkpoints.PREFIX}{state.global_step}"
+        if state.best_global_step:
+            best = folder.with_name(f"{checkpoints.PREFIX}{state.best_global_step}")
+            if best == folder or best.is_dir():
+                state.best_model_checkpoint = str(best)
+
+        def fill(aside: Path) -> None:
+            save_model(str(aside))
+            tensors: dict[str, torch.Tensor] = {}
+            every = {**parts, "random": random_states()}
+            kept = {name: checkpoints.flattened(part, tensors, name) for name, part in every.items()}
+            save_file(tensors, aside / TENSORS)
+            (aside / "state.json").write_text(json.dumps({"format": FORMAT, **kept}), encoding="utf-8")
+            state.save_to_json(str(aside / "trainer_state.json"))
+
+        checkpoints.write(folder, fill)
+        found = state.best_model_checkpoint
+        checkpoints.rotate(self.folder, self.limit, Path(found) if found else None, self._best(state))
+
+    def _best(self, state: TrainerState) -> Path | None:
+        """The checkpoint that ``keep=best+last`` keeps; a resumed training's history has the scores of all."""
+        if self.keep != BEST_AND_LAST:
+            return None
+        every = [path for path in checkpoints.all_of(self.folder) if not checkpoints.is_interim(path)]
+        there = {checkpoints.step_of(path): path for path in every}
+        scores = checkpoints.scores_of(state.log_history)
+        best = checkpoints.best_step({step: scores[step] for step in there if step in scores})
+        return None if best is None else there[best]
+
+    def newest(self) -> Path | None:
+        """The newest whole one."""
+        return checkpoints.newest_whole(self.folder)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The state of each part of a training in a checkpoint."""
+    kept, tensors = json.loads((folder / "state.json").read_text(encoding="utf-8")), load_file(folder / TENSORS)
+    return {name: checkpoints.restored(part, tensors) for name, part in kept.items()}

@@ -1,0 +1,397 @@
+"""The trainer: `transformers.Trainer` with the loss, the seeds, the evaluation and the checkpoints of this project."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file
+from transformers import DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from mlmx.config.errors import WorkError
+from mlmx.config.schema import KEEP_ALL
+from mlmx.kernels import gradients
+from mlmx.kernels.out_of_memory import Batch, brief, is_out_of_memory, parts
+from mlmx.runs import checkpoints, signals
+from mlmx.training.arithmetic import Corrected, InputIds, MaskedLogits, in_full_precision
+from mlmx.training.callbacks import Beginning, Progress, Recorder, Reporter, StopEarly, Throughput
+from mlmx.training.failures import Mishaps, RollBack, Window
+from mlmx.training.state import FLAGS, Checkpoints, OptimizerState, Owed, Part, Sums, load_random_states, read
+from mlmx.training.workers import Workers
+
+Scores = Callable[[PreTrainedModel], dict[str, float]]
+Fills = Callable[[PreTrainedModel], list[dict[str, Any]]]
+
+# What this room leans on and no library promises to keep: private attributes, and private methods with the parameters
+# that they are given here, in this order.
+PRIVATE = (
+    (transformers.Trainer, "_run_epoch()"),
+    (transformers.Trainer, "_clip_grad_norm(model)"),
+    (transformers.Trainer, "_get_grad_norm(model, grad_norm)"),
+    (
+        transformers.Trainer,
+        "_maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time)",
+    ),
+    (transformers.Trainer, "_determine_best_metric(metrics, trial)"),
+    (transformers.Trainer, "_save(output_dir, state_dict)"),
+    (transformers.Trainer, "_save_checkpoint(model, trial)"),
+    (transformers.Trainer, "_load_from_checkpoint(resume_from_checkpoint, model)"),
+    (transformers.Trainer, "_load_optimizer_and_scheduler(checkpoint)"),
+    (transformers.Trainer, "_load_scaler(checkpoint)"),
+    (transformers.Trainer, "_load_rng_state(checkpoint)"),
+    (transformers.Trainer, "_tr_loss"),
+    (transformers.Trainer, "_total_loss_scalar"),
+    (transformers.Trainer, "_globalstep_last_logged"),
+    (TrainingArguments, "_n_gpu"),
+    (Accelerator, "_original_forward"),
+    (torch.optim.lr_scheduler.LambdaLR, "_last_lr"),
+    (torch.cpu, "_is_avx512_bf16_supported()"),
+    (torch.cpu, "_is_amx_tile_supported()"),
+)
+
+
+class Trainer(transformers.Trainer):
+    """Trains a masked LM, looks at every step before it moves the weights, and goes on exactly where it was left.
+
+    A step is a window of micro-batches. It fails if its loss is not finite, or the norm of its gradient. In fp16
+    infinite gradients are how the gradient scaler finds its scale, and only the loss counts.
+
+    Args:
+        name: of the arithmetic: ``corrected``, or ``stock`` for the library's loss, masks and evaluation to the bit.
+        mlm_probability: the share of positions that the head is run on.
+        scores: logged beside the evaluation of the stock arithmetic, in place of the other's.
+        fills: the rows of the example table, made before training and after each epoch.
+        on_nan: what becomes of a step that fails: ``stop``, ``skip`` or ``rollback``.
+        stop_early: is given each epoch and its scores, and says whether training ends there.
+        masked_logits, most_targets: see `Corrected`; keep, save_seconds: see `Checkpoints`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: TrainingArguments,
+        *,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        train_chunks: Any,
+        eval_chunks: Any,
+        mask: Any,
+        mlm_probability: float,
+        masked_logits: MaskedLogits,
+        most_targets: int | None = None,
+        scores: Scores,
+        fills: Fills | None = None,
+        recorder: Recorder,
+        on_nan: str = "stop",
+        stop_early: StopEarly | None = None,
+        keep: str = KEEP_ALL,
+        save_seconds: float = math.inf,
+    ) -> None:
+        self.corrected = None if name == "stock" else Corrected(arguments, masked_logits, most_targets)
+        if self.corrected is None:
+            train_chunks, eval_chunks = InputIds(train_chunks), InputIds(eval_chunks)
+            mask = DataCollatorForLanguageModeling(tokenizer=tokenizer, mlm_probability=mlm_probability)
+        super().__init__(
+            model=model,
+            args=arguments,
+            processing_class=tokenizer,
+            train_dataset=train_chunks,
+            eval_dataset=eval_chunks,
+            data_collator=mask,
+        )
+        if self.corrected is not None:
+            self.loss_is_scaled_for_ga = True
+            self.model_accepts_loss_kwargs = True  # makes the library count targets over the effective batch
+        self.scores, self.fills, self.scored_step = scores, fills, -1
+        self.checkpoints = Checkpoints(arguments, keep, save_seconds)
+        self.window = Window(torch.tensor(0.0), torch.tensor(0.0))
+        self.owed, self.mishaps = Owed(), Mishaps(arguments.train_batch_size, on_nan)
+        self.throughput = Throughput(mlm_probability)  # projecting the other positions is no useful work
+        self.parts: dict[str, Part] = {
+            "sums": Sums(self),
+            "owed": self.owed,
+            "mishaps": self.mishaps,
+            "throughput": self.throughput,
+            "optimizer": OptimizerState(self),
+        }
+        self.loaded: dict[str, Any] = {}
+        self.workers = Workers()
+        self.reporter = Reporter(recorder, self.throughput, self.is_world_process_zero(), stop_early)
+        self.progress = Progress(self.throughput, lambda: self.window.loss)
+        self.remove_callback(transformers.PrinterCallback)
+        for callback in (Beginning(self.go_on), self.reporter, self.throughput, self.progress):
+            self.add_callback(callback)
+
+    # ----------------------------------------------------------------------------------- the loop
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """From the checkpoint, or from the beginning; where a step asks for it, again from the newest checkpoint."""
+        checkpoint, is_main = resume_from_checkpoint, self.reporter.is_main
+        while True:
+            if self.args.world_size > 1:  # the first process has the run's folder, and says
+                [checkpoint] = broadcast_object_list([checkpoint])
+            self.args.eval_on_start = checkpoint is None
+            try:
+                with self.workers.needed():
+                    return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            except RollBack:
+                self.reporter.repeats_until = self.state.global_step + 1
+                # leave the step, and what a process that resumes would make anew
+                self.window.batches.clear()
+                self.optimizer = self.lr_scheduler = None
+                self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
+            finally:
+                self.progress.close()
+            checkpoint = self.checkpoints.newest() if is_main else None
+            if is_main and checkpoint is None:
+                raise WorkError(
+                    "a step failed, and there is no whole checkpoint to go back to; choose a lower lr or on_nan=skip"
+                )
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader[Any]:
+        self.workers.prepare(loader := super().get_train_dataloader())
+        return loader
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed behind its last step
+            self.control.should_training_stop = True
+            return
+        if self.mishaps.on_nan == "rollback" and self.state.global_step == 0:
+            self._save_interim()  # to go back to, until there is another
+        cast(Any, self.train_dataset).epoch = int(self.state.epoch or 0)  # before worker processes copy the dataset
+        super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    # ------------------------------------------- a step: its micro-batches, their loss and gradient
+
+    def training_step(self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+        self.throughput.count(inputs, self.args.world_size)
+        if not self.window.batches:
+            self.window = Window(self._tr_loss.clone(), torch.zeros_like(self._tr_loss))
+        forward_backward = partial(self.micro_batch, model, num_items_in_batch)
+        is_last = self.accelerator.sync_gradients
+        return self.window.run(inputs, is_last, forward_backward, partial(self._split, model))
+
+    def micro_batch(
+        self, model: torch.nn.Module, num_items: torch.Tensor | int | None, number: int, inputs: Batch
+    ) -> torch.Tensor:
+        """Forward and backward of a micro-batch, in as many parts as memory needs; returns its loss."""
+        if self.corrected is None:
+            return super().training_step(model, inputs, num_items)
+        step, whole, losses = self.state.global_step, cast(torch.nn.Module, self.model), []
+        if self.mishaps.splits == 1:
+            with self.corrected.drawing(whole, step, number):
+                return super().training_step(model, inputs, num_items)
+        for place, part in enumerate(parts(inputs, self.mishaps.rows_at_once)):
+            with self.corrected.drawing(whole, step, number, place):
+                losses.append(super().training_step(model, part, num_items))
+        return torch.stack(losses).sum()
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self.corrected is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        share = self.mishaps.rows_at_once, self.mishaps.batch_size
+        loss, logits = self.corrected.loss(model, inputs, num_items_in_batch, share)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _split(self, model: torch.nn.Module, reason: str) -> None:
+        never = "with trainer.name=stock" if self.corrected is None else None
+        never = "with several processes" if self.args.world_size > 1 else never
+        self.mishaps.split(self.state.global_step + 1, reason, never, self._record)
+        model.zero_grad()
+
+    @property
+    def _norm_is_ours(self) -> bool:
+        return self.corrected is not None and self.args.device.type == "cpu" and self.accelerator.scaler is None
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        if self._norm_is_ours:
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+            return gradients.clip(model.parameters(), self.args.max_grad_norm, optimizer)
+        return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """Asked for once a step: after the last backward pass, before the optimizer. None of a step that fails."""
+        if grad_norm is None and self._norm_is_ours:
+            grad_norm = gradients.total_norm(model.parameters())
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        loss = self.accelerator.reduce(self.window.loss, reduction="mean")  # one loss and verdict for all processes
+        judged = [loss] if norm is None or self.accelerator.scaler is not None else [loss, norm]
+        finite = torch.stack([torch.as_tensor(one, device=loss.device).float() for one in judged]).isfinite().all()
+        if not finite:
+            step, values = self.state.global_step + 1, (float(loss), math.nan if norm is None else float(norm))
+            self.mishaps.leave(step, *values, self.state.max_steps, self.checkpoints.folder, self._record)
+            # Without gradients an optimizer moves nothing, its own moments included.
+            model.zero_grad(set_to_none=True)
+            # train/loss is the mean over the steps applied.
+            self._tr_loss.copy_(self.window.sum_before)
+            self._globalstep_last_logged += 1
+            norm = None
+        self.window.batches.clear()
+        return norm
+
+    def _record(self, metrics: dict[str, float]) -> None:
+        """Numbers of the step at hand, which the library has not counted yet."""
+        batches: Any = self.callback_handler.train_dataloader
+        share = self.current_gradient_accumulation_steps / len(batches)
+        self.reporter.record(self.state.global_step + 1, (self.state.epoch or 0.0) + share, metrics)
+
+    # ------------------------------------------- the end of a step: its log, scores and checkpoint
+
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *others: Any, **kwargs: Any) -> None:
+        """As the library's, called when a step has ended and again when its epoch has; here a signal is obeyed."""
+        saved_at = self.checkpoints.saved_at
+        self.owed.note(self.state.global_step, self._ends_epoch, grad_norm, kwargs.get("learning_rate"))
+        stop, late = self._agreed(signals.noted(), self.checkpoints.is_late())
+        if stop:
+            self._save_interim()
+            signals.raise_noted()
+            raise SystemExit(143)  # the signal came to another process of this training
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, *others, **kwargs)
+        except signals.Interrupted:
+            self._save_interim()
+            raise
+        if late and self.checkpoints.saved_at == saved_at:
+            self._save_interim()
+
+    @property
+    def _ends_epoch(self) -> bool:
+        return (self.state.epoch or 0.0) % 1 == 0 or self.state.global_step >= self.state.max_steps
+
+    def _agreed(self, *wishes: bool) -> list[bool]:
+        """Each wish, if any process of this training has it."""
+        if self.args.world_size == 1:
+            return list(wishes)
+        votes = torch.tensor([float(wish) for wish in wishes], device=self.args.device)
+        return [bool(vote) for vote in self.accelerator.reduce(votes, "sum")]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # A score must not move what is trained: before the first step the random state is put back.
+        # Scoring can be left at any moment, but not by one of several processes.
+        with (
+            torch.random.fork_rng(enabled=self.state.global_step == 0),
+            contextlib.nullcontext() if self.args.world_size > 1 else signals.at_once(),
+        ):
+            found = super().evaluate(*args, **kwargs) if self.corrected is None else {}
+            found |= self._own_scores()
+            if self.corrected is not None:
+                self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        self.scored_step = self.state.global_step
+        return found
+
+    def _own_scores(self) -> dict[str, float]:
+        """Our scores, logged, by the names the library knows metrics by: ``eval/loss`` → ``eval_loss``."""
+        model, rows = cast(PreTrainedModel, self.model), None
+        with in_full_precision(model):
+            found = self.scores(model)
+            if self.fills is not None and self.reporter.is_main and self._ends_epoch:
+                rows = self.fills(model)
+        self.log(dict(found))
+        if rows:
+            self.reporter.recorder.fills(self.state.global_step, self.state.epoch or 0.0, rows)
+        return {("" if name.startswith("eval/") else "eval_") + name.replace("/", "_"): v for name, v in found.items()}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # To the library any number is better that compares so, also that of a model whose loss is not finite.
+        losses = [value for name, value in metrics.items() if name.endswith("loss")]
+        return all(map(math.isfinite, losses)) and super()._determine_best_metric(metrics, trial)
+
+    # -------------------------------------------------------------------------------- checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Weights, configuration and tokenizer; the library's own writes the arguments as a pickle beside them."""
+        if self.args.should_save:
+            model = self.accelerator.unwrap_model(cast(torch.nn.Module, self.model), keep_torch_compile=False)
+            cast(PreTrainedModel, model).save_pretrained(cast(str, output_dir), state_dict=state_dict)
+            cast(Any, self.processing_class).save_pretrained(output_dir)
+
+    def _save_interim(self) -> None:
+        self._save_checkpoint(cast(torch.nn.Module, self.model), None, interim=True)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any, interim: bool = False) -> None:
+        # Asked for and done: what a checkpoint owes is what comes after it.
+        asked, self.control.should_save = self.control.should_save, self.control.should_save and interim
+        self.store_flos()
+        self.owed.flags = [flag for flag in FLAGS if getattr(self.control, flag)]
+        kept = {name: part.state() for name, part in self.parts.items()}
+        if self.args.should_save:
+            self.checkpoints.write(self.state, {"interim": interim, **kept}, self._save)
+        if self.args.world_size > 1:
+            self.accelerator.wait_for_everyone()
+        self.control.should_save = asked
+        self.checkpoints.saved_at = time.monotonic()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        self.loaded = read(Path(resume_from_checkpoint))
+        own = cast(PreTrainedModel, self.accelerator.unwrap_model(cast(torch.nn.Module, self.model)))
+        weights = load_file(Path(resume_from_checkpoint) / "model.safetensors")
+        own.load_state_dict(weights, strict=False)  # tied weights are kept once
+        own.tie_weights()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Loaded with the other parts; the library's own would read pickles, if there were any."""
+
+    _load_scaler = _load_optimizer_and_scheduler
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Where the batches before have been skipped, which draws as well."""
+        if self.loaded:
+            load_random_states(self.loaded["random"])
+            self.loaded = {}
+
+    def go_on(self) -> None:
+        """After loading: all parts as they were, and what the last step still owed."""
+        self.checkpoints.saved_at = time.monotonic()
+        if not self.loaded:
+            return
+        for name, part in self.parts.items():
+            part.load(self.loaded.pop(name))
+        flags, epoch_end, norm, lr = self.owed.flags, self.owed.epoch_end, self.owed.grad_norm, self.owed.lr
+        for flag in FLAGS:
+            setattr(self.control, flag, flag in flags)
+        step = self._tr_loss, norm, self.model_wrapped, None, self.state.epoch, None, time.time()
+        if flags:
+            self.owed.step = -1 if epoch_end else self.owed.step  # its epoch is still to end
+            self._maybe_log_save_evaluate(*step, learning_rate=lr)
+        if epoch_end:
+            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            self._maybe_log_save_evaluate(*step, learning_rate=lr)
+
+
+def run_and_save(trainer: Trainer, folder: Path, checkpoint: Path | None = None) -> None:
+    """Train, then save the final model with its tokenizer, loadable by ``transformers.pipeline`` alone.
+
+    Args:
+        checkpoint: where to go on from; None for the beginning, with the score before training.
+
+    Raises:
+        Interrupted: a signal came, and a checkpoint was saved.
+        WorkError: a step that failed ended the training, or memory did not suffice.
+    """
+    try:
+        with signals.deferred():
+            trainer.train(checkpoint)
+            if trainer.scored_step != trainer.state.global_step or trainer.args.load_best_model_at_end:
+                trainer.evaluate()  # the last numbers of a run are those of the model it saves
+            if trainer.args.should_save:
+                checkpoints.write(folder, lambda aside: trainer.save_model(str(aside)), manifest=False)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise WorkError(
+            f"out of memory outside of forward and backward passes ({brief(error)}): choose a smaller model, chunk_size"
+            " or trainer.per_device_eval_batch_size"
+        ) from error
+    signals.raise_noted()
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # whoever fills masks next gets fp32
