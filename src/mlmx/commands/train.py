@@ -72,7 +72,8 @@ def train(cfg: TrainConfig, job: Job, stop_early: StopEarly | None = None) -> fl
 
 def follow(cfg: TrainConfig, job: Job) -> float:
     """The part of a further process of a distributed run (torchrun): it trains along and keeps no record."""
-    discard_empty(job.folder)
+    if job.sweep is not None:
+        discard_empty(job.folder)  # a launcher makes one
     with tempfile.TemporaryDirectory(prefix="mlmx-rank-") as folder:
         return lead(replace(cfg, tracking={"name": "none"}, resume={}), replace(job, folder=Path(folder)))
 
