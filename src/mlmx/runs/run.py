@@ -15,7 +15,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from mlmx.config.errors import RequestError, path_of
 from mlmx.config.paths import outputs_dir
 from mlmx.config.redaction import redacted
-from mlmx.config.schema import TrainConfig, from_plain
+from mlmx.config.schema import Resume, TrainConfig, from_plain
 from mlmx.runs import disk
 from mlmx.runs.checkpoints import is_interim
 from mlmx.runs.metrics_file import MetricsFile, rows_of
@@ -143,9 +143,7 @@ class Run:
             raise RequestError(
                 f"{path}: cannot be read ({type(error).__name__}: {error}); choose another run"
             ) from error
-        config = from_plain("train", {str(key): value for key, value in loaded.items()})
-        assert isinstance(config, TrainConfig)
-        return config
+        return from_plain(TrainConfig, {str(key): value for key, value in loaded.items()})
 
 
 def begin_run(folder: Path, cfg: TrainConfig, overrides: tuple[str, ...], inputs: Mapping[str, Any]) -> Run:
@@ -183,7 +181,7 @@ def reopen_run(
 
 
 def _written(run: Run, cfg: TrainConfig, overrides: tuple[str, ...], inputs: Mapping[str, Any]) -> Run:
-    plain = {f.name: getattr(cfg, f.name) for f in fields(cfg)} | {"resume": {"run": None, "allow": []}}
+    plain = asdict(replace(cfg, resume=Resume()))
     run.write_text("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted(list(overrides)))))
     run.write_json("inputs.json", inputs)
     run.write_json("result.json", run.read_json("result.json") | {"status": "RUNNING"})
