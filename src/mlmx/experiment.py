@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from mlmx.config.errors import require
 from mlmx.config.options import bind
+from mlmx.config.own_files import load_option
 from mlmx.config.paths import outputs_dir
-from mlmx.config.schema import Heldout, TrainConfig, load_option
+from mlmx.config.schema import Heldout, TrainConfig
 from mlmx.data import cache
 from mlmx.data.cache import TokenCache
 from mlmx.data.chunks import CHUNKINGS, Chunks, require_amounts, split_chunks

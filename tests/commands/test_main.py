@@ -20,6 +20,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra._internal.defaults_list import DefaultsList
 from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 import mlmx
@@ -27,7 +28,7 @@ from mlmx import commands
 from mlmx.commands import arguments as arguments_of
 from mlmx.commands.main import COMMANDS, main
 from mlmx.config import paths
-from mlmx.config.compose import ComposedOnce, composed_sweep, register_resolvers
+from mlmx.config.compose import ComposedOnce, register_resolvers
 from mlmx.config.errors import RequestError
 from mlmx.config.paths import conf_dir
 from mlmx.config.schema import CONFIGS, Job, PredictConfig, TrainConfig, group_names, register_schemas, to_config
@@ -239,6 +240,11 @@ def test_a_sweep_is_the_grid_of_its_values_wherever_the_flag_stands(
     assert sweep.parent == outputs / "train"
 
 
+def test_a_job_of_a_sweep_refers_to_its_own_values(jobs: list[tuple[TrainConfig, Job]]):
+    assert main(["train", "-m", *QUICK, "run_name=seed ${seed}", "seed=1,2"]) == 0
+    assert [config.run_name for config, _ in jobs] == ["seed 1", "seed 2"]
+
+
 def test_the_checked_jobs_are_the_ones_that_run(monkeypatch: pytest.MonkeyPatch, jobs: list[tuple[TrainConfig, Job]]):
     checked: list[TrainConfig] = []
     monkeypatch.setattr("mlmx.commands.train.check", checked.append)
@@ -280,16 +286,17 @@ def test_a_launcher_elsewhere_composes_the_job_that_was_checked_in_the_folder_of
     register_schemas()
     register_resolvers()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        loader = ComposedOnce(GlobalHydra.instance().config_loader())
-        whole = composed_sweep("train", [*QUICK, "seed=1,2"])
+        hydras = GlobalHydra.instance().config_loader()
+        loader = ComposedOnce(hydras.get_search_path())
+        whole = loader.load_configuration("train", [*QUICK, "seed=1,2"], RunMode.MULTIRUN)
         here = [loader.load_sweep_config(whole, [*QUICK, f"seed={seed}"]) for seed in (1, 2)]
         loader.folder = tmp_path
         sent = pickle.dumps((loader, whole))
-    assert len(sent) < len(pickle.dumps((loader.loader, whole))) + 500
+    assert len(sent) < len(pickle.dumps((hydras, whole))) + 500
     elsewhere, whole = pickle.loads(sent)
     found = elsewhere.load_sweep_config(whole, [*QUICK, "seed=2"])
     assert found.hydra.sweep.dir == str(tmp_path)
-    found.hydra.sweep.dir = here[1].hydra.sweep.dir
+    here[1].hydra.sweep.dir = str(tmp_path)
     assert OmegaConf.to_yaml(found) == OmegaConf.to_yaml(here[1])
 
 

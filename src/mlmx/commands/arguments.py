@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import re
 import sys
@@ -17,9 +18,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from omegaconf import DictConfig
 
-from mlmx.config.compose import quoted
+from mlmx.config.compose import overrides_of, quoted
 from mlmx.config.errors import RequestError, path_of, require
-from mlmx.config.own_files import SCHEME
+from mlmx.config.own_files import SEARCH, searched
 from mlmx.config.redaction import redact, refuse_secrets
 from mlmx.config.schema import CONFIGS, group_names
 from mlmx.config.trust import TRUST_FLAG, TrustedCode, trusted_code_of
@@ -27,7 +28,6 @@ from mlmx.config.trust import TRUST_FLAG, TrustedCode, trusted_code_of
 LONGEST_OVERRIDE = 10_000  # characters
 MOST_LEVELS = 30  # of brackets
 MOST_JOBS = 1_000  # of a sweep
-SEARCH = "hydra.searchpath"
 GROUPS_ELSEWHERE = {"experiment": "tracking.experiment", "sweep": "sweep_folder"}  # keys of compare, groups of train
 
 
@@ -46,7 +46,7 @@ def parse(command: str, arguments: Sequence[str]) -> argparse.Namespace:
     if command == "train":
         parsed.overrides = [_resume_key(override) for override in parsed.overrides]
     _require_well_formed(command, parsed)
-    parsed.overrides = [_plainly(override) for override in parsed.overrides]
+    _take_folders(parsed)
     return parsed
 
 
@@ -198,28 +198,19 @@ def _require_one_choice(arguments: Sequence[str]) -> None:
 
 
 def search_path(parsed: argparse.Namespace) -> list[str]:
-    """The override by which Hydra finds what lies below ``--config-dir``."""
-    return [_searched([parsed.config_dir])] if parsed.config_dir else []
+    """The override by which Hydra finds what lies in the user's folders."""
+    return [searched(parsed.folders)] if parsed.folders else []
 
 
-def _searched(folders: Sequence[str]) -> str:
-    """``own`` → ``hydra.searchpath=['plain:///home/ann/own']``."""
-    sources = []
-    for folder in folders:
-        scheme, there, path = folder.rpartition("://")
-        is_file = not there or scheme == "file"
-        sources.append(quoted(f"{SCHEME}://{path_of(SEARCH, path).resolve()}" if is_file else folder))
-    return f"{SEARCH}=[{','.join(sources)}]"
-
-
-def _plainly(override: str) -> str:
-    """The folders of ``hydra.searchpath=`` are read as that of ``--config-dir`` is; what is no list, Hydra refuses."""
-    if not override.startswith(f"{SEARCH}="):
-        return override
-    folders = OverridesParser.create().parse_override(override).value()
-    if not isinstance(folders, list) or not all(isinstance(folder, str) for folder in folders):
-        return override
-    return _searched(folders)
+def _take_folders(parsed: argparse.Namespace) -> None:
+    """The folders of ``--config-dir`` or ``hydra.searchpath=``; where that is no list of texts, Hydra refuses it."""
+    parsed.folders = [parsed.config_dir] if parsed.config_dir else []
+    for override in [one for one in parsed.overrides if one.startswith(f"{SEARCH}=")]:
+        with contextlib.suppress(Exception):  # of many kinds; composing says what is wrong
+            folders = OverridesParser.create().parse_override(override).value()
+            if isinstance(folders, list) and all(isinstance(folder, str) for folder in folders):
+                parsed.folders = folders
+                parsed.overrides.remove(override)
 
 
 def sweep_overrides(whole: DictConfig, loader: ConfigLoader) -> list[Override]:
@@ -229,7 +220,7 @@ def sweep_overrides(whole: DictConfig, loader: ConfigLoader) -> list[Override]:
         loader: what ``model=glob(*)`` is looked up in.
     """
     added = [f"{key}={value}" for key, value in (whole.hydra.sweeper.get("params") or {}).items()]
-    return OverridesParser.create(loader).parse_overrides([*added, *whole.hydra.overrides.task])
+    return OverridesParser.create(loader).parse_overrides([*added, *overrides_of(whole.hydra)])
 
 
 def jobs(overrides: Sequence[Override], grid: bool) -> list[list[str]]:

@@ -150,7 +150,7 @@ def _run(command: str, arguments: list[str]) -> int:
     from mlmx.commands import launch
     from mlmx.commands.arguments import parse, take_trusted_code
     from mlmx.config.compose import register_resolvers
-    from mlmx.config.own_files import register_source
+    from mlmx.config.own_files import noted, register_source
     from mlmx.config.schema import register_schemas
     from mlmx.config.trust import trusting
     from mlmx.kernels.threads import Neighbours, choose_waiting
@@ -168,12 +168,12 @@ def _run(command: str, arguments: list[str]) -> int:
         if code is not None:
             print(f"mlmx: the code of {code} is run, with all your rights", file=sys.stderr)
 
-    with trusting(code), initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    with trusting(code), noted() as own, initialize_config_dir(str(conf_dir()), version_base="1.3"):
         if parsed.cfg or parsed.info or parsed.hydra_help or parsed.shell_completion:
             return launch.show(command, parsed)
         if parsed.multirun:
-            return launch.sweep(command, parsed, is_right)
-        return launch.run(command, parsed, is_right)
+            return launch.sweep(command, parsed, own, is_right)
+        return launch.run(command, parsed, own, is_right)
 
 
 def _complete(arguments: list[str]) -> int:

@@ -116,14 +116,14 @@ def opened(cfg: TrainConfig, job: Job, ready: Ready) -> Run:
     """
     inputs = inputs_of(ready)
     if cfg.resume.run is None:
-        return begin_run(job.folder, cfg, job.overrides, inputs)
+        return begin_run(job.folder, cfg, job.overrides, inputs, job.own)
     run = Run(job.folder)
     before = identity.dials(run.config()) | (run.read_json("inputs.json") or inputs)
     drift = identity.differences(before, identity.dials(cfg) | inputs)
     identity.require_allowed(drift, cfg.resume.allow)
     for key, (was, now) in drift.items():
         log.info("resume: %s was %s, is %s from here on", key, was, now)
-    return reopen_run(run, cfg, job.overrides, inputs, drift)
+    return reopen_run(run, cfg, job.overrides, inputs, drift, job.own)
 
 
 def require_space(job: Job, ready: Ready, keep: str) -> None:

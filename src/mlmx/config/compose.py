@@ -14,14 +14,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra.core.config_loader import ConfigLoader
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_search_path import ConfigSearchPath
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.plugins.config_source import ConfigSource
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,38 +25,15 @@ from mlmx.config.errors import RequestError, require
 from mlmx.config.paths import is_below_outputs, outputs_dir
 
 
-def composed(command: str, overrides: Sequence[str], search_path: Sequence[str] = ()) -> DictConfig:
-    """What Hydra composes of a command's config and these overrides, its own node included.
+def composed(compose: Callable[[list[str]], DictConfig], overrides: Sequence[str]) -> DictConfig:
+    """What Hydra composes of these overrides, its own node included.
 
     Args:
-        search_path: overrides as well, which are at no fault.
+        compose: which of its ways; what it adds to the overrides is at no fault.
     Raises:
         RequestError: where Hydra breaks, naming the override on which it does.
         HydraException, OmegaConfBaseException: what Hydra refuses.
     """
-
-    def compose(given: list[str]) -> DictConfig:
-        return hydra.compose(command, [*given, *search_path], return_hydra_config=True)
-
-    return _naming_the_culprit(compose, overrides)
-
-
-def composed_sweep(command: str, overrides: Sequence[str], search_path: Sequence[str] = ()) -> DictConfig:
-    """As `composed`, what holds for a whole sweep: overrides may have several values."""
-    more, loader = [*search_path, "hydra.mode=MULTIRUN"], GlobalHydra.instance().config_loader()
-
-    def compose(given: list[str]) -> DictConfig:
-        return loader.load_configuration(command, [*given, *more], RunMode.MULTIRUN, from_shell=False)
-
-    return _naming_the_culprit(compose, overrides)
-
-
-def composed_job(loader: ComposedOnce, whole: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """As `composed`, a job of a sweep."""
-    return _naming_the_culprit(lambda given: loader.load_sweep_config(whole, given), overrides)
-
-
-def _naming_the_culprit(compose: Callable[[list[str]], DictConfig], overrides: Sequence[str]) -> DictConfig:
     try:
         return compose(list(overrides))
     except (RequestError, HydraException, OmegaConfBaseException):
@@ -80,15 +53,16 @@ def _breaks(compose: Callable[[list[str]], DictConfig], override: str) -> bool:
     return False
 
 
-class ComposedOnce(ConfigLoader):
+class ComposedOnce(ConfigLoaderImpl):
     """Hydra's loader, from which a job of a sweep gets the config that was composed to check it.
 
     Sweepers and launchers would have it composed again, twice for every job, of YAML that may have changed since. In a
     process of a launcher's it composes anew: to send the configs of all jobs to each of them would cost more.
     """
 
-    def __init__(self, loader: ConfigLoader) -> None:
-        self.loader, self.jobs = loader, dict[tuple[str, ...], DictConfig]()
+    def __init__(self, config_search_path: ConfigSearchPath) -> None:
+        super().__init__(config_search_path)
+        self.jobs: dict[tuple[str, ...], DictConfig] = {}
         self.folder: Path | None = None  # of the sweep, once it is decided
 
     def __getstate__(self) -> dict[str, Any]:
@@ -97,29 +71,11 @@ class ComposedOnce(ConfigLoader):
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         key = tuple(sweep_overrides)
         if key not in self.jobs:
-            self.jobs[key] = self.loader.load_sweep_config(master_config, sweep_overrides)
+            self.jobs[key] = super().load_sweep_config(master_config, sweep_overrides)
         found = copy.deepcopy(self.jobs[key])  # each job's own: Hydra writes its number into it
         if self.folder is not None:
             found.hydra.sweep.dir = str(self.folder)
         return found
-
-    def load_configuration(self, *given: Any, **named: Any) -> DictConfig:
-        return self.loader.load_configuration(*given, **named)
-
-    def get_search_path(self) -> ConfigSearchPath:
-        return self.loader.get_search_path()
-
-    def get_sources(self) -> list[ConfigSource]:
-        return self.loader.get_sources()
-
-    def list_groups(self, parent_name: str) -> list[str]:
-        return self.loader.list_groups(parent_name)
-
-    def get_group_options(self, *given: Any, **named: Any) -> list[str]:
-        return self.loader.get_group_options(*given, **named)
-
-    def compute_defaults_list(self, *given: Any, **named: Any) -> Any:
-        return self.loader.compute_defaults_list(*given, **named)
 
 
 # ------------------------------------------------------------------------- what Hydra's own node may say
@@ -252,6 +208,12 @@ def quoted(text: str) -> str:
 def _escaped(text: str) -> str:
     """Inside Hydra's single quotes: quotes, ``${`` and the backslashes before either are escaped."""
     return re.sub(r"(\\*)('|\$\{)", r"\1\1\\\2", re.sub(r"(\\+)\Z", r"\1\1", text))
+
+
+def overrides_of(node: Any, of: str = "task") -> list[str]:
+    """The overrides of a composition as they were given, from its ``hydra`` node; ``${…}`` in them stays."""
+    listed: Any = OmegaConf.to_container(node.overrides[of], resolve=False)
+    return [str(one) for one in listed]
 
 
 def key_of(override: str) -> str:

@@ -9,7 +9,7 @@ import functools
 import math
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from mlmx.config import own_files
 from mlmx.config.errors import did_you_mean, require
 from mlmx.config.options import convert
 from mlmx.config.paths import conf_dir
@@ -32,13 +33,8 @@ MOST_EPOCHS = 1_000_000
 MOST_ROWS = 1_000_000  # of a batch
 
 
-def _shipped(name: str) -> Options:
-    """The keys and values of ``conf/<name>.yaml``."""
-    return typing.cast(Options, OmegaConf.to_container(OmegaConf.load(conf_dir() / f"{name}.yaml"), resolve=False))
-
-
-TRAIN, PREPARE, EVALUATE, PREDICT = map(_shipped, ("train", "prepare", "evaluate", "predict"))
-UI, SYNC, COMPARE, SWEEP = map(_shipped, ("ui", "sync", "compare", "sweep/default"))
+TRAIN, PREPARE, EVALUATE, PREDICT = map(own_files.shipped, ("train", "prepare", "evaluate", "predict"))
+UI, SYNC, COMPARE, SWEEP = map(own_files.shipped, ("ui", "sync", "compare", "sweep/default"))
 
 
 @dataclass
@@ -299,6 +295,7 @@ class Job:
     folder: Path
     overrides: tuple[str, ...] = ()
     choices: Mapping[str, str] = field(default_factory=dict)
+    own: own_files.Files = field(default_factory=dict)  # YAML of the user's own, to be kept with a run
     sweep: Path | None = None  # the folder of the sweep that it is a job of
     parent: str | None = None  # and that sweep's MLflow run
 
@@ -331,8 +328,12 @@ def open_nodes(schema: type[Config]) -> list[str]:
     return [name for name, hint in typing.get_type_hints(schema).items() if hint == Options or is_dataclass(hint)]
 
 
-def to_config(command: str, composed: DictConfig) -> Config:
-    """Hydra's composition as a plain dataclass, every root key checked (``+key=…`` slips past Hydra)."""
+def to_config(command: str, composed: DictConfig, folders: Sequence[Path] = ()) -> Config:
+    """Hydra's composition as a plain dataclass, every root key checked (``+key=…`` slips past Hydra).
+
+    Args:
+        folders: of the user's own, in which datasets that are named are looked for as well.
+    """
     known = [f.name for f in fields(CONFIGS[command])]
     for key in map(str, composed):
         require(
@@ -340,6 +341,8 @@ def to_config(command: str, composed: DictConfig) -> Config:
             f"{key}: unknown key{did_you_mean(key, known)} (python -m mlmx {command} --help lists them)",
         )
     plain = typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+    for node, key in (("heldout", "dataset"), ("dataset", "heldout")):
+        own_files.fill_in(plain.get(node), key, folders)
     refuse_code(plain)
     refuse_unwritable(plain)
     # What predict is given is shown again and written nowhere.
@@ -347,33 +350,18 @@ def to_config(command: str, composed: DictConfig) -> Config:
     return from_plain(CONFIGS[command], with_trusted_revision(plain))
 
 
-C = TypeVar("C", bound=Config)
+C = TypeVar("C")
 
 
-def from_plain(schema: type[C], values: Mapping[str, Any]) -> C:
-    """A command's dataclass from plain values, types converted and checked."""
-    return typing.cast(C, _checked(schema, values, ""))
-
-
-def _checked(schema: Any, values: Mapping[str, Any], node: str) -> Any:
+def from_plain(schema: type[C], values: Mapping[str, Any], node: str = "") -> C:
+    """A command's dataclass, or that of its ``node`` (``heldout.``), from plain values, types converted and checked."""
     hints, found = typing.get_type_hints(schema), {}
     for name, value in values.items():
         key, near = f"{node}{name}", did_you_mean(name, hints)
         what = f"option{near} ({node[:-1]} takes {', '.join(hints)})" if node else f"key{near}"
         require(name in hints, f"{key}: unknown {what}")
         if is_dataclass(hints[name]):
-            found[name] = _checked(hints[name], convert(key, value, Options), f"{key}.")
+            found[name] = from_plain(typing.cast(Any, hints[name]), convert(key, value, Options), f"{key}.")
         else:
             found[name] = convert(key, value, hints[name])
     return schema(**found)
-
-
-def load_option(group: str, option: str) -> Options:
-    """A shipped option of a group (``conf/dataset/imdb.yaml``) as plain values, for use in another place."""
-    folder = conf_dir() / group
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    require(
-        option in known,
-        f"{group}={option}: no such option{did_you_mean(option, known)} (options: {', '.join(known)})",
-    )
-    return typing.cast(Options, OmegaConf.to_container(OmegaConf.load(folder / f"{option}.yaml"), resolve=True))

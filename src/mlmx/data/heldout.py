@@ -69,11 +69,11 @@ class DatasetHeldout:
     """What a dataset says of its held-out documents.
 
     Attributes:
-        heldout: the dataset option they come from where the dataset has no split of its own.
+        heldout: the dataset option, or the options of one, they come from where the dataset has no split of its own.
         allow_overlap: leave held-out documents that also stand in the training texts unscored, instead of refusing.
     """
 
-    heldout: str | None = None
+    heldout: str | dict[str, Any] | None = None
     allow_overlap: bool = False
 
 
