@@ -12,21 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from mlmx.config.errors import require
 from mlmx.config.options import bind
+from mlmx.config.own_files import load_option
 from mlmx.config.paths import outputs_dir
-from mlmx.config.schema import TrainConfig, load_option
+from mlmx.config.schema import Heldout, TrainConfig
 from mlmx.data import cache, chunks, masking
 from mlmx.data.cache import TokenCache
 from mlmx.data.chunks import CHUNKINGS, Chunks, cut, require_amounts, split_chunks
 from mlmx.data.examples import Example, choose_examples
 from mlmx.data.hashing import content_sha256
-from mlmx.data.heldout import (
-    HeldoutChunks,
-    Split,
-    dataset_heldout,
-    heldout_chunks,
-    heldout_dials,
-    split_off,
-)
+from mlmx.data.heldout import DatasetHeldout, HeldoutChunks, Split, heldout_chunks, split_off
 from mlmx.data.masking import MASKINGS, Masker, masker, rate_schedule, replacement_shares, require_budget
 from mlmx.data.protocol import protocol_parts
 from mlmx.data.report import data_report
@@ -70,7 +64,7 @@ def parts_of(cfg: TrainConfig) -> Parts:
         RequestError: an unknown name or option, a wrong type or value.
     """
     (encoder,) = bind("model", cfg.model, MODELS)
-    source, split, _ = bind("dataset", cfg.dataset, DATASETS, split_chunks, dataset_heldout)
+    source, split, says = bind("dataset", cfg.dataset, DATASETS, split_chunks, DatasetHeldout)
     (chunking,) = bind("chunking", cfg.chunking, CHUNKINGS)
     strategy, shares, schedule = bind("masking", cfg.masking, MASKINGS, replacement_shares, rate_schedule)
     (store,) = bind("tracking", cfg.tracking, TRACKINGS)
@@ -80,22 +74,8 @@ def parts_of(cfg: TrainConfig) -> Parts:
         "trainer.name=stock: is the library's own collator on joined documents; it goes with masking=token and "
         "chunking=concat, both without options",
     )
-    heldout = heldout_source(cfg)
+    heldout = heldout_source(cfg.heldout, source, says())
     return Parts(encoder_of(encoder), source, split, chunking, heldout, strategy, shares(), schedule(), store())
-
-
-def resume_of(cfg: TrainConfig) -> tuple[str | None, list[str]]:
-    """The folder of the run to go on with, if any, and what may have changed about it."""
-    found: tuple[str | None, list[str]] = bind(
-        "resume", {"name": "resume_dials", **cfg.resume}, {"resume_dials": identity.resume_dials}
-    )[0]()
-    return found
-
-
-def reuse_of(cfg: TrainConfig) -> bool:
-    """Whether a sweep that is issued again takes up what it has."""
-    found: bool = bind("sweep", {"name": "sweep_dials", **cfg.sweep}, {"sweep_dials": sweep_dials})[0]()
-    return found
 
 
 def texts_sha256(parts: Parts) -> dict[str, str | None]:
@@ -110,8 +90,7 @@ def texts_sha256(parts: Parts) -> dict[str, str | None]:
 def check_training(cfg: TrainConfig) -> None:
     """Everything that can be judged before torch is imported and anything is written."""
     parts = parts_of(cfg)
-    resume_of(cfg)
-    reuse_of(cfg)
+    identity.require_names(cfg.resume.allow)
     require(
         cfg.on_nan == "stop" or cfg.trainer["name"] != "stock",
         f"on_nan={cfg.on_nan}: trainer.name=stock takes every step as the library does and can only stop; leave on_nan "
@@ -177,29 +156,27 @@ class HeldoutSource:
         return split_off(texts, other, self.origin, self.documents, self.share, self.allow_overlap)
 
 
-def heldout_source(cfg: TrainConfig) -> HeldoutSource:
-    """Bind the ``heldout`` node and what the dataset says of it.
+def heldout_source(wanted: Heldout, training: partial[Any], says: DatasetHeldout) -> HeldoutSource:
+    """Bind the ``heldout`` node.
 
+    Args:
+        says: what the dataset says of its held-out documents.
     Raises:
         RequestError: an unknown option, or the training source named as the held-out one.
     """
-    dials = bind("heldout", {"name": "heldout_dials", **cfg.heldout}, {"heldout_dials": heldout_dials})[0]
-    asked, documents, share = dials()
-    *_, says = bind("dataset", cfg.dataset, DATASETS, split_chunks, dataset_heldout)
-    named, allow_overlap = says()
-    wanted = asked or named
-    if not wanted:
-        return HeldoutSource(None, "the dataset's own held-out split", documents, share, allow_overlap)
-    options = load_option("dataset", wanted) if isinstance(wanted, str) else wanted
-    source, *_ = bind("heldout.dataset", options, DATASETS, split_chunks, dataset_heldout)
-    training, *_ = bind("dataset", cfg.dataset, DATASETS, split_chunks, dataset_heldout)
-    origin = wanted if isinstance(wanted, str) else ":".join(str(v) for v in (options["name"], options.get("path")))
+    asked = wanted.dataset or says.heldout
+    if not asked:
+        own = "the dataset's own held-out split"
+        return HeldoutSource(None, own, wanted.documents, wanted.share, says.allow_overlap)
+    options = load_option("dataset", asked) if isinstance(asked, str) else asked
+    source, *_ = bind("heldout.dataset", options, DATASETS, split_chunks, DatasetHeldout)
+    origin = asked if isinstance(asked, str) else ":".join(str(v) for v in (options["name"], options.get("path")))
     require(
         _call(source) != _call(training),
         f"heldout.dataset={origin}: is the training source itself; name another dataset, or leave it out for "
         "a share of documents that is then not trained on",
     )
-    return HeldoutSource(source, f"heldout.dataset={origin}", documents, share, allow_overlap)
+    return HeldoutSource(source, f"heldout.dataset={origin}", wanted.documents, wanted.share, says.allow_overlap)
 
 
 def _call(bound: partial[Any]) -> tuple[Any, dict[str, Any]]:
@@ -219,8 +196,3 @@ class Material:
     heldout: HeldoutChunks | None
     report: dict[str, dict[str, Any]]
     examples: tuple[Example, ...] = ()
-
-
-def sweep_dials(*, reuse: bool = True) -> bool:
-    """The ``sweep`` node: whether a sweep that is issued again takes up what it has, or begins anew."""
-    return reuse

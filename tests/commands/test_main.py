@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import os
+import pickle
 import pkgutil
 import random
 import subprocess
@@ -17,12 +18,17 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal.defaults_list import DefaultsList
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 import mlmx
 from mlmx import commands
 from mlmx.commands import arguments as arguments_of
 from mlmx.commands.main import COMMANDS, main
 from mlmx.config import paths
+from mlmx.config.compose import ComposedOnce, register_resolvers
 from mlmx.config.errors import RequestError
 from mlmx.config.paths import conf_dir
 from mlmx.config.schema import CONFIGS, Job, PredictConfig, TrainConfig, group_names, register_schemas, to_config
@@ -234,12 +240,64 @@ def test_a_sweep_is_the_grid_of_its_values_wherever_the_flag_stands(
     assert sweep.parent == outputs / "train"
 
 
+def test_a_job_of_a_sweep_refers_to_its_own_values(jobs: list[tuple[TrainConfig, Job]]):
+    assert main(["train", "-m", *QUICK, "run_name=seed ${seed}", "seed=1,2"]) == 0
+    assert [config.run_name for config, _ in jobs] == ["seed 1", "seed 2"]
+
+
 def test_the_checked_jobs_are_the_ones_that_run(monkeypatch: pytest.MonkeyPatch, jobs: list[tuple[TrainConfig, Job]]):
     checked: list[TrainConfig] = []
     monkeypatch.setattr("mlmx.commands.train.check", checked.append)
     assert main(["train", *QUICK, "chunk_size=range(10,30,10)", "seed=1,2", "-m"]) == 0
     assert checked == [config for config, _ in jobs]
     assert len(checked) == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "composed"),
+    [
+        (["train", *QUICK], 1),
+        (["predict"], 1),
+        # What holds for the whole sweep (its sweeper, launcher and folder), and each of its jobs.
+        (["train", "-m", *QUICK, "lr=1,2", "seed=1,2"], 1 + 4),
+        (["predict", "-m", "top_k=1,2,3,4"], 1 + 4),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else None,
+)
+def test_a_job_is_composed_once(
+    line: list[str], composed: int, jobs: list[tuple[TrainConfig, Job]], monkeypatch: pytest.MonkeyPatch
+):
+    own, count = DefaultsList.__init__, [0]
+
+    def counted(*given: Any, **named: Any) -> None:
+        count[0] += 1
+        own(*given, **named)
+
+    monkeypatch.setattr(DefaultsList, "__init__", counted)
+    monkeypatch.setattr("mlmx.commands.predict.check", lambda cfg: None)
+    monkeypatch.setattr("mlmx.commands.predict.predict", lambda cfg, job: jobs.append((cfg, job)))
+    assert main(line) == 0
+    assert len(jobs) == max(1, composed - 1)
+    assert count == [composed]
+
+
+def test_a_launcher_elsewhere_composes_the_job_that_was_checked_in_the_folder_of_the_sweep(tmp_path: Path):
+    """Launchers pickle Hydra's context for each job; the configs of all the others do not go with it."""
+    register_schemas()
+    register_resolvers()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        hydras = GlobalHydra.instance().config_loader()
+        loader = ComposedOnce(hydras.get_search_path())
+        whole = loader.load_configuration("train", [*QUICK, "seed=1,2"], RunMode.MULTIRUN)
+        here = [loader.load_sweep_config(whole, [*QUICK, f"seed={seed}"]) for seed in (1, 2)]
+        loader.folder = tmp_path
+        sent = pickle.dumps((loader, whole))
+    assert len(sent) < len(pickle.dumps((hydras, whole))) + 500
+    elsewhere, whole = pickle.loads(sent)
+    found = elsewhere.load_sweep_config(whole, [*QUICK, "seed=2"])
+    assert found.hydra.sweep.dir == str(tmp_path)
+    here[1].hydra.sweep.dir = str(tmp_path)
+    assert OmegaConf.to_yaml(found) == OmegaConf.to_yaml(here[1])
 
 
 OURS = ["model=ours", "dataset=imdb_packaged", "chunk_size=64"]
@@ -287,8 +345,6 @@ dataset: {train_chunks: 50}
 def test_cfg_job_prints_the_composition_and_runs_nothing(
     jobs: list[tuple[TrainConfig, Job]], outputs: Path, capsys: pytest.CaptureFixture[str]
 ):
-    from omegaconf import OmegaConf
-
     assert main(["train", "experiment=demo", "lr=1e-3", "--cfg", "job"]) == 0
     printed = OmegaConf.create(capsys.readouterr().out)
     assert (printed.chunk_size, printed.lr, printed.model.name) == (128, 1e-3, "packaged")
@@ -446,7 +502,7 @@ def test_every_ending_is_an_exit_code_and_at_most_one_line(
     monkeypatch.setattr("mlmx.commands.train.train", fails)
     assert main(["train", *QUICK]) == code
     assert capsys.readouterr().err == line
-    assert (list(outputs.rglob("*")) == []) == isinstance(raised, RequestError)
+    assert not outputs.exists(), "who makes a folder removes it"
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from mlmx.commands.main import COMMANDS
+from mlmx.config import schema
 from mlmx.config.compose import register_resolvers
+from mlmx.config.errors import RequestError
 from mlmx.config.paths import conf_dir
 from mlmx.config.schema import CONFIGS, Config, TrainConfig, group_names, register_schemas, to_config
 
@@ -77,6 +82,20 @@ def test_the_dials_of_the_yaml_are_the_defaults_of_the_dataclass(command: str):
     groups = group_names(CONFIGS[command])
     dials = [field.name for field in fields(CONFIGS[command]) if field.name not in groups]
     assert {name: getattr(config, name) for name in dials} == {name: getattr(defaults, name) for name in dials}
+
+
+def test_the_default_of_a_dial_is_written_once():
+    """In the YAML: what the dataclasses say, and what the messages do, is read from it."""
+    tree = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
+    roots = {one.__name__ for one in (*CONFIGS.values(), schema.Resume, schema.Heldout, schema.Sweep)}
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in roots]
+    values = [line.value for node in classes for line in node.body if isinstance(line, ast.AnnAssign)]
+    assert len(values) > 40
+    assert [ast.unparse(value) for value in values if isinstance(value, ast.Constant)] == []
+    shipped = OmegaConf.load(conf_dir() / "train.yaml")
+    for name in ("lr", "epochs", "batch_size", "weight_decay", "save_minutes"):
+        with pytest.raises(RequestError, match=f"the default is {shipped[name]:g}$"):
+            TrainConfig(**{name: -1})
 
 
 def test_the_defaults_are_the_walkthroughs():

@@ -209,7 +209,7 @@ def test_unknown_root_keys_are_refused_with_the_nearest(command: str):
     with pytest.raises(RequestError, match=rf"{known}z: unknown key; did you mean {known}\?"):
         to_config(command, composed)
     with pytest.raises(RequestError, match=rf"{known}z: unknown key; did you mean {known}\?"):
-        from_plain(command, {f"{known}z": 1})
+        from_plain(CONFIGS[command], {f"{known}z": 1})
 
 
 @pytest.mark.parametrize(
@@ -240,16 +240,15 @@ def test_dials_hold_their_limits(schema: type, key: str, good: list[Any], bad: l
 
 
 def test_from_plain_converts_each_value_to_the_type_of_its_field():
-    config = from_plain("train", {"epochs": 2, "chunk_size": 128.0, "note": None})
-    assert isinstance(config, TrainConfig)
+    config = from_plain(TrainConfig, {"epochs": 2, "chunk_size": 128.0, "note": None})
     assert (repr(config.epochs), repr(config.chunk_size), config.note) == ("2.0", "128", None)
     with pytest.raises(RequestError, match="chunk_size='x': a whole number is needed"):
-        from_plain("train", {"chunk_size": "x"})
+        from_plain(TrainConfig, {"chunk_size": "x"})
 
 
 def test_plain_and_from_plain_are_inverse():
     config = TrainConfig(model={"name": "scratch"}, masking={"name": "token"}, tracking={"name": "none"})
-    assert from_plain("train", asdict(config)) == config
+    assert from_plain(TrainConfig, asdict(config)) == config
     assert list(asdict(config))[:3] == ["chunk_size", "mlm_probability", "lr"]
 
 

@@ -73,4 +73,6 @@ class OptunaSweeper(Sweeper):
             self.validate_batch_is_legal(batch)
             returned = self.launcher.launch(batch, initial_job_idx=trials[0].number)
             for trial, job in zip(trials, returned, strict=True):
+                if isinstance(job.return_value, Exception):
+                    raise job.return_value
                 search.tell(trial, job.return_value)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from omegaconf import DictConfig
 
-from mlmx.config.compose import key_of, quoted
+from mlmx.config.compose import overrides_of, quoted
 from mlmx.config.errors import RequestError, path_of, require
+from mlmx.config.own_files import SEARCH, searched
 from mlmx.config.redaction import redact, refuse_secrets
 from mlmx.config.schema import CONFIGS, group_names
 from mlmx.config.trust import TRUST_FLAG, TrustedCode, trusted_code_of
@@ -44,6 +46,7 @@ def parse(command: str, arguments: Sequence[str]) -> argparse.Namespace:
     if command == "train":
         parsed.overrides = [_resume_key(override) for override in parsed.overrides]
     _require_well_formed(command, parsed)
+    _take_folders(parsed)
     return parsed
 
 
@@ -194,42 +197,47 @@ def _require_one_choice(arguments: Sequence[str]) -> None:
     )
 
 
-def flags_first(parsed: argparse.Namespace) -> list[str]:
-    """The command line that Hydra's own parser takes: flags, then overrides."""
-    flags: list[str] = []
-    for name, value in vars(parsed).items():
-        flag = "--" + name.replace("_", "-")
-        if name == "overrides" or value in (None, False):
-            continue
-        if name == "shell_completion":
-            flag = "--shell-completion"
-        flags += [flag] if value is True else [flag, str(value)]
-    return [*flags, *parsed.overrides]
+def search_path(parsed: argparse.Namespace) -> list[str]:
+    """The override by which Hydra finds what lies in the user's folders."""
+    return [searched(parsed.folders)] if parsed.folders else []
 
 
-def jobs(parsed: argparse.Namespace, params: Mapping[str, Any] | None = None, grid: bool = True) -> list[list[str]]:
-    """The overrides of each job, those of Hydra's own node first: one list without ``-m``, the basic sweeper's grid
-    with it.
+def _take_folders(parsed: argparse.Namespace) -> None:
+    """The folders of ``--config-dir`` or ``hydra.searchpath=``; where that is no list of texts, Hydra refuses it."""
+    parsed.folders = [parsed.config_dir] if parsed.config_dir else []
+    for override in [one for one in parsed.overrides if one.startswith(f"{SEARCH}=")]:
+        with contextlib.suppress(Exception):  # of many kinds; composing says what is wrong
+            folders = OverridesParser.create().parse_override(override).value()
+            if isinstance(folders, list) and all(isinstance(folder, str) for folder in folders):
+                parsed.folders = folders
+                parsed.overrides.remove(override)
+
+
+def sweep_overrides(whole: DictConfig, loader: ConfigLoader) -> list[Override]:
+    """What a sweep is asked for by its config (``hydra.sweeper.params``) and by the command line.
 
     Args:
-        params: ``hydra.sweeper.params``, by which a config adds to the grid.
+        loader: what ``model=glob(*)`` is looked up in.
+    """
+    added = [f"{key}={value}" for key, value in (whole.hydra.sweeper.get("params") or {}).items()]
+    return OverridesParser.create(loader).parse_overrides([*added, *overrides_of(whole.hydra)])
+
+
+def jobs(overrides: Sequence[Override], grid: bool) -> list[list[str]]:
+    """The overrides of each job, as the sweeper asks for them.
+
+    Args:
         grid: the sweeper is Hydra's own, which takes lists only.
 
     Raises:
         RequestError: more jobs than anyone means, or an interval without a search.
     """
-    of_hydra = [o for o in parsed.overrides if o.lstrip("+~").startswith(("hydra.", "hydra/"))]
-    overrides: list[str] = [o for o in parsed.overrides if o not in of_hydra]
-    if not parsed.multirun:
-        return [[*of_hydra, *overrides]]
-    added = [f"{key}={value}" for key, value in (params or {}).items()]
-    parsed_overrides = OverridesParser.create(_config_loader()).parse_overrides([*added, *overrides])
-    intervals = [o.input_line for o in parsed_overrides if o.is_sweep_override() and not o.is_discrete_sweep()]
+    intervals = [o.input_line for o in overrides if o.is_sweep_override() and not o.is_discrete_sweep()]
     if intervals:
         require(not grid, f"{intervals[0]}: an interval has no list of values; a search takes it: hydra/sweeper=optuna")
-        return [[*of_hydra, *job] for job in _ends(parsed_overrides)]
-    _require_few(parsed_overrides)
-    return [[*of_hydra, *job] for batch in BasicSweeper.split_arguments(parsed_overrides, None) for job in batch]
+        return _ends(overrides)
+    _require_few(overrides)
+    return [list(job) for batch in BasicSweeper.split_arguments(list(overrides), None) for job in batch]
 
 
 def _ends(overrides: Sequence[Override]) -> list[list[str]]:
@@ -250,27 +258,9 @@ def _ends(overrides: Sequence[Override]) -> list[list[str]]:
     return list(ends)
 
 
-def swept(parsed: argparse.Namespace, params: Mapping[str, Any] | None = None) -> dict[str, str]:
+def swept(overrides: Sequence[Override]) -> dict[str, str]:
     """The keys of which a sweep tries several values, with what stands behind them: ``{"lr": "2e-5,5e-5"}``."""
-    added = [f"{key}={value}" for key, value in (params or {}).items()]
-    overrides = OverridesParser.create(_config_loader()).parse_overrides([*added, *parsed.overrides])
     return {o.key_or_group: str(o.input_line).partition("=")[2] for o in overrides if o.is_sweep_override()}
-
-
-def fixed(parsed: argparse.Namespace, keys: Iterable[str]) -> list[str]:
-    """The overrides that hold for every job of a sweep over these keys; Hydra's own node is no part of a job."""
-    keys = set(keys)
-    return [
-        override
-        for override in parsed.overrides
-        if not override.lstrip("+~").startswith(("hydra.", "hydra/")) and key_of(override) not in keys
-    ]
-
-
-def _config_loader() -> ConfigLoader | None:
-    """What ``model=glob(*)`` is looked up in."""
-    hydra = GlobalHydra.instance()
-    return hydra.config_loader() if hydra.is_initialized() else None
 
 
 def _require_few(overrides: Sequence[Override]) -> None:

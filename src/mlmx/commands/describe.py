@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mlmx.config import own_files
 from mlmx.config.labels import IGNORE_INDEX
 from mlmx.config.schema import Job, TrainConfig
 from mlmx.config.trust import TRUST_FLAG, trusted_code
@@ -126,6 +127,7 @@ def command_line(job: Job) -> str:
     """The command that makes this run again."""
     code = trusted_code()
     flags = [] if code is None else [f"{TRUST_FLAG}={code}"]
+    flags += ["--config-dir", str(job.folder / own_files.FOLDER)] if job.own else []
     return shlex.join(["python", "-m", "mlmx", "train", *flags, *job.overrides])
 
 

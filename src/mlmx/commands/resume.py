@@ -12,6 +12,7 @@ import os
 
 from omegaconf import OmegaConf
 
+from mlmx.config import own_files
 from mlmx.config.compose import key_of, quoted
 from mlmx.config.errors import RequestError, path_of, require
 from mlmx.config.paths import outputs_dir
@@ -22,7 +23,6 @@ from mlmx.runs.run import Run, all_runs, run_named
 
 KEY = "resume.run="
 FOLDER = "hydra.run.dir="
-SEARCH = "hydra.searchpath="
 
 
 def take_up(parsed: argparse.Namespace, composed: TrainConfig | None) -> None:
@@ -69,9 +69,8 @@ def _command(run: Run, parsed: argparse.Namespace, given: list[str]) -> list[str
         raise RequestError(f"{path}: cannot be read ({type(error).__name__}: {error}); the run cannot go on") from error
     require(isinstance(listed, list), f"{path}: holds no list of overrides; the run cannot go on")
     stored = [str(override) for override in listed or []]
-    searched = [override for override in stored if override.startswith(SEARCH)]
-    if searched and not parsed.config_dir:
-        parsed.config_dir = searched[-1].partition("file://")[2].rstrip("]")
+    if (run.folder / own_files.FOLDER).is_dir():
+        parsed.folders.append(str(run.folder / own_files.FOLDER))
     anew = {key_of(override) for override in given}
     return [o for o in stored if key_of(o) not in anew and not o.startswith(("hydra.", "resume."))]
 

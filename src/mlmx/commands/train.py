@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlmx.commands import describe
-from mlmx.config.schema import KEEP_ALL, Job, TrainConfig
+from mlmx.config.schema import KEEP_ALL, Job, Resume, TrainConfig
 from mlmx.data.cache import TokenCache
 from mlmx.data.tokens import tokenizer_sha256
 from mlmx.evaluation.fills import Fills
 from mlmx.evaluation.measure import Measure
-from mlmx.experiment import Material, Parts, check_training, gather, parts_of, resume_of, token_cache
+from mlmx.experiment import Material, Parts, check_training, gather, parts_of, token_cache
 from mlmx.kernels import memory
 from mlmx.models import head
 from mlmx.models.encoders import load_model, weights_sha256
@@ -72,9 +72,10 @@ def train(cfg: TrainConfig, job: Job, stop_early: StopEarly | None = None) -> fl
 
 def follow(cfg: TrainConfig, job: Job) -> float:
     """The part of a further process of a distributed run (torchrun): it trains along and keeps no record."""
-    discard_empty(job.folder)
+    if job.sweep is not None:
+        discard_empty(job.folder)  # a launcher makes one
     with tempfile.TemporaryDirectory(prefix="mlmx-rank-") as folder:
-        return lead(replace(cfg, tracking={"name": "none"}, resume={}), replace(job, folder=Path(folder)))
+        return lead(replace(cfg, tracking={"name": "none"}, resume=Resume()), replace(job, folder=Path(folder)))
 
 
 def lead(cfg: TrainConfig, job: Job, dead: Sequence[Run] = (), stop_early: StopEarly | None = None) -> float:
@@ -114,16 +115,15 @@ def opened(cfg: TrainConfig, job: Job, ready: Ready) -> Run:
         RequestError: the folder holds another run, or what is asked for is not the run in it.
     """
     inputs = inputs_of(ready)
-    folder, allowed = resume_of(cfg)
-    if folder is None:
-        return begin_run(job.folder, cfg, job.overrides, inputs)
+    if cfg.resume.run is None:
+        return begin_run(job.folder, cfg, job.overrides, inputs, job.own)
     run = Run(job.folder)
     before = identity.dials(run.config()) | (run.read_json("inputs.json") or inputs)
     drift = identity.differences(before, identity.dials(cfg) | inputs)
-    identity.require_allowed(drift, allowed)
+    identity.require_allowed(drift, cfg.resume.allow)
     for key, (was, now) in drift.items():
         log.info("resume: %s was %s, is %s from here on", key, was, now)
-    return reopen_run(run, cfg, job.overrides, inputs, drift)
+    return reopen_run(run, cfg, job.overrides, inputs, drift, job.own)
 
 
 def require_space(job: Job, ready: Ready, keep: str) -> None:

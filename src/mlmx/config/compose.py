@@ -1,7 +1,7 @@
-"""Hydra's composition within bounds: what it breaks on is refused by name, and config files are read only if plain.
+"""One composition for each job, and what Hydra's own node may say in it.
 
 Hydra says well what it refuses, but on some values it breaks (a list of lists as an option, an integer of 5,000
-digits), and YAML can be small and mean gigabytes (an anchor repeated in a list that is repeated in a list …).
+digits): these are refused by name.
 """
 
 from __future__ import annotations
@@ -9,64 +9,43 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
-from hydra.core.global_hydra import GlobalHydra
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
 from mlmx.config.errors import RequestError, require
-from mlmx.config.paths import conf_dir, is_below_outputs, outputs_dir
-from mlmx.config.redaction import refuse_secrets
-
-MOST_BYTES = 100_000  # of a config file
-MOST_NODES = 10_000  # of it, every repetition of an anchor counted
-MOST_LEVELS = 30  # of nesting
+from mlmx.config.paths import is_below_outputs, outputs_dir
 
 
-def composed(
-    command: str, overrides: Sequence[str], search_path: Sequence[str] = (), multirun: bool = False
-) -> DictConfig:
-    """What Hydra composes of a command's config and these overrides, its own node included.
+def composed(compose: Callable[[list[str]], DictConfig], overrides: Sequence[str]) -> DictConfig:
+    """What Hydra composes of these overrides, its own node included.
 
     Args:
-        search_path: overrides as well, which are at no fault.
-        multirun: compose what holds for a whole sweep; overrides may then have several values.
+        compose: which of its ways; what it adds to the overrides is at no fault.
     Raises:
         RequestError: where Hydra breaks, naming the override on which it does.
         HydraException, OmegaConfBaseException: what Hydra refuses.
     """
-    with _plain_files():
-        try:
-            return _compose(command, [*overrides, *search_path], multirun)
-        except (RequestError, HydraException, OmegaConfBaseException):
-            raise
-        except Exception as error:
-            culprit = next(
-                (one for one in overrides if _breaks(command, [one, *search_path], multirun)), " ".join(overrides)
-            )
-            raise RequestError(f"{culprit}: cannot be composed ({type(error).__name__}: {error})") from error
-
-
-def _compose(command: str, overrides: list[str], multirun: bool) -> DictConfig:
-    loader = GlobalHydra.instance().config_loader()
-    mode = RunMode.MULTIRUN if multirun else RunMode.RUN
-    return loader.load_configuration(command, overrides, mode, from_shell=False)
-
-
-def _breaks(command: str, overrides: list[str], multirun: bool) -> bool:
     try:
-        _compose(command, overrides, multirun)
+        return compose(list(overrides))
+    except (RequestError, HydraException, OmegaConfBaseException):
+        raise
+    except Exception as error:
+        culprit = next((one for one in overrides if _breaks(compose, one)), " ".join(overrides))
+        raise RequestError(f"{culprit}: cannot be composed ({type(error).__name__}: {error})") from error
+
+
+def _breaks(compose: Callable[[list[str]], DictConfig], override: str) -> bool:
+    try:
+        compose([override])
     except (RequestError, HydraException, OmegaConfBaseException):
         return False
     except Exception:
@@ -74,89 +53,29 @@ def _breaks(command: str, overrides: list[str], multirun: bool) -> bool:
     return False
 
 
-@contextlib.contextmanager
-def composed_once() -> Iterator[None]:
-    """Inside the block a job of a sweep gets the config that Hydra's sweeper has composed to check it.
+class ComposedOnce(ConfigLoaderImpl):
+    """Hydra's loader, from which a job of a sweep gets the config that was composed to check it.
 
-    Its launcher would compose it again: a tenth of a second for every job, and of YAML that may have changed since.
+    Sweepers and launchers would have it composed again, twice for every job, of YAML that may have changed since. In a
+    process of a launcher's it composes anew: to send the configs of all jobs to each of them would cost more.
     """
-    own, checked = ConfigLoaderImpl.load_sweep_config, dict[tuple[str, ...], Any]()
 
-    def load(loader: ConfigLoaderImpl, master_config: DictConfig, sweep_overrides: list[str]) -> Any:
+    def __init__(self, config_search_path: ConfigSearchPath) -> None:
+        super().__init__(config_search_path)
+        self.jobs: dict[tuple[str, ...], DictConfig] = {}
+        self.folder: Path | None = None  # of the sweep, once it is decided
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"jobs": {}}
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         key = tuple(sweep_overrides)
-        if key not in checked:
-            checked[key] = own(loader, master_config, sweep_overrides)
-        return copy.deepcopy(checked[key])  # each job's own: Hydra writes its number into it
-
-    ConfigLoaderImpl.load_sweep_config = load  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        ConfigLoaderImpl.load_sweep_config = own  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def _plain_files() -> Iterator[None]:
-    """Inside the block Hydra reads no config file of the user's that `require_plain` refuses."""
-    read = FileConfigSource.load_config
-
-    def checked(source: FileConfigSource, config_path: str) -> Any:
-        file = Path(source.path, source._normalize_file_name(config_path))
-        if file.is_file() and not file.resolve().is_relative_to(conf_dir()):
-            require_plain(file)
-        return read(source, config_path)
-
-    FileConfigSource.load_config = checked  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        FileConfigSource.load_config = read  # type: ignore[method-assign]
-
-
-def require_plain(file: Path) -> None:
-    """Refuse a config file that is no YAML mapping of plain values, or one too large, too deep or endless.
-
-    Raises:
-        RequestError: with the file, what is wrong and, where known, the line.
-    """
-    size = file.stat().st_size
-    require(size <= MOST_BYTES, f"{file}: has {size:,} bytes; a config file has at most {MOST_BYTES:,}")
-    too_deep = f"{file}: is nested more than {MOST_LEVELS} levels deep; write it flatter"
-    try:
-        text = file.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=get_yaml_loader())
-        nodes = _size(root, {}, 0)[0]
-        get_yaml_loader()(text).get_single_data() if nodes <= MOST_NODES else None
-    except RecursionError:
-        raise RequestError(too_deep) from None
-    except Exception as error:  # of many kinds: a byte that is no UTF-8, a tag of Python's, !!int of an empty text
-        raise RequestError(f"{file}: cannot be read as YAML ({type(error).__name__}: {error})") from error
-    require(
-        root is None or isinstance(root, yaml.MappingNode),
-        f"{file}: holds no key: value pairs; an option is a mapping such as 'name: scratch'",
-    )
-    require(
-        nodes <= MOST_NODES, f"{file}: holds more than {MOST_NODES:,} values, repeated anchors counted; write fewer"
-    )
-
-
-def _size(node: yaml.Node | None, known: dict[int, tuple[int, int]], level: int) -> tuple[int, int]:
-    """Values and levels of a node, those of repeated anchors each time.
-
-    Raises:
-        RecursionError: beyond `MOST_LEVELS`, so also where an anchor holds itself.
-    """
-    if not isinstance(node, yaml.CollectionNode):
-        return 1, 1
-    if id(node) not in known:
-        if level >= MOST_LEVELS:
-            raise RecursionError
-        inside = [one for pair in node.value for one in pair] if isinstance(node, yaml.MappingNode) else node.value
-        sizes = [_size(one, known, level + 1) for one in inside]
-        known[id(node)] = 1 + sum(size[0] for size in sizes), 1 + max((size[1] for size in sizes), default=0)
-    if level + known[id(node)][1] > MOST_LEVELS:
-        raise RecursionError
-    return known[id(node)]
+        if key not in self.jobs:
+            self.jobs[key] = super().load_sweep_config(master_config, sweep_overrides)
+        found = copy.deepcopy(self.jobs[key])  # each job's own: Hydra writes its number into it
+        if self.folder is not None:
+            found.hydra.sweep.dir = str(self.folder)
+        return found
 
 
 # ------------------------------------------------------------------------- what Hydra's own node may say
@@ -175,17 +94,6 @@ EMPTY = {
     "job.env_copy": "the environment may hold secrets, and Hydra writes what it copies to multirun.yaml",
     "job.env_set": "a config sets no environment variable; export it before the command",
 }
-
-
-def swept_params(command: str, composed: DictConfig) -> dict[str, Any]:
-    """``hydra.sweeper.params`` of a sweep, whose own composition, kept in multirun.yaml, is checked here.
-
-    Args:
-        composed: of the command line's overrides, swept ones as well.
-    """
-    require_confined(command, composed, multirun=True)
-    refuse_secrets(OmegaConf.to_container(composed, resolve=False))
-    return dict(composed.hydra.sweeper.get("params") or {})
 
 
 def require_confined(command: str, composed: DictConfig, number: int = 0, multirun: bool = False) -> None:
@@ -239,10 +147,10 @@ def is_grid(composed: DictConfig) -> bool:
     return str(composed.hydra.sweeper._target_).endswith(".BasicSweeper")
 
 
-def sweep_folder(composed: DictConfig) -> Path:
-    """Where Hydra would put the jobs of a sweep."""
+def folder_of(composed: DictConfig, key: str) -> Path:
+    """Where a run is to lie (``hydra.run.dir``) or the jobs of a sweep (``hydra.sweep.dir``)."""
     with _as_hydra_config(composed):
-        return Path(str(OmegaConf.select(composed, "hydra.sweep.dir"))).absolute()
+        return Path(str(OmegaConf.select(composed, key))).absolute()
 
 
 @contextlib.contextmanager
@@ -254,6 +162,7 @@ def _as_hydra_config(composed: DictConfig) -> Iterator[None]:
         yield
     finally:
         HydraConfig.instance().cfg = before
+        OmegaConf.set_readonly(composed.hydra, False)  # as it was composed
 
 
 def _require_folders(command: str, composed: DictConfig, number: int) -> None:
@@ -299,6 +208,12 @@ def quoted(text: str) -> str:
 def _escaped(text: str) -> str:
     """Inside Hydra's single quotes: quotes, ``${`` and the backslashes before either are escaped."""
     return re.sub(r"(\\*)('|\$\{)", r"\1\1\\\2", re.sub(r"(\\+)\Z", r"\1\1", text))
+
+
+def overrides_of(node: Any, of: str = "task") -> list[str]:
+    """The overrides of a composition as they were given, from its ``hydra`` node; ``${…}`` in them stays."""
+    listed: Any = OmegaConf.to_container(node.overrides[of], resolve=False)
+    return [str(one) for one in listed]
 
 
 def key_of(override: str) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
-from mlmx.config.errors import did_you_mean, require
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from mlmx.config.errors import RequestError, did_you_mean, require
 from mlmx.config.plugins import load, plugins
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -43,7 +47,7 @@ def bind(
     require(isinstance(name, str) and bool(name), f"{group}.name: missing; one of {', '.join(functions)}")
     function = functions.get(str(name)) or _plugin(group, str(name), functions)
     targets: list[Function] = [function, *shared]
-    accepted = {key: parameter for target in targets for key, parameter in _options_of(target).items()}
+    accepted = {key: option for target in targets for key, option in _options_of(target).items()}
     filled: list[dict[str, Any]] = [{} for _ in targets]
     for key, value in options.items():
         if key == "name":
@@ -54,12 +58,12 @@ def bind(
             f"({group} '{name}' takes {', '.join(accepted) or 'no options'})",
         )
         for target, keywords in zip(targets, filled, strict=True):
-            parameter = _options_of(target).get(key)
-            if parameter is not None:
-                keywords[key] = convert(f"{group}.{key}", value, _annotation(target, parameter))
-    for key, parameter in accepted.items():
+            option = _options_of(target).get(key)
+            if option is not None:
+                keywords[key] = convert(f"{group}.{key}", value, option.annotation)
+    for key, option in accepted.items():
         require(
-            key in options or parameter.default is not inspect.Parameter.empty,
+            key in options or option.default is not inspect.Parameter.empty,
             f"{group}.{key}: missing; {group} '{name}' needs it: {group}.{key}=…",
         )
     return tuple(functools.partial(target, **kw) for target, kw in zip(targets, filled, strict=True))
@@ -73,64 +77,56 @@ def _plugin(group: str, name: str, functions: Mapping[str, F]) -> F:
     return typing.cast(F, load(stage, name))
 
 
-def _options_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-
-
-def _annotation(function: Callable[..., Any], parameter: inspect.Parameter) -> Any:
-    """The parameter's type, evaluated alone: other annotations may name types imported lazily."""
-    if isinstance(parameter.annotation, str):
-        return eval(parameter.annotation, function.__globals__)
-    return parameter.annotation
+@functools.cache
+def _options_of(target: Function) -> dict[str, inspect.Parameter]:
+    """The keyword-only parameters and their types; those of other parameters may be imported lazily."""
+    parameters = inspect.signature(target).parameters.values()
+    options = {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    annotated = {name: p.annotation for name, p in options.items() if p.annotation is not inspect.Parameter.empty}
+    names = vars(sys.modules[target.__module__])
+    hints = typing.get_type_hints(types.SimpleNamespace(__annotations__=annotated), names)
+    return {name: option.replace(annotation=hints.get(name, Any)) for name, option in options.items()}
 
 
 def convert(key: str, value: Any, wanted: Any) -> Any:
     """``value`` as type ``wanted``, or a `RequestError` that says what is needed.
 
+    A number without a fraction is a whole number, a number or truth value is a text where no number is wanted; a text
+    is neither, and a truth value is no number.
+
     >>> convert("lr", 1, float), convert("seed", 42.0, int), convert("path", ["a", "b"], str | list[str])
     (1.0, 42, ['a', 'b'])
     """
-    converted = _converted(value, wanted)
-    require(converted is not _NO, f"{key}={value!r}: {_wording(wanted)} is needed")
-    return converted
+    for form in (_same, _whole, _text):
+        with contextlib.suppress(ValidationError):
+            return _adapter(wanted).validate_python(_each(value, form), strict=True)
+    raise RequestError(f"{key}={value!r}: {_wording(wanted)} is needed")
 
 
-_NO = object()
+@functools.cache
+def _adapter(wanted: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(wanted, config=ConfigDict(arbitrary_types_allowed=True))
 
 
-def _converted(value: Any, wanted: Any) -> Any:
-    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
-    if wanted is Any or wanted is inspect.Parameter.empty:
-        return value
-    if origin is Literal:
-        return value if value in arguments else _NO
-    if origin in (typing.Union, types.UnionType):
-        exact = [a for a in arguments if isinstance(a, type) and type(value) is a]
-        tried = [_converted(value, a) for a in [*exact, *arguments]]
-        return next((t for t in tried if t is not _NO), _NO)
-    if origin in (list, tuple) and isinstance(value, (list, tuple)):
-        items = [_converted(item, arguments[0] if arguments else Any) for item in value]
-        return _NO if any(item is _NO for item in items) else items
-    if origin is dict and isinstance(value, Mapping):
-        items_of = {k: _converted(v, arguments[1]) for k, v in value.items()}
-        return _NO if any(v is _NO for v in items_of.values()) else items_of
-    return _scalar(value, wanted)
+def _each(value: Any, form: Callable[[Any], Any]) -> Any:
+    """``form`` of every value in lists and mappings; tuples become lists, keys texts."""
+    if isinstance(value, Mapping):
+        return {str(key): _each(inner, form) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_each(inner, form) for inner in value]
+    return form(value)
 
 
-def _scalar(value: Any, wanted: Any) -> Any:
-    if wanted in (None, type(None)):
-        return value if value is None else _NO
-    if not isinstance(wanted, type):
-        return _NO
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if wanted is float and number:
-        return float(value) if isinstance(value, float) or abs(value) < 2**1023 else _NO
-    if wanted is int and number:
-        return int(value) if isinstance(value, int) or value.is_integer() else _NO
-    if wanted is str and (number or isinstance(value, bool)):
-        return str(value)
-    return value if isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool)) else _NO
+def _same(value: Any) -> Any:
+    return value
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _text(value: Any) -> Any:
+    return str(value) if isinstance(value, (int, float)) else value
 
 
 _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}

@@ -1,4 +1,7 @@
-"""What a user may ask for: one dataclass per command, composed by Hydra, plain and checked from then on."""
+"""What a user may ask for: one dataclass per command, composed by Hydra, plain and checked from then on.
+
+The default of a dial stands in ``conf/<command>.yaml``, and only there.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,15 @@ import functools
 import math
 import re
 import typing
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from mlmx.config import own_files
 from mlmx.config.errors import did_you_mean, require
 from mlmx.config.options import convert
 from mlmx.config.paths import conf_dir
@@ -27,32 +31,77 @@ OUT_SUFFIXES = (".html", ".png", ".csv", ".md")
 KEEP_ALL, BEST_AND_LAST = "all", "best+last"  # or a whole number: which checkpoints stay
 MOST_EPOCHS = 1_000_000
 MOST_ROWS = 1_000_000  # of a batch
-RESUME: Options = {"run": None, "allow": []}
-HELDOUT: Options = {"dataset": None, "documents": 400, "share": 0.02}
+
+
+TRAIN, PREPARE, EVALUATE, PREDICT = map(own_files.shipped, ("train", "prepare", "evaluate", "predict"))
+UI, SYNC, COMPARE, SWEEP = map(own_files.shipped, ("ui", "sync", "compare", "sweep/default"))
+
+
+@dataclass
+class Resume:
+    """The ``resume`` node: the folder of the run to go on with, and the dials that may have changed about it."""
+
+    run: str | None = TRAIN["resume"]["run"]
+    allow: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Heldout:
+    """The ``heldout`` node: the yardstick's documents.
+
+    Attributes:
+        dataset: a dataset option (``rotten_tomatoes_packaged``) or the options of one to take documents from; null:
+            the dataset's own test split, else what the dataset names, else a share of it.
+        documents: at most so many are scored, chosen by content hash.
+        share: of the documents, taken out before chunking where there is no other source; 0 takes none, and then
+            nothing is held out.
+    """
+
+    dataset: Any = TRAIN["heldout"]["dataset"]
+    documents: int = TRAIN["heldout"]["documents"]
+    share: float = TRAIN["heldout"]["share"]
+
+    def __post_init__(self) -> None:
+        self.dataset, usual = convert("heldout.dataset", self.dataset, str | Options | None), TRAIN["heldout"]
+        require(
+            self.documents >= 1,
+            f"heldout.documents={self.documents}: must be at least 1; the default is {usual['documents']}",
+        )
+        require(
+            0 <= self.share < 1,
+            f"heldout.share={self.share:g}: must be 0 or more and less than 1; the default is {usual['share']:g}",
+        )
+
+
+@dataclass
+class Sweep:
+    """The ``sweep`` node: whether a sweep that is issued again takes up what it has, or begins anew."""
+
+    reuse: bool = SWEEP["reuse"]
 
 
 @dataclass
 class TrainConfig:
     """Dials of ``train``; the groups below them are free mappings that `bind` checks."""
 
-    chunk_size: int = 512
-    mlm_probability: float = 0.15
-    lr: float = 2e-5
-    epochs: float = 3
-    batch_size: int = 8
-    weight_decay: float = 0.01
-    seed: int = 42
-    precision: str = "auto"
-    on_nan: str = "stop"
-    run_name: str | None = None
-    note: str | None = None
-    example: str = "This is a great [MASK]."
-    save_minutes: float | None = 15
-    keep: str = KEEP_ALL
-    register: str | None = None
-    resume: Options = field(default_factory=lambda: dict(RESUME), metadata={"group": False})
-    sweep: Options = field(default_factory=lambda: {"reuse": True})
-    heldout: Options = field(default_factory=lambda: dict(HELDOUT), metadata={"group": False})
+    chunk_size: int = TRAIN["chunk_size"]
+    mlm_probability: float = TRAIN["mlm_probability"]
+    lr: float = TRAIN["lr"]
+    epochs: float = TRAIN["epochs"]
+    batch_size: int = TRAIN["batch_size"]
+    weight_decay: float = TRAIN["weight_decay"]
+    seed: int = TRAIN["seed"]
+    precision: str = TRAIN["precision"]
+    on_nan: str = TRAIN["on_nan"]
+    run_name: str | None = TRAIN["run_name"]
+    note: str | None = TRAIN["note"]
+    example: str = TRAIN["example"]
+    save_minutes: float | None = TRAIN["save_minutes"]
+    keep: str = TRAIN["keep"]
+    register: str | None = TRAIN["register"]
+    resume: Resume = field(default_factory=Resume)
+    sweep: Sweep = field(default_factory=Sweep)
+    heldout: Heldout = field(default_factory=Heldout)
     model: Options = field(default_factory=dict)
     dataset: Options = field(default_factory=dict)
     chunking: Options = field(default_factory=dict)
@@ -69,20 +118,24 @@ class TrainConfig:
         require(
             0 < self.mlm_probability < 1,
             f"mlm_probability={self.mlm_probability:g}: the share of tokens to mask must lie between 0 and 1, "
-            "both excluded; the usual value is 0.15",
+            f"both excluded; the usual value is {TRAIN['mlm_probability']:g}",
         )
-        require(0 < self.lr < math.inf, f"lr={self.lr:g}: must be a number greater than 0; the default is 2e-05")
+        require(
+            0 < self.lr < math.inf, f"lr={self.lr:g}: must be a number greater than 0; the default is {TRAIN['lr']:g}"
+        )
         require(
             0 < self.epochs <= MOST_EPOCHS,
-            f"epochs={self.epochs:g}: must be a number greater than 0 and at most {MOST_EPOCHS:,}; the default is 3",
+            f"epochs={self.epochs:g}: must be a number greater than 0 and at most {MOST_EPOCHS:,}; the default is "
+            f"{TRAIN['epochs']:g}",
         )
         require(
             1 <= self.batch_size <= MOST_ROWS,
-            f"batch_size={self.batch_size}: must be at least 1 and at most {MOST_ROWS:,}; the default is 8",
+            f"batch_size={self.batch_size}: must be at least 1 and at most {MOST_ROWS:,}; the default is "
+            f"{TRAIN['batch_size']}",
         )
         require(
             0 <= self.weight_decay < math.inf,
-            f"weight_decay={self.weight_decay:g}: must be 0 or more; the default is 0.01",
+            f"weight_decay={self.weight_decay:g}: must be 0 or more; the default is {TRAIN['weight_decay']:g}",
         )
         require(0 <= self.seed < 2**32, f"seed={self.seed}: must lie between 0 and 4294967295")
         for name, choices in (("precision", PRECISIONS), ("on_nan", ON_NAN)):
@@ -91,7 +144,8 @@ class TrainConfig:
             require(value in choices, f"{name}={value}: choose one of {', '.join(choices)}{near}")
         require(
             self.save_minutes is None or 0 < self.save_minutes < math.inf,
-            f"save_minutes={self.save_minutes}: must be greater than 0, or null for none; the default is 15",
+            f"save_minutes={self.save_minutes}: must be greater than 0, or null for none; the default is "
+            f"{TRAIN['save_minutes']:g}",
         )
         require_keep(self.keep, self.trainer)
         require(
@@ -119,11 +173,11 @@ def require_keep(keep: str, trainer: Mapping[str, Any]) -> None:
 class PrepareConfig:
     """Dials of ``prepare``: those of ``train`` that decide what the data is."""
 
-    chunk_size: int = 512
-    mlm_probability: float = 0.15
-    seed: int = 42
-    preview: int = 0
-    heldout: Options = field(default_factory=lambda: dict(HELDOUT), metadata={"group": False})
+    chunk_size: int = PREPARE["chunk_size"]
+    mlm_probability: float = PREPARE["mlm_probability"]
+    seed: int = PREPARE["seed"]
+    preview: int = PREPARE["preview"]
+    heldout: Heldout = field(default_factory=Heldout)
     model: Options = field(default_factory=dict)
     dataset: Options = field(default_factory=dict)
     chunking: Options = field(default_factory=dict)
@@ -134,9 +188,9 @@ class PrepareConfig:
 class EvaluateConfig:
     """Dials of ``evaluate``."""
 
-    run: str = "last"
-    chunk_size: int | None = None
-    batch_size: int = 32
+    run: str = EVALUATE["run"]
+    chunk_size: int | None = EVALUATE["chunk_size"]
+    batch_size: int = EVALUATE["batch_size"]
     dataset: Options = field(default_factory=dict)
     tracking: Options = field(default_factory=dict)
 
@@ -155,27 +209,27 @@ class EvaluateConfig:
 class PredictConfig:
     """Dials of ``predict``."""
 
-    run: str = "last"
+    run: str = PREDICT["run"]
     text: list[str] = field(default_factory=list)
-    top_k: int = 5
+    top_k: int = PREDICT["top_k"]
 
     def __post_init__(self) -> None:
-        require(self.top_k >= 1, f"top_k={self.top_k}: must be at least 1; the default is 5")
+        require(self.top_k >= 1, f"top_k={self.top_k}: must be at least 1; the default is {PREDICT['top_k']}")
 
 
 @dataclass
 class UiConfig:
     """Dials of ``ui``."""
 
-    host: str = "127.0.0.1"
-    port: int = 5000
-    expose: bool = False
+    host: str = UI["host"]
+    port: int = UI["port"]
+    expose: bool = UI["expose"]
     tracking: Options = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(
             bool(re.fullmatch(r"[A-Za-z0-9._:-]+", self.host)),
-            f"host={self.host!r}: is no name or address; the default is 127.0.0.1",
+            f"host={self.host!r}: is no name or address; the default is {UI['host']}",
         )
         require(1 <= self.port <= 65535, f"port={self.port}: must lie between 1 and 65535")
 
@@ -191,7 +245,7 @@ class DoctorConfig:
 class SyncConfig:
     """Dials of ``sync``."""
 
-    run: str = "last"
+    run: str = SYNC["run"]
     tracking: Options = field(default_factory=dict)
 
 
@@ -200,8 +254,8 @@ class CompareConfig:
     """Dials of ``compare``."""
 
     runs: list[str] = field(default_factory=list)
-    sweep_folder: str | None = None
-    sort: str = "heldout/loss"
+    sweep_folder: str | None = COMPARE["sweep_folder"]
+    sort: str = COMPARE["sort"]
     out: list[str] = field(default_factory=list)
     tracking: Options = field(default_factory=dict)
 
@@ -241,6 +295,7 @@ class Job:
     folder: Path
     overrides: tuple[str, ...] = ()
     choices: Mapping[str, str] = field(default_factory=dict)
+    own: own_files.Files = field(default_factory=dict)  # YAML of the user's own, to be kept with a run
     sweep: Path | None = None  # the folder of the sweep that it is a job of
     parent: str | None = None  # and that sweep's MLflow run
 
@@ -249,8 +304,8 @@ class Job:
 def register_schemas() -> None:
     """Make each root's dataclass known to Hydra as ``<command>_schema``.
 
-    The groups accept any key at composition (``trainer.warmup_steps=10`` needs no ``+``): `bind` checks
-    them against the function that will take them, which says more than "key not in struct".
+    The groups and nodes accept any key at composition (``trainer.warmup_steps=10`` needs no ``+``): `bind` and
+    `from_plain` check them, and say more than "key not in struct".
     """
     for command, schema in CONFIGS.items():
         node = OmegaConf.structured(schema)
@@ -260,21 +315,25 @@ def register_schemas() -> None:
 
 
 def group_names(schema: type[Config]) -> list[str]:
-    """Root keys that are config groups.
+    """Root keys that are config groups: those with a folder of options.
 
     >>> group_names(UiConfig)
     ['tracking']
     """
-    return [name for name in open_nodes(schema) if schema.__dataclass_fields__[name].metadata.get("group", True)]
+    return [name for name in open_nodes(schema) if (conf_dir() / name).is_dir()]
 
 
 def open_nodes(schema: type[Config]) -> list[str]:
-    """Root keys that take any key at composition and are checked by `bind`: the groups, and ``heldout``."""
-    return [f.name for f in fields(schema) if f.type == "Options"]
+    """Root keys that take any key at composition: the groups, and ``heldout`` and ``resume``."""
+    return [name for name, hint in typing.get_type_hints(schema).items() if hint == Options or is_dataclass(hint)]
 
 
-def to_config(command: str, composed: DictConfig) -> Config:
-    """Hydra's composition as a plain dataclass, every root key checked (``+key=…`` slips past Hydra)."""
+def to_config(command: str, composed: DictConfig, folders: Sequence[Path] = ()) -> Config:
+    """Hydra's composition as a plain dataclass, every root key checked (``+key=…`` slips past Hydra).
+
+    Args:
+        folders: of the user's own, in which datasets that are named are looked for as well.
+    """
     known = [f.name for f in fields(CONFIGS[command])]
     for key in map(str, composed):
         require(
@@ -282,30 +341,27 @@ def to_config(command: str, composed: DictConfig) -> Config:
             f"{key}: unknown key{did_you_mean(key, known)} (python -m mlmx {command} --help lists them)",
         )
     plain = typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+    for node, key in (("heldout", "dataset"), ("dataset", "heldout")):
+        own_files.fill_in(plain.get(node), key, folders)
     refuse_code(plain)
     refuse_unwritable(plain)
     # What predict is given is shown again and written nowhere.
     refuse_secrets({key: value for key, value in plain.items() if (command, key) != ("predict", "text")})
-    return from_plain(command, with_trusted_revision(plain))
+    return from_plain(CONFIGS[command], with_trusted_revision(plain))
 
 
-def from_plain(command: str, values: Mapping[str, Any]) -> Config:
-    """A command's dataclass from plain values, types converted and checked."""
-    schema = CONFIGS[command]
-    checked = {}
-    hints = typing.get_type_hints(schema)
+C = TypeVar("C")
+
+
+def from_plain(schema: type[C], values: Mapping[str, Any], node: str = "") -> C:
+    """A command's dataclass, or that of its ``node`` (``heldout.``), from plain values, types converted and checked."""
+    hints, found = typing.get_type_hints(schema), {}
     for name, value in values.items():
-        require(name in hints, f"{name}: unknown key{did_you_mean(name, hints)}")
-        checked[name] = convert(name, value, hints[name])
-    return schema(**checked)
-
-
-def load_option(group: str, option: str) -> Options:
-    """A shipped option of a group (``conf/dataset/imdb.yaml``) as plain values, for use in another place."""
-    folder = conf_dir() / group
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    require(
-        option in known,
-        f"{group}={option}: no such option{did_you_mean(option, known)} (options: {', '.join(known)})",
-    )
-    return typing.cast(Options, OmegaConf.to_container(OmegaConf.load(folder / f"{option}.yaml"), resolve=True))
+        key, near = f"{node}{name}", did_you_mean(name, hints)
+        what = f"option{near} ({node[:-1]} takes {', '.join(hints)})" if node else f"key{near}"
+        require(name in hints, f"{key}: unknown {what}")
+        if is_dataclass(hints[name]):
+            found[name] = from_plain(typing.cast(Any, hints[name]), convert(key, value, Options), f"{key}.")
+        else:
+            found[name] = convert(key, value, hints[name])
+    return schema(**found)

@@ -63,31 +63,17 @@ class Split:
     left_out: int = 0
 
 
-def heldout_dials(
-    *, dataset: str | dict[str, Any] | None = None, documents: int = 400, share: float = 0.02
-) -> tuple[str | dict[str, Any] | None, int, float]:
-    """The ``heldout`` node of a config.
-
-    Args:
-        dataset: a dataset option (``rotten_tomatoes_packaged``) or the options of one to take documents from; null:
-            the dataset's own test split, else what the dataset names, else a share of it.
-        documents: at most so many are scored, chosen by content hash.
-        share: of the documents, taken out before chunking where there is no other source; 0 takes none, and then
-            nothing is held out.
-    """
-    require(documents >= 1, f"heldout.documents={documents}: must be at least 1; the default is 400")
-    require(0 <= share < 1, f"heldout.share={share:g}: must be 0 or more and less than 1; the default is 0.02")
-    return dataset, documents, share
-
-
-def dataset_heldout(*, heldout: str | None = None, allow_overlap: bool = False) -> tuple[str | None, bool]:
+@dataclass(frozen=True, kw_only=True)
+class DatasetHeldout:
     """What a dataset says of its held-out documents.
 
-    Args:
-        heldout: the dataset option they come from where the dataset has no split of its own.
+    Attributes:
+        heldout: the dataset option, or the options of one, they come from where the dataset has no split of its own.
         allow_overlap: leave held-out documents that also stand in the training texts unscored, instead of refusing.
     """
-    return heldout, allow_overlap
+
+    heldout: str | dict[str, Any] | None = None
+    allow_overlap: bool = False
 
 
 def split_off(

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from mlmx.config.errors import RequestError, did_you_mean, require
@@ -44,7 +44,7 @@ INPUTS = ("data", "tokenizer", "precision", "processes")
 
 def dials(cfg: TrainConfig) -> dict[str, Any]:
     """The keys that make a run what it is, flat: ``{"lr": 5e-5, "model.path": …}``."""
-    return recorded_dials({f.name: getattr(cfg, f.name) for f in fields(cfg)})
+    return recorded_dials(asdict(cfg))
 
 
 def recorded_dials(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,20 +121,8 @@ def without_resume(overrides: Iterable[str]) -> tuple[str, ...]:
     return tuple(override for override in overrides if not override.startswith("resume."))
 
 
-def resume_dials(*, run: str | None = None, allow: list[str] | None = None) -> tuple[str | None, list[str]]:
-    """The ``resume`` node: the folder of the run to go on with, and what may have changed about it.
-
-    ``allow`` holds dials, groups and their keys, and `INPUTS`.
-
-    Raises:
-        RequestError: another name.
-    """
-    require_names(allow or [])
-    return run, allow or []
-
-
 def require_names(allowed: Iterable[str]) -> None:
-    """Refuse what ``resume.allow`` cannot hold."""
+    """Refuse what ``resume.allow`` cannot hold: other names than dials, groups and their keys, and `INPUTS`."""
     known = [*(f.name for f in fields(TrainConfig) if f.name not in WITHOUT_EFFECT), *INPUTS]
     for name in allowed:
         if str(name).partition(".")[0] not in known:

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from mlmx.config.errors import RequestError
 from mlmx.runs import provenance, records
 from mlmx.runs.records import ProcessRecord, Result, Status
-from mlmx.runs.run import Run, all_runs
+from mlmx.runs.run import Run, all_runs, discard_empty
 
 log = logging.getLogger("mlmx")
 
@@ -63,6 +63,7 @@ def held(folder: Path) -> Iterator[None]:
             _put_back(path, before)
             if not old_lock:
                 Path(lock.lock_file).unlink(missing_ok=True)
+            discard_empty(folder)
         raise
     finally:
         lock.release()

@@ -3,7 +3,7 @@
 ::
 
     outputs/train/<time>/   config.yaml overrides.yaml train.log metrics.jsonl result.json data.json mlflow.json
-                            plots/*.png  model/  checkpoints/
+                            plots/*.png  model/  checkpoints/  conf/ (YAML of the user's own)
     outputs/mlflow.db  outputs/mlartifacts/
 """
 
@@ -14,18 +14,20 @@ import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from mlmx.config import whole
+from mlmx.config import own_files, whole
 from mlmx.config.errors import RequestError, path_of
+from mlmx.config.own_files import Files
 from mlmx.config.paths import outputs_dir
 from mlmx.config.redaction import redacted
-from mlmx.config.schema import TrainConfig, from_plain
+from mlmx.config.schema import Resume, TrainConfig, from_plain
 from mlmx.runs import records
 from mlmx.runs.checkpoints import MANIFEST, all_of, is_interim
 from mlmx.runs.metrics_file import MetricsFile, rows_of
@@ -138,16 +140,17 @@ class Run:
             raise RequestError(
                 f"{path}: cannot be read ({type(error).__name__}: {error}); choose another run"
             ) from error
-        config = from_plain("train", {str(key): value for key, value in loaded.items()})
-        assert isinstance(config, TrainConfig)
-        return config
+        return from_plain(TrainConfig, {str(key): value for key, value in loaded.items()})
 
 
-def begin_run(folder: Path, cfg: TrainConfig, overrides: tuple[str, ...], inputs: Mapping[str, Any]) -> Run:
+def begin_run(
+    folder: Path, cfg: TrainConfig, overrides: tuple[str, ...], inputs: Mapping[str, Any], own: Files | None = None
+) -> Run:
     """Write the first files of a run; refuse a folder that already holds one.
 
     Args:
         inputs: what the run is made of beyond its config, see `identity`.
+        own: YAML of the user's own that its config was composed with.
     """
     if (folder / "config.yaml").exists():
         raise RequestError(
@@ -155,10 +158,11 @@ def begin_run(folder: Path, cfg: TrainConfig, overrides: tuple[str, ...], inputs
         )
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return _written(Run(folder), cfg, overrides, inputs)
+        return _written(Run(folder), cfg, overrides, inputs, own)
     except OSError:  # a full disk
         for name in FIRST_FILES:
             (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / own_files.FOLDER, ignore_errors=True)
         raise
 
 
@@ -168,17 +172,30 @@ def reopen_run(
     overrides: tuple[str, ...],
     inputs: Mapping[str, Any],
     drift: Mapping[str, tuple[Any, Any]],
+    own: Files | None = None,
 ) -> Run:
     """Begin a run again in its own folder; what has changed about it is kept in ``drift.jsonl``."""
     if drift:
         changes = {key: {"was": was, "is": now} for key, (was, now) in drift.items()}
         run.append_line("drift.jsonl", {"time": records.moment(), "changes": changes})
-    return _written(run, cfg, overrides, inputs)
+    return _written(run, cfg, overrides, inputs, own)
 
 
-def _written(run: Run, cfg: TrainConfig, overrides: tuple[str, ...], inputs: Mapping[str, Any]) -> Run:
-    plain = {f.name: getattr(cfg, f.name) for f in fields(cfg)} | {"resume": {"run": None, "allow": []}}
-    run.write_text("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted(list(overrides)))))
+def keep_own(folder: Path, own: Files) -> None:
+    """Write YAML of the user's own below ``conf/`` of a run or a sweep."""
+    for place, text in own.items():
+        path = folder / own_files.FOLDER / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole.write(path, text)
+
+
+def _written(
+    run: Run, cfg: TrainConfig, overrides: tuple[str, ...], inputs: Mapping[str, Any], own: Files | None
+) -> Run:
+    keep_own(run.folder, own or {})
+    searched = [own_files.searched([str(run.folder / own_files.FOLDER)])] if own else []
+    plain = asdict(replace(cfg, resume=Resume()))
+    run.write_text("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted([*searched, *overrides]))))
     run.write_json("inputs.json", inputs)
     records.write(replace(run.result(), status=Status.RUNNING), run.folder)
     run.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted(plain))))

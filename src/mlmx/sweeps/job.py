@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from mlmx.config.compose import key_of
 from mlmx.config.redaction import show_traceback
-from mlmx.config.schema import Job, TrainConfig
-from mlmx.experiment import parts_of, reuse_of, texts_sha256
+from mlmx.config.schema import Job, Resume, TrainConfig
+from mlmx.experiment import parts_of, texts_sha256
 from mlmx.runs import identity, process, provenance, records, signals
 from mlmx.runs.explain import explain
 from mlmx.runs.log import log_to
@@ -71,7 +71,7 @@ def _run_job(
         if folder != job.folder:
             discard_empty(job.folder)
         begin_job(folder, key, dials, identity.without_resume(job.overrides))
-        resumed = {"run": str(folder), "allow": []} if (folder / "config.yaml").is_file() else cfg.resume
+        resumed = Resume(str(folder)) if (folder / "config.yaml").is_file() else cfg.resume
         parent = records.read(MlflowRecord, sweep.folder) or MlflowRecord()
         return train(replace(cfg, resume=resumed), replace(job, folder=folder, parent=parent.run_id), stop_early)
     except signals.Interrupted as error:
@@ -90,7 +90,7 @@ def _run_job(
 
 def earlier(sweep: Sweep, cfg: TrainConfig, key: str) -> SweepJob | None:
     """The job of an earlier issue of the sweep whose run is this very one, on the same texts; the dead are marked."""
-    found = next((one for one in sweep.jobs() if one.about.key == key), None) if reuse_of(cfg) else None
+    found = next((one for one in sweep.jobs() if one.about.key == key), None) if cfg.sweep.reuse else None
     if found is None or not (found.folder / records.DATA_FILE).is_file():
         return found  # nothing of it can be of other texts
     process.mark_dead()

@@ -19,7 +19,7 @@ from mlmx.comparison.text import csv_text, markdown, plain
 from mlmx.config.errors import RequestError, brief, require
 from mlmx.config.redaction import redact, redacted
 from mlmx.config.schema import TrainConfig
-from mlmx.experiment import parts_of, reuse_of
+from mlmx.experiment import parts_of
 from mlmx.runs import identity, process, provenance, signals
 from mlmx.runs.disk import writing
 from mlmx.runs.log import log_to
@@ -75,8 +75,8 @@ def planned(
     key = identity.fingerprint({"fixed": same, "swept": sorted(swept)})
     known = [Sweep(folder)] if named else list(reversed(all_sweeps()))
     before = next((sweep for sweep in known if sweep.about().identity == key), None)
-    if before is not None and (reuse_of(cfg) or named):
-        require(reuse_of(cfg), f"sweep.reuse=false: {folder} holds this sweep; leave out hydra.sweep.dir")
+    if before is not None and (cfg.sweep.reuse or named):
+        require(cfg.sweep.reuse, f"sweep.reuse=false: {folder} holds this sweep; leave out hydra.sweep.dir")
         folder = before.folder
     elif (folder / SweepRecord.FILE).exists() or (folder / "config.yaml").exists():
         raise RequestError(f"hydra.sweep.dir={folder}: holds another sweep or run; choose another folder")

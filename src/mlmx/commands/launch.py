@@ -1,0 +1,271 @@
+"""The jobs of a request: each is composed once, all are checked before the first one runs.
+
+A single run is called as it is. A sweep is Hydra's sweeper and launcher, which may run the jobs in other processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib
+import itertools
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from mlmx.commands import arguments, resume
+from mlmx.config import own_files
+from mlmx.config.compose import (
+    ComposedOnce,
+    composed,
+    folder_of,
+    is_grid,
+    key_of,
+    overrides_of,
+    register_resolvers,
+    require_confined,
+    require_folder,
+)
+from mlmx.config.own_files import Files
+from mlmx.config.redaction import refuse_secrets
+from mlmx.config.schema import Config, Job, TrainConfig, register_schemas, to_config
+
+if TYPE_CHECKING:
+    from mlmx.sweeps.parent import Plan
+
+LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # the only one that runs jobs in this process
+SEARCH = "hydra_plugins.mlmx_optuna.sweeper.OptunaSweeper"
+Checked = Callable[[bool], None]  # told, when all is checked, whether the jobs run in other processes
+
+
+def run(command: str, parsed: argparse.Namespace, own: Files, is_right: Checked) -> int:
+    """One job, in this process.
+
+    Args:
+        own: YAML of the user's own that is read for it.
+    """
+    if command == "train":
+        _take_up(parsed)
+    whole = _composed(command, parsed)
+    require_confined(command, whole)
+    config = _checked(command, whole)
+    if command == "train":
+        own_files.require_no_secret(own)
+    is_right(False)
+    getattr(_module(command), command)(config, _job(whole.hydra, folder_of(whole, "hydra.run.dir"), own))
+    return 0
+
+
+def _composed(command: str, parsed: argparse.Namespace) -> DictConfig:
+    folders = arguments.search_path(parsed)
+    return composed(
+        lambda given: hydra.compose(command, [*given, *folders], return_hydra_config=True), parsed.overrides
+    )
+
+
+def _take_up(parsed: argparse.Namespace) -> None:
+    """Of ``train resume=…`` the command line that goes on with the run it means."""
+    own: Any = None
+    if resume.asked(parsed.overrides) == "auto":
+        own = _config("train", _composed("train", parsed))
+    resume.take_up(parsed, own)
+
+
+def _checked(command: str, whole: DictConfig) -> Config:
+    """The config of a job, checked as far as that goes before a folder is made or a library is loaded."""
+    config = _config(command, whole)
+    _module(command).check(config)  # loaded only now: a mistyped key is told without it
+    return config
+
+
+def _config(command: str, whole: DictConfig) -> Config:
+    keys: list[Any] = [key for key in whole if key != "hydra"]
+    return to_config(command, OmegaConf.masked_copy(whole, keys), own_files.folders_of(whole.hydra))
+
+
+def _module(command: str) -> Any:
+    return importlib.import_module(f"mlmx.commands.{command}")
+
+
+def _job(node: DictConfig, folder: Path, own: Files) -> Job:
+    return Job(folder, tuple(overrides_of(node)), dict(node.runtime.choices), own)
+
+
+# ---------------------------------------------------------------------------------------------- sweeps
+
+
+def sweep(command: str, parsed: argparse.Namespace, own: Files, is_right: Checked) -> int:
+    """Jobs as Hydra's sweeper asks for them, where its launcher runs them; those of ``train`` under their parent."""
+    if command == "train":
+        resume.take_up(parsed, None)
+    loader = ComposedOnce(GlobalHydra.instance().config_loader().get_search_path())
+    whole = _composed_sweep(loader, command, parsed)
+    require_confined(command, whole, multirun=True)
+    refuse_secrets(OmegaConf.to_container(whole, resolve=False))  # the sweeper writes it to multirun.yaml
+    asked = arguments.sweep_overrides(whole, loader)
+    configs = []
+    for number, overrides in enumerate(arguments.jobs(asked, is_grid(whole))):
+        with _named(number, " ".join(one for one in overrides if one not in parsed.overrides)):
+            found = composed(functools.partial(loader.load_sweep_config, whole), overrides)
+            require_confined(command, found, number, multirun=True)
+            configs.append(_checked(command, found))
+    elsewhere = whole.hydra.launcher._target_ != LAUNCHER
+    is_right(elsewhere)
+    if command != "train":
+        _launch(whole, loader)
+        return 0
+
+    from mlmx.runs.run import keep_own
+    from mlmx.runs.signals import passed_on
+    from mlmx.sweeps import parent
+
+    own_files.require_no_secret(own)
+    plan = planned(parsed, whole, asked, configs, own)
+    with parent.recorded(plan), passed_on() if elsewhere else contextlib.nullcontext():
+        loader.folder = plan.sweep.folder
+        whole.hydra.sweep.dir = str(plan.sweep.folder)
+        if own:
+            keep_own(plan.sweep.folder, own)
+            _search_first(whole, plan.sweep.folder / own_files.FOLDER)
+        _launch(whole, loader)
+    failed = parent.failures(plan.sweep)
+    if failed:
+        then = "; the same command again tries them anew" if plan.jobs else ""  # a search goes on to other values
+        print(f"mlmx: {len(failed)} of {len(plan.sweep.jobs())} jobs failed{then}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _composed_sweep(loader: ComposedOnce, command: str, parsed: argparse.Namespace) -> DictConfig:
+    """What holds for a whole sweep; its overrides may have several values."""
+    more = [*arguments.search_path(parsed), "hydra.mode=MULTIRUN"]
+    return composed(
+        lambda given: loader.load_configuration(command, [*given, *more], RunMode.MULTIRUN, from_shell=False),
+        parsed.overrides,
+    )
+
+
+@contextlib.contextmanager
+def _named(number: int, what: str) -> Iterator[None]:
+    """An error inside the block says of which job it is."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"job {number} of the sweep" + (f" ({what})" if what else ""))
+        raise
+
+
+def _search_first(whole: DictConfig, folder: Path) -> None:
+    """Jobs that are composed in other processes are so from the sweep's copies, which nobody edits meanwhile."""
+    override = own_files.searched([str(folder), *whole.hydra.searchpath])
+    others = [one for one in overrides_of(whole.hydra, "hydra") if not one.startswith(f"{own_files.SEARCH}=")]
+    whole.hydra.overrides.hydra = [*others, override]
+
+
+def planned(
+    parsed: argparse.Namespace, whole: DictConfig, asked: Sequence[Override], configs: Sequence[Config], own: Files
+) -> Plan:
+    """Where a sweep of ``train`` is to run, in a folder that is known before Hydra makes it."""
+    from mlmx.sweeps import parent, search
+
+    if whole.hydra.sweeper._target_ == SEARCH:
+        search.require_possible(whole.hydra.sweeper)
+    swept = arguments.swept(asked)
+    fixed = [override for override in overrides_of(whole.hydra) if key_of(override) not in swept]
+    named = any(override.startswith("hydra.sweep.dir=") for override in parsed.overrides)
+    command = ["python", "-m", "mlmx", "train", "-m"]
+    folder, number = folder_of(whole, "hydra.sweep.dir"), len(configs) if is_grid(whole) else 0
+    assert isinstance(configs[0], TrainConfig)
+    plan = parent.planned(configs[0], "", fixed, swept, number, folder, named)
+    flags = ["--config-dir", str(plan.sweep.folder / own_files.FOLDER)] if own else []
+    return replace(plan, command=shlex.join([*command, *flags, *parsed.overrides]))
+
+
+def _launch(whole: DictConfig, loader: ComposedOnce) -> None:
+    """Run the jobs; the first error that one of them returns is raised when all of them have run."""
+    context = HydraContext(config_loader=loader, callbacks=Callbacks())
+    sweeper = Plugins.instance().instantiate_sweeper(config=whole, hydra_context=context, task_function=job)
+    returned = sweeper.sweep(arguments=overrides_of(whole.hydra))
+    for one in itertools.chain.from_iterable(returned if is_grid(whole) else ()):
+        if isinstance(one.return_value, Exception):
+            raise one.return_value
+
+
+def job(values: DictConfig) -> Any:
+    """A job of a sweep, as launchers call it, perhaps in a process of their own.
+
+    Returns:
+        What the command does; of a command other than ``train`` also the error that ended it: raised here, Hydra would
+        write a line of its own about it.
+    """
+    register_schemas()
+    register_resolvers()
+    node: Any = HydraConfig.get()
+    command, number, folder = str(node.job.config_name), int(node.job.num), str(node.runtime.output_dir)
+    require_folder(command, "hydra.runtime.output_dir", folder)
+    sweep = Path(node.sweep.dir)
+    own = own_files.kept(sweep)
+    folders = [sweep / own_files.FOLDER] if own else own_files.folders_of(node)
+    config, one = to_config(command, values, folders), _job(node, Path(folder), own)
+    if isinstance(config, TrainConfig):
+        return _train(config, replace(one, sweep=sweep), number, node.sweeper)
+
+    from mlmx.runs.run import discard_empty
+
+    try:
+        with _named(number, node.job.override_dirname):
+            return getattr(_module(command), command)(config, one)
+    except Exception as error:
+        return error
+    finally:
+        discard_empty(one.folder)  # Hydra makes one for each job
+
+
+def _train(config: TrainConfig, one: Job, number: int, sweeper: DictConfig) -> float:
+    from mlmx.sweeps.job import run_job
+    from mlmx.sweeps.search import stop_early
+
+    stop = None
+    if sweeper._target_ == SEARCH:
+        assert one.sweep is not None
+        stop = stop_early(one.sweep, number, sweeper.pruner, sweeper.startup_trials)
+    return run_job(config, one, number, _module("train").train, stop)
+
+
+# ------------------------------------------------------------------------------------------- what Hydra shows
+
+
+def show(command: str, parsed: argparse.Namespace) -> int:
+    """``--cfg``, ``--info``, ``--hydra-help`` and completion, which are Hydra's."""
+    if command == "train":
+        _take_up(parsed)
+    whole, given = GlobalHydra.instance().hydra, [*parsed.overrides, *arguments.search_path(parsed)]
+    assert whole is not None
+    if parsed.cfg or parsed.info:
+        _composed(command, parsed)  # where Hydra breaks, by name
+    program, sys.argv[0] = sys.argv[0], "mlmx"  # Hydra's word for us
+    try:
+        if parsed.cfg:
+            whole.show_cfg(command, given, parsed.cfg, parsed.package, parsed.resolve)
+        elif parsed.info:
+            whole.show_info(parsed.info, command, given)
+        elif parsed.hydra_help:
+            whole.hydra_help(command, get_args_parser(), parsed)
+        else:
+            whole.shell_completion(command, parsed.overrides)
+    finally:
+        sys.argv[0] = program
+    return 0
