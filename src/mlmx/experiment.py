@@ -33,7 +33,7 @@ from mlmx.data.report import data_report
 from mlmx.data.texts import DATASETS, quick_check
 from mlmx.models.encoders import MODELS, Encoder, load_tokenizer, require_fit, require_there
 from mlmx.runs import identity
-from mlmx.tracking.store import TRACKINGS, Store
+from mlmx.tracking.store import Store, bound_store
 from mlmx.training.arguments import require_names
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def parts_of(cfg: TrainConfig) -> Parts:
     source, split, _ = bind("dataset", cfg.dataset, DATASETS, split_chunks, dataset_heldout)
     (chunking,) = bind("chunking", cfg.chunking, CHUNKINGS)
     strategy, shares, schedule = bind("masking", cfg.masking, MASKINGS, replacement_shares, rate_schedule)
-    (store,) = bind("tracking", cfg.tracking, TRACKINGS)
+    store = bound_store(cfg.tracking)
     require_names(cfg.trainer)
     require(
         cfg.trainer["name"] != "stock" or (cfg.masking == {"name": "token"} and cfg.chunking == {"name": "concat"}),
@@ -78,7 +78,7 @@ def parts_of(cfg: TrainConfig) -> Parts:
         "chunking=concat, both without options",
     )
     heldout = heldout_source(cfg)
-    return Parts(encoder(), source, split, chunking, heldout, strategy, shares(), schedule(), store())
+    return Parts(encoder(), source, split, chunking, heldout, strategy, shares(), schedule(), store)
 
 
 def resume_of(cfg: TrainConfig) -> tuple[str | None, list[str]]:

@@ -9,7 +9,6 @@ from typing import Any
 
 from mlmx.commands import describe
 from mlmx.config.errors import RequestError, path_of
-from mlmx.config.options import bind
 from mlmx.config.paths import is_below_outputs, outputs_dir
 from mlmx.config.schema import EvaluateConfig, Job, TrainConfig
 from mlmx.data.cache import TokenCache
@@ -22,7 +21,7 @@ from mlmx.kernels import memory
 from mlmx.models.encoders import load_model, load_tokenizer, require_fit, trained_from
 from mlmx.runs.log import log_to
 from mlmx.runs.run import Run, find_run
-from mlmx.tracking.store import TRACKINGS
+from mlmx.tracking.store import bound_store
 from mlmx.tracking.tracker import add_metrics
 
 log = logging.getLogger("mlmx")
@@ -34,7 +33,7 @@ def check(cfg: EvaluateConfig) -> None:
     parts = scored_parts(settings, run)
     require_fit(parts.encoder, settings.chunk_size)
     quick_check(parts.source)
-    bind("tracking", cfg.tracking, TRACKINGS)
+    bound_store(cfg.tracking)
 
 
 def resolve(cfg: EvaluateConfig) -> tuple[Path, TrainConfig, Run | None]:
@@ -130,10 +129,9 @@ def record(cfg: EvaluateConfig, run: Run, chunk_size: int, protocol: str, scored
         return
     last = run.metrics()[-1]
     metrics = {f"evaluate/{name}": value for name, value in scored.items()}
-    row = run.append_metrics(last["step"], last["epoch"], metrics)
+    run.append_metrics(last["step"], last["epoch"], metrics)
     run.write_json("result.json", result | {"metrics": result["metrics"] | metrics})
-    store = bind("tracking", cfg.tracking, TRACKINGS)[0]()
-    add_metrics(store, run, row)
+    add_metrics(bound_store(cfg.tracking), run)
 
 
 def device() -> str:

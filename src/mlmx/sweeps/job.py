@@ -23,7 +23,7 @@ from mlmx.runs.explain import explain
 from mlmx.runs.log import log_to
 from mlmx.runs.run import Run, discard_empty
 from mlmx.sweeps.sweep import Sweep, SweepJob, begin_job, fail_job
-from mlmx.tracking.mirror import RUN_FILE
+from mlmx.tracking.mirror import record_of
 
 if TYPE_CHECKING:
     from mlmx.training.reporter import StopEarly
@@ -72,8 +72,9 @@ def _run_job(
             discard_empty(job.folder)
         begin_job(folder, key, dials, identity.without_resume(job.overrides))
         resumed = {"run": str(folder), "allow": []} if (folder / "config.yaml").is_file() else cfg.resume
-        parent = Run(sweep.folder).read_json(RUN_FILE).get("run_id")
-        return train(replace(cfg, resume=resumed), replace(job, folder=folder, parent=parent), stop_early)
+        parent = record_of(Run(sweep.folder))
+        job = replace(job, folder=folder, parent=parent.run_id if parent else None)
+        return train(replace(cfg, resume=resumed), job, stop_early)
     except signals.Interrupted as error:
         if folder is not None and signals.is_worker():  # the sweep may not have been asked to end, and has to know
             fail_job(folder, str(error))
