@@ -29,7 +29,7 @@ from mlmx.data.tokens import kept_tokens
 from mlmx.evaluation import metrics
 from mlmx.models.encoders import MODELS, Encoder, encoder_of, load_tokenizer, require_fit, require_there
 from mlmx.runs import identity
-from mlmx.tracking.store import TRACKINGS, Store
+from mlmx.tracking.store import Store, bound_store
 from mlmx.training.arguments import require_names
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def parts_of(cfg: TrainConfig) -> Parts:
     source, split, says = bind("dataset", cfg.dataset, DATASETS, split_chunks, DatasetHeldout)
     (chunking,) = bind("chunking", cfg.chunking, CHUNKINGS)
     strategy, shares, schedule = bind("masking", cfg.masking, MASKINGS, replacement_shares, rate_schedule)
-    (store,) = bind("tracking", cfg.tracking, TRACKINGS)
+    store = bound_store(cfg.tracking)
     require_names(cfg.trainer)
     require(
         cfg.trainer["name"] != "stock" or (cfg.masking == {"name": "token"} and cfg.chunking == {"name": "concat"}),
@@ -75,7 +75,7 @@ def parts_of(cfg: TrainConfig) -> Parts:
         "chunking=concat, both without options",
     )
     heldout = heldout_source(cfg.heldout, source, says())
-    return Parts(encoder_of(encoder), source, split, chunking, heldout, strategy, shares(), schedule(), store())
+    return Parts(encoder_of(encoder), source, split, chunking, heldout, strategy, shares(), schedule(), store)
 
 
 def texts_sha256(parts: Parts) -> dict[str, str | None]:

@@ -111,7 +111,7 @@ def test_a_sweep_is_issued_again_without_the_folder(own: Path, outputs: Path):
     before = {run.folder: run.result() for run in all_runs()}
     assert [run.status for run in all_runs()] == ["FINISHED"] * 2
     shutil.rmtree(own)
-    assert main(shlex.split(sweep.about()["command"])[3:]) == 0
+    assert main(shlex.split(sweep.about().command)[3:]) == 0
     assert {run.folder: run.result() for run in all_runs()} == before, "what is done is kept"
     assert len(all_sweeps()) == 1
     job = all_runs()[0]

@@ -121,7 +121,7 @@ def test_tokens_that_nobody_is_writing_any_more_go(outputs: Path, capsys: pytest
 def client(store: Path) -> Any:
     from mlflow import MlflowClient
 
-    from mlmx.tracking.mlflow_run import connect
+    from mlmx.tracking.store import connect
 
     connect(local())
     return MlflowClient(local().uri)
@@ -203,14 +203,6 @@ def test_an_older_run_without_a_folder_is_closed_once_the_machine_has_started_an
     monkeypatch.setattr(provenance, "boot_time", lambda: time.time() + 10)
     lines(capsys)
     assert client.get_run(old).info.status == "KILLED"
-
-
-def test_a_run_of_an_older_version_is_closed_as_well(client: Any, outputs: Path, capsys: pytest.CaptureFixture[str]):
-    run = left(outputs / "train" / "run", "FAILED")
-    run_id = recorded(client, run.folder, boot_id=None, pid=None, pid_started=None)
-    run.write_json("result.json", {"status": "FAILED", "run_id": run_id})  # and no mlflow.json
-    lines(capsys)
-    assert client.get_run(run_id).info.status == "FAILED"
 
 
 def test_a_store_that_is_away_costs_a_line(outputs: Path, capsys: pytest.CaptureFixture[str]):

@@ -13,7 +13,7 @@ from mlmx.commands.main import main
 from mlmx.comparison.ranking import tabulate
 from mlmx.config.errors import RequestError
 from mlmx.config.options import bind
-from mlmx.config.schema import TrainConfig
+from mlmx.config.schema import Heldout, TrainConfig
 from mlmx.data.masking import MASKINGS, masker, token
 from mlmx.evaluation.metrics import all_metrics, higher_is_better
 from mlmx.experiment import check_training, parts_of
@@ -100,7 +100,7 @@ def test_a_plugin_takes_its_place_in_a_run_beside_the_shared_options(plugin: Pat
 
 
 def test_held_out_documents_come_from_a_plugin_too(plugin: Path):
-    source = parts_of(config(heldout={"dataset": {"name": "poems", "verses": 3}})).heldout.source
+    source = parts_of(config(heldout=Heldout(dataset={"name": "poems", "verses": 3}))).heldout.source
     assert source is not None
     assert (source.func.__module__, source.keywords) == (MODULE, {"verses": 3})
 

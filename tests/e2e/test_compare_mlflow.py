@@ -14,7 +14,7 @@ from mlmx.config.errors import RequestError
 from mlmx.runs.run import Run
 from mlmx.tracking import read
 from mlmx.tracking import store as stores
-from mlmx.tracking.mirror import send
+from mlmx.tracking.mirror import update
 from mlmx.tracking.store import Store
 from tests.support.made_runs import made
 from tests.support.servers import Server
@@ -30,7 +30,7 @@ def recorded(store: Store, folder: Path, *, parent: bool = False) -> list[Run]:
         made(folder / "ccc", {"lr": 3e-5}, loss=2.6, status="KILLED"),
     ]
     for run in runs:
-        send(run, store)
+        update(run, store)
     if parent:
         client, experiment = _client(store)
         above = client.create_run(experiment, run_name="sweep").info.run_id
@@ -40,7 +40,7 @@ def recorded(store: Store, folder: Path, *, parent: bool = False) -> list[Run]:
 
 
 def _client(store: Store):
-    from mlmx.tracking.mlflow_run import connect
+    from mlmx.tracking.store import connect
 
     return connect(store)
 

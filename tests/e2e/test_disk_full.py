@@ -203,7 +203,7 @@ def test_a_full_store_costs_the_run_nothing_and_gets_everything_later(
 ):
     from mlflow import MlflowClient
 
-    from mlmx.tracking.mirror import send
+    from mlmx.tracking.mirror import update
     from mlmx.tracking.store import local
 
     steps = ["trainer.logging_strategy=steps", "trainer.logging_steps=1"]
@@ -220,7 +220,7 @@ def test_a_full_store_costs_the_run_nothing_and_gets_everything_later(
         assert "database or disk is full" in said.out
         assert f"python -m mlmx sync run={run.folder}" in said.out
         make_space(other)
-        send(run, local())
+        update(run, local())
         assert mlflow_run(outputs, run).info.status == "FINISHED"
         client = MlflowClient(f"sqlite:///{store}")
         history = client.get_metric_history(run.read_json("result.json")["run_id"], "train/loss")

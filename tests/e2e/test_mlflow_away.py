@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import resource
@@ -19,12 +18,13 @@ import pytest
 from mlmx.commands.main import main
 from mlmx.config.schema import TrainConfig
 from mlmx.runs.run import Run, begin_run
+from mlmx.tracking import follower
 from mlmx.tracking import store as stores
-from mlmx.tracking import writer
-from mlmx.tracking.mirror import send
+from mlmx.tracking.mirror import record_of, update
 from mlmx.tracking.tracker import Tracker
+from tests.support.made_runs import checkpoint
 from tests.support.servers import Server, Way
-from tests.tracking.test_tracking import REPORT, history, logged, until
+from tests.tracking.test_tracking import REPORT, caught_up, history, logged, until
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -38,9 +38,9 @@ def way(server: Server) -> Iterator[Way]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "SEND_EVERY_SECONDS", 0.02)
-    monkeypatch.setattr(writer, "RETRY_AFTER_SECONDS", (0.05, 0.2))
-    monkeypatch.setattr(writer, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(follower, "SEND_EVERY_SECONDS", 0.02)
+    monkeypatch.setattr(follower, "RETRY_AFTER_SECONDS", (0.05, 0.2))
+    monkeypatch.setattr(follower, "PATIENCE_SECONDS", 1.0)
 
 
 def tracker(folder: Path, uri: str, **more: Any) -> Tracker:
@@ -57,22 +57,8 @@ def log_steps(made: Tracker, steps: range) -> None:
         made.log(step, step / 100, {"train/loss": 3 + 1 / (step + 1), "train/grad_norm": step * 0.5})
 
 
-def checkpoint(run: Run, step: int, epoch: float) -> Path:
-    """A whole checkpoint as far as tracking looks at it."""
-    folder = run.checkpoints / f"checkpoint-{step}"
-    folder.mkdir(parents=True)
-    (folder / "model.safetensors").write_bytes(os.urandom(100_000))
-    (folder / "config.json").write_text("{}")
-    (folder / "trainer_state.json").write_text(json.dumps({"epoch": epoch}))
-    (folder / "state.json").write_text(json.dumps({"interim": False}))
-    (folder / "optimizer.safetensors").write_bytes(b"moments")
-    (folder / "manifest.json").write_text("{}")
-    return folder
-
-
 def assert_equal(server: Server, made: Tracker) -> None:
     """The server's history is metrics.jsonl: no point twice, none missing."""
-    made.run_id = made.run.read_json("mlflow.json")["run_id"]
     there = history(stores.server(uri=server.uri), made)
     assert there == logged(made)
     assert set(Counter((name, step) for name, step, *_ in there).values()) == {1}
@@ -102,8 +88,13 @@ def models_of(server: Server, made: Tracker) -> dict[str, Path]:
     return {one.name: server.artifacts / one.artifact_location.partition(":/")[2].lstrip("/") for one in found}
 
 
+def save(made: Tracker, step: int, epoch: float) -> None:
+    """A checkpoint of some size."""
+    made.checkpoint(checkpoint(made.run, step, epoch, os.urandom(100_000)), step, epoch)
+
+
 def in_touch(made: Tracker) -> bool:
-    return made.writer is not None and made.writer.mlflow is not None and made.writer.failures == 0
+    return made.follower is not None and made.follower.mirror.mlflow is not None and made.follower.failures == 0
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.nightly)])
@@ -127,7 +118,7 @@ def test_a_server_killed_again_and_again_has_every_point_once(
             until(lambda: in_touch(made))
             time.sleep(chance.random())
             server.kill()
-            made.checkpoint(checkpoint(made.run, number, number), number, number)  # nobody is there to take it
+            save(made, number, number)  # nobody is there to take it
             before = at[0]
             until(lambda before=before: at[0] > before + 20)  # training goes on all the same
             server.start()
@@ -163,22 +154,22 @@ def test_what_goes_wrong_at_the_start_in_the_middle_and_at_the_end_costs_no_numb
     FAULTS[fault](way)
     made = tracker(folder, way.uri)
     log_steps(made, range(1, 51))
-    until(lambda: made.writer is not None and made.writer.failures >= 2)
+    until(lambda: made.follower is not None and made.follower.failures >= 2)
     way.clear()
-    until(lambda: made.writer is not None and made.writer.sent_bytes == made.lines.size)
+    until(lambda: caught_up(made))
     FAULTS[fault](way)
-    made.checkpoint(checkpoint(made.run, 50, 1.0), 50, 1.0)
+    save(made, 50, 1.0)
     log_steps(made, range(51, 101))
-    until(lambda: made.writer is not None and made.writer.failures >= 2)
+    until(lambda: made.follower is not None and made.follower.failures >= 2)
     way.clear()
-    until(lambda: made.writer is not None and made.writer.sent_bytes == made.lines.size and not made.writer.deeds)
+    until(lambda: caught_up(made))
     FAULTS[fault](way)
     log_steps(made, range(101, 151))
     made.finish("KILLED", {}, resumable=True)
     assert said.text.count("MLflow did not get all of this run") == 1
     assert f"later: python -m mlmx sync run={folder}" in said.text
-    assert made.writer is not None
-    made.writer.thread.join()  # as with the process: an attempt under way would succeed now
+    assert made.follower is not None
+    made.follower.thread.join()  # as with the process: an attempt under way would succeed now
 
     way.clear()
     assert main(["sync", f"run={folder}"]) == 0
@@ -197,14 +188,14 @@ def test_what_goes_wrong_at_the_start_in_the_middle_and_at_the_end_costs_no_numb
 def test_nobody_waits_for_a_server_that_is_slow(way: Way, server: Server, outputs: Path):
     """Answers are held back until the training is over: if any part of it waited, it would never be."""
     made = tracker(outputs / "train" / "run", way.uri)
-    until(lambda: made.writer is not None and made.writer.mlflow is not None and not made.writer.deeds)
+    until(lambda: caught_up(made))
     way.open.clear()
     log_steps(made, range(1, 501))
-    made.checkpoint(checkpoint(made.run, 500, 1.0), 500, 1.0)
+    save(made, 500, 1.0)
     log_steps(made, range(501, 1001))
-    assert made.writer is not None
-    assert made.writer.failures == 0
-    assert made.writer.sent_bytes < made.lines.size
+    assert made.follower is not None
+    assert made.follower.failures == 0
+    assert made.follower.mirror.sent_bytes < made.lines.size
     way.seconds = 0.1
     way.open.set()
     made.finish("FINISHED", {})
@@ -216,7 +207,7 @@ def test_a_server_that_was_away_all_the_time_gets_everything_by_sync(way: Way, s
     folder = outputs / "train" / "run"
     made = tracker(folder, way.uri)
     log_steps(made, range(1, 1001))
-    made.checkpoint(checkpoint(made.run, 1000, 2.0), 1000, 2.0)
+    save(made, 1000, 2.0)
     (made.run.plots).mkdir()
     (made.run.plots / "loss.png").write_bytes(b"\x89PNG")
     made.finish("FINISHED", {"total": 1.0})
@@ -255,7 +246,7 @@ def test_a_store_without_space_gets_everything_when_there_is_some(
     import psutil
 
     made = tracker(outputs / "train" / "run", server.uri)
-    until(lambda: made.writer is not None and made.writer.mlflow is not None and not made.writer.deeds)
+    until(lambda: caught_up(made))
     assert server.process is not None
     processes = [server.process.pid, *(child.pid for child in psutil.Process(server.process.pid).children(True))]
     before = resource.prlimit(processes[0], resource.RLIMIT_FSIZE)
@@ -263,7 +254,7 @@ def test_a_store_without_space_gets_everything_when_there_is_some(
     for process in processes:
         resource.prlimit(process, resource.RLIMIT_FSIZE, full)
     step = 0
-    while made.writer is not None and made.writer.failures < 2:
+    while made.follower is not None and made.follower.failures < 2:
         log_steps(made, range(step, step + 100))
         step += 100
         time.sleep(0.01)
@@ -277,19 +268,21 @@ def test_a_store_without_space_gets_everything_when_there_is_some(
 
 def test_sending_again_doubles_nothing_on_a_real_server(server: Server, outputs: Path):
     """Not even where it is not known what is there: the store keeps equal points once."""
-    from mlmx.tracking.mlflow_run import MlflowRun, connect
+    from mlmx.tracking.mlflow_run import MlflowRun
+    from mlmx.tracking.store import connect
 
     made = tracker(outputs / "train" / "run", server.uri)
     log_steps(made, range(1, 200))
     made.finish("FINISHED", {})
     store = stores.server(uri=server.uri)
     client, experiment = connect(store)
-    told = made.run.read_json("mlflow.json")
-    ignorant = MlflowRun(client, experiment, told, again=True)
-    ignorant.has = set()
+    record = record_of(made.run)
+    assert record is not None
+    ignorant = MlflowRun(client, experiment, record)
+    ignorant.has = {}
     assert ignorant.log(made.run.metrics()) == 3 * 199
     assert_equal(server, made)
-    assert sum(send(made.run, store).values()) == 0
+    assert sum(update(made.run, store).values()) == 0
 
 
 def test_what_a_run_lets_go_of_goes_on_a_real_server_and_the_best_is_in_its_registry(
@@ -300,7 +293,7 @@ def test_what_a_run_lets_go_of_goes_on_a_real_server_and_the_best_is_in_its_regi
 
     folder = outputs / "train" / "run"
     made = tracker(folder, way.uri, registered="away", rotates=True)
-    until(lambda: in_touch(made))
+    until(lambda: caught_up(made))
     for step, loss in enumerate((2.0, 1.0, 1.5, 1.7), start=1):
         made.log(step, float(step), {"heldout/loss": loss})
         for gone in {1, 3} & {step - 1}:  # keep=best+last
@@ -308,7 +301,7 @@ def test_what_a_run_lets_go_of_goes_on_a_real_server_and_the_best_is_in_its_regi
         way.loses_answers = step == 3
         made.checkpoint(checkpoint(made.run, step, float(step)), step, float(step))
         if step == 3:
-            until(lambda: made.writer is not None and made.writer.failures >= 1)
+            until(lambda: made.follower is not None and made.follower.failures >= 1)
             way.clear()
     made.finish("FINISHED", {})
     assert set(models_of(server, made)) == {"epoch-2", "epoch-4"}

@@ -315,7 +315,7 @@ def test_a_start_marks_the_dead_here_and_in_mlflow(
     from mlmx.tracking.tracker import Tracker
 
     finish = Tracker.finish
-    monkeypatch.setattr(Tracker, "finish", lambda tracker, *args, **kwargs: tracker.writer.do("x", lambda _: None))
+    monkeypatch.setattr(Tracker, "finish", lambda tracker, *args, **kwargs: tracker.follower.look())
     killed = small(tiny, corpus, f"hydra.run.dir={outputs / 'train' / 'killed'}")
     assert main(killed) == 0  # its process lives on, but nobody said how it ended
     run = Run(outputs / "train" / "killed")

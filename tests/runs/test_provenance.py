@@ -18,10 +18,10 @@ from mlmx.commands.main import main
 from mlmx.config.schema import TrainConfig
 from mlmx.runs import provenance
 from mlmx.runs.run import Run, begin_run
-from mlmx.tracking import system, writer
+from mlmx.tracking import follower, system
 from mlmx.tracking.store import local, server
 from tests.tracking.test_mirror import of, opened
-from tests.tracking.test_tracking import history, logged, tracker, until
+from tests.tracking.test_tracking import caught_up, history, logged, tracker, until
 from tests.training.test_resume import command
 
 
@@ -218,7 +218,7 @@ OUTCOME = "**KILLED**"
 def test_a_description_follows_the_run_until_a_person_edits_it(edited: bool, store: Path, outputs: Path):
     folder = outputs / "train" / "run"
     made = opened(folder)
-    until(lambda: made.writer is not None and made.writer.mlflow is not None and not made.writer.deeds)
+    until(lambda: caught_up(made))
     assert note(outputs) == "a note"
     if edited:
         of(outputs)[0].set_tag(made.run_id, "mlflow.note.content", "mine")
@@ -227,7 +227,7 @@ def test_a_description_follows_the_run_until_a_person_edits_it(edited: bool, sto
     assert note(outputs) == ("mine" if edited else f"a note\n\n{OUTCOME}")
 
     again = opened(folder)
-    until(lambda: again.writer is not None and again.writer.mlflow is not None and not again.writer.deeds)
+    until(lambda: caught_up(again))
     assert note(outputs) == ("mine" if edited else "a note"), "it is no longer one that was killed"
     again.annotate("**FINISHED**")
     again.finish("FINISHED", {})
@@ -237,10 +237,10 @@ def test_a_description_follows_the_run_until_a_person_edits_it(edited: bool, sto
 def test_a_description_that_mlflow_missed_is_sent_later(store: Path, outputs: Path, monkeypatch: pytest.MonkeyPatch):
     folder = outputs / "train" / "run"
     made = opened(folder)
-    until(lambda: made.writer is not None and made.writer.mlflow is not None and not made.writer.deeds)
+    until(lambda: caught_up(made))
     with contextlib.ExitStack() as away, monkeypatch.context() as patch:
         away.callback(lambda: None)
-        patch.setattr(writer, "PATIENCE_SECONDS", 0.1)
+        patch.setattr(follower, "PATIENCE_SECONDS", 0.1)
         patch.setattr("mlmx.tracking.mlflow_run.MlflowRun.describe", lambda *given: 1 / 0)
         made.annotate("**FINISHED**")
         made.finish("FINISHED", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -105,3 +106,15 @@ def made(
     told = {"name": "a name", "tags": tags, "params": params, "started": 1_700_000_000_000 + len(str(folder))}
     run.write_json("mlflow.json", told | {"ended": None, "run_id": None})
     return run
+
+
+def checkpoint(run: Run, step: int, epoch: float, weights: bytes | None = None) -> Path:
+    """A whole checkpoint as far as tracking looks at it."""
+    folder = run.checkpoints / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(weights or f"weights {step}".encode())
+    texts = {"config.json": "{}", "tokenizer.json": "{}", "optimizer.safetensors": "moments"}
+    texts |= {"trainer_state.json": json.dumps({"epoch": epoch}), "state.json": json.dumps({"interim": False})}
+    for name, text in {**texts, "manifest.json": "{}"}.items():  # which says that it is whole
+        (folder / name).write_text(text)
+    return folder

@@ -16,8 +16,9 @@ from mlmx.commands.main import main
 from mlmx.config.schema import TrainConfig
 from mlmx.runs import process, provenance
 from mlmx.runs.run import Run, all_runs
-from mlmx.sweeps.parent import _parent
 from mlmx.sweeps.sweep import Sweep, all_sweeps
+from mlmx.tracking.follower import Follower
+from mlmx.tracking.mirror import Mirror
 from tests.support.processes import ended, reached, started, wait_until
 
 Sweeping = Callable[..., int]
@@ -204,20 +205,39 @@ def test_a_job_that_is_refused_late_leaves_its_reason(
 def test_children_made_while_mlflow_was_away_are_nested_at_the_end(
     sweep: Sweeping, outputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    own, calls = _parent, []
+    own, calls = Mirror.connect, []
 
-    def away_at_first(*args: Any) -> Any:
-        calls.append(args)
+    def away_at_first(mirror: Mirror) -> Any:
+        calls.append(mirror)
         if len(calls) == 1:
             raise ConnectionError("nobody there")
-        return own(*args)
+        return own(mirror)
 
-    monkeypatch.setattr("mlmx.sweeps.parent._parent", away_at_first)
+    monkeypatch.setattr(Mirror, "connect", away_at_first)
     assert sweep("lr=1e-4,1e-3") == 0
     assert "nobody there" in capsys.readouterr().out
     parent, children = told(outputs)
     assert parent.info.status == "FINISHED"
     assert len(children) == 2
+
+
+@pytest.mark.usefixtures("store")
+def test_jobs_that_ended_before_mlflow_knew_it_are_mended_with_the_sweep(
+    sweep: Sweeping, outputs: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from mlflow import MlflowClient
+
+    monkeypatch.setattr(Follower, "finish", lambda follower: setattr(follower, "given_up", True))
+    assert sweep("lr=1e-4,1e-3") == 0
+    parent, found = told(outputs)
+    client = MlflowClient(f"sqlite:///{outputs / 'mlflow.db'}")
+    assert [run.info.status for run in (parent, *found)] == ["FINISHED"] * 3
+    for child in found:
+        run = Run(Path(child.data.tags["mlmx.folder"]))
+        steps = [row["step"] for row in run.metrics() if "heldout/loss" in row]
+        history = client.get_metric_history(child.info.run_id, "heldout/loss")
+        assert [point.step for point in history] == steps
+        assert "model" in {one.name for one in client.search_logged_models([child.info.experiment_id])}
 
 
 @pytest.mark.parametrize("by_name", [True, False])
@@ -297,7 +317,10 @@ def test_doctor_marks_a_sweep_whose_process_is_gone(tiny: Path, corpus: Path, ou
     assert (
         f"{the_sweep().folder}: a sweep; the same command keeps what is done: python -m mlmx" in capsys.readouterr().out
     )
-    assert told(outputs)[0].info.status == "KILLED"
+    parent, _ = told(outputs)
+    assert parent.info.status == "KILLED"
+    sent = outputs / "mlartifacts" / parent.info.run_id / "artifacts" / "sweep.json"
+    assert json.loads(sent.read_text())["status"] == "KILLED"
 
 
 def test_a_value_that_is_wrong_is_refused_before_any_job(

@@ -27,13 +27,14 @@ from mlmx.models.encoders import load_model, load_tokenizer, pretrained
 from mlmx.models.fill import fill_masks
 from mlmx.runs import identity
 from mlmx.runs.run import Run
-from mlmx.tracking import logged_models, writer
-from mlmx.tracking.mirror import send
+from mlmx.tracking import follower, model_files
+from mlmx.tracking.mirror import update
 from mlmx.tracking.store import local
 from mlmx.tracking.tracker import Tracker
+from tests.support.made_runs import checkpoint
 from tests.support.servers import OPTIONS, free_port
 from tests.tracking.test_mirror import Made, opened
-from tests.tracking.test_tracking import history, logged, until
+from tests.tracking.test_tracking import caught_up, history, logged, until
 
 pytestmark = pytest.mark.timeout(300)
 SENTENCE = "This is a great [MASK]."
@@ -82,8 +83,8 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "SEND_EVERY_SECONDS", 0.02)
-    monkeypatch.setattr(writer, "RETRY_AFTER_SECONDS", (0.02,))
+    monkeypatch.setattr(follower, "SEND_EVERY_SECONDS", 0.02)
+    monkeypatch.setattr(follower, "RETRY_AFTER_SECONDS", (0.02,))
 
 
 # --------------------------------------------------------------------------------- what a run leaves there
@@ -286,16 +287,6 @@ def test_the_final_model_is_served_by_one_command(tiny: Path, corpus: Path, stor
 # ---------------------------------------------------------------------------------------------- lost answers
 
 
-def checkpoint(run: Run, step: int, epoch: float) -> Path:
-    folder = run.checkpoints / f"checkpoint-{step}"
-    folder.mkdir(parents=True)
-    texts = {"model.safetensors": f"weights {step}", "config.json": "{}", "tokenizer.json": "{}", "manifest.json": "{}"}
-    texts |= {"trainer_state.json": json.dumps({"epoch": epoch}), "state.json": json.dumps({"interim": False})}
-    for name, text in texts.items():
-        (folder / name).write_text(text)
-    return folder
-
-
 def train(made: Tracker, steps: range, *, loss: float = 2.0) -> None:
     """What a training tells its tracker, a checkpoint after each step."""
     for step in steps:
@@ -304,15 +295,18 @@ def train(made: Tracker, steps: range, *, loss: float = 2.0) -> None:
         made.checkpoint(checkpoint(made.run, step, float(step)), step, float(step))
 
 
-@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("every_seconds", [0.02, 1_000.0], ids=["seen at once", "seen at the end"])
 @pytest.mark.parametrize("is_there", [False, True])
-def test_a_checkpoint_that_was_saved_before_it_was_scored_gets_its_scores(is_there: bool, store: Path, outputs: Path):
+def test_a_checkpoint_that_was_saved_before_it_was_scored_gets_its_scores(
+    is_there: bool, every_seconds: float, store: Path, outputs: Path, monkeypatch: pytest.MonkeyPatch
+):
     """As with ``trainer.save_strategy=steps``, whose checkpoints come before the scores of their step."""
+    monkeypatch.setattr(follower, "SEND_EVERY_SECONDS", every_seconds)
     made = opened(outputs / "train" / "run")
     made.log(1, 1.0, {"train/loss": 3.0})
     made.checkpoint(checkpoint(made.run, 1, 1.0), 1, 1.0)
     if is_there:
-        until(lambda: bool(made.run.result().run_id) and "epoch-1" in models_of(made.run.folder))
+        until(lambda: caught_up(made))
     made.log(1, 1.0, {"eval/loss": 2.0, "heldout/loss": 2.5})
     made.finish("FINISHED", {})
     [one] = models_of(made.run.folder).values()
@@ -321,7 +315,7 @@ def test_a_checkpoint_that_was_saved_before_it_was_scored_gets_its_scores(is_the
         "heldout/loss": (2.5, False),  # nothing is held out in this run's report
     }
     assert_points(made.run.folder)
-    assert sum(send(made.run, local()).values()) == 0
+    assert sum(update(made.run, local()).values()) == 0
 
 
 @pytest.mark.usefixtures("short")
@@ -353,7 +347,7 @@ def test_an_answer_that_is_lost_doubles_nothing(
     assert sorted(one.step for one in outputs_there) == [1, 2, 3]
     assert_points(folder)
     assert {len(one.metrics) for one in models_of(folder).values()} == {2}
-    assert sum(send(made.run, local()).values()) == 0
+    assert sum(update(made.run, local()).values()) == 0
 
 
 def test_what_the_store_has_lost_of_a_model_is_put_back(store: Path, outputs: Path):
@@ -365,12 +359,12 @@ def test_what_the_store_has_lost_of_a_model_is_put_back(store: Path, outputs: Pa
     (there / "model" / "model.safetensors").unlink()
     (there / "MLmodel").unlink()
     client().delete_logged_model(models_of(folder)["epoch-2"].model_id)
-    found = send(made.run, local())
+    found = update(made.run, local())
     assert {name: count for name, count in found.items() if count} == {"models": 2}
     assert (there / "MLmodel").is_file()
     assert (there / "model/model.safetensors").samefile(folder / "checkpoints/checkpoint-1/model.safetensors")
     assert set(models_of(folder)) == {"epoch-1", "epoch-2"}
-    assert sum(send(made.run, local()).values()) == 0
+    assert sum(update(made.run, local()).values()) == 0
     assert_points(folder)
 
 
@@ -440,7 +434,7 @@ def test_what_is_kept_in_the_folder_is_kept_in_mlflow(
     assert len(weights) == len(steps) + 1, "the files of the others are gone"
     epochs = [point for point in stored(Made(folder)) if point[0] == "heldout/loss"]
     assert len(epochs) == 5, "their numbers stay"
-    assert sum(send(Run(folder), local()).values()) == 0
+    assert sum(update(Run(folder), local()).values()) == 0
     assert set(models_of(folder)) == {"model", *(f"epoch-{step // 2}" for step in steps)}
 
 
@@ -467,15 +461,15 @@ def test_a_resumed_run_knows_its_best_and_its_final_model_is_the_new_one(
 def test_checkpoints_that_went_while_mlflow_was_away_never_come(store: Path, outputs: Path, said: Any, monkeypatch):
     folder = outputs / "train" / "run"
     with monkeypatch.context() as away:
-        away.setattr(writer, "PATIENCE_SECONDS", 0.1)
-        away.setattr("mlmx.tracking.mlflow_run.connect", lambda store: 1 / 0)
+        away.setattr(follower, "PATIENCE_SECONDS", 0.1)
+        away.setattr("mlmx.tracking.mirror.connect", lambda store: 1 / 0)
         made = opened(folder, rotates=True)
         for step in (1, 2, 3):
             shutil.rmtree(folder / "checkpoints" / f"checkpoint-{step - 1}", ignore_errors=True)
             train(made, range(step, step + 1))
         made.finish("KILLED", {}, resumable=True)
-        assert made.writer is not None
-        made.writer.thread.join()
+        assert made.follower is not None
+        made.follower.thread.join()
     again = opened(folder, rotates=True)
     shutil.rmtree(folder / "checkpoints" / "checkpoint-3")
     train(again, range(4, 5))
@@ -490,7 +484,7 @@ def test_checkpoints_deleted_by_hand_stay_in_mlflow(store: Path, outputs: Path):
     train(made, range(1, 3))
     made.finish("FINISHED", {})
     shutil.rmtree(folder / "checkpoints")
-    assert sum(send(made.run, local()).values()) == 0
+    assert sum(update(made.run, local()).values()) == 0
     assert set(models_of(folder)) == {"epoch-1", "epoch-2"}
     weights = files_of(models_of(folder)["epoch-1"]) / "model/model.safetensors"
     assert weights.read_text() == "weights 1"
@@ -560,7 +554,7 @@ def test_the_best_and_the_last_are_versions_with_aliases(store: Path, outputs: P
     assert (best.tags["mlmx.metric"], float(best.tags["mlmx.loss"])) == ("heldout/loss", 1.0)
     listed = json.loads(models_of(made.run.folder)["epoch-2"].tags["mlflow.modelVersions"])
     assert [(one["name"], int(one["version"])) for one in listed] == [("tiny", int(best.version))]
-    assert sum(send(made.run, local()).values()) == 0
+    assert sum(update(made.run, local()).values()) == 0
 
 
 def test_one_version_may_be_both(store: Path, outputs: Path):
@@ -583,24 +577,23 @@ def test_an_unfinished_run_registers_nothing(store: Path, outputs: Path):
     made = opened(outputs / "train" / "run", registered="tiny")
     train(made, range(1, 3))
     made.finish("KILLED", {}, resumable=True)
-    send(made.run, local())
+    update(made.run, local())
     assert client().search_model_versions("name='tiny'") == []
 
 
 def test_runs_that_were_sent_late_register_as_if_they_had_not_been(store: Path, outputs: Path, monkeypatch, capsys):
     with monkeypatch.context() as away:
-        away.setattr(writer, "PATIENCE_SECONDS", 0.1)
-        away.setattr("mlmx.tracking.mlflow_run.connect", lambda store: 1 / 0)
+        away.setattr(follower, "PATIENCE_SECONDS", 0.1)
+        away.setattr("mlmx.tracking.mirror.connect", lambda store: 1 / 0)
         early = trained(outputs / "train" / "early", 2.0, 1.0, 1.5)
-        assert early.writer is not None
-        early.writer.thread.join()
+        assert early.follower is not None
+        early.follower.thread.join()
     late = trained(outputs / "train" / "late", 1.2)
     assert aliases("tiny") == dict.fromkeys(("best", "last"), (late.run_id, 1))
     assert main(["sync", f"run={early.run.folder}"]) == 0
     assert "3 models" in (said := capsys.readouterr().out)
     assert "2 versions" in said
-    early.run_id = early.run.read_json("result.json")["run_id"]
-    assert aliases("tiny") == {"best": (early.run_id, 2), "last": (late.run_id, 1)}
+    assert aliases("tiny") == {"best": (early.run.result().run_id, 2), "last": (late.run_id, 1)}
     assert main(["sync", "run=all"]) == 0
     assert capsys.readouterr().out.count("has all of it") == 2
 
@@ -626,9 +619,9 @@ def test_a_version_whose_answer_is_lost_is_there_once(store: Path, outputs: Path
 
 def test_others_that_register_at_the_same_moment_leave_the_aliases_right(store: Path, outputs: Path, monkeypatch):
     """The better one comes between looking and setting."""
-    from mlmx.tracking import registry
+    from mlmx.tracking import logged_models
 
-    worse, aliases_of, better = trained(outputs / "train" / "worse", 2.0), registry.aliases_of, list[str]()
+    worse, aliases_of, better = trained(outputs / "train" / "worse", 2.0), logged_models.aliases_of, list[str]()
 
     def late(versions: Any) -> dict[str, str]:
         wanted = aliases_of(versions)
@@ -637,7 +630,7 @@ def test_others_that_register_at_the_same_moment_leave_the_aliases_right(store: 
             better[0] = str(trained(outputs / "train" / "better", 1.0).run_id)
         return wanted
 
-    monkeypatch.setattr(registry, "aliases_of", late)
+    monkeypatch.setattr(logged_models, "aliases_of", late)
     between = trained(outputs / "train" / "between", 1.5)
     assert aliases("tiny")["best"] == (better[0], 1)
     assert len({worse.run_id, between.run_id, better[0]}) == 3
@@ -656,5 +649,5 @@ def test_the_registry_needs_mlflow(tiny: Path, corpus: Path, outputs: Path, caps
 
 
 def test_the_name_of_a_model_says_which_it_is():
-    names = [logged_models.Saved(Path("checkpoint-7"), 7, epoch).name for epoch in (1.0, 2.0000000001, 0.7, 0.0)]
+    names = [model_files.Saved(Path("checkpoint-7"), 7, epoch).name for epoch in (1.0, 2.0000000001, 0.7, 0.0)]
     assert names == ["epoch-1", "epoch-2", "step-7", "epoch-0"]

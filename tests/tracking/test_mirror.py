@@ -20,11 +20,11 @@ from mlmx.commands.main import main
 from mlmx.config.schema import TrainConfig
 from mlmx.runs import process
 from mlmx.runs.run import Run, begin_run
-from mlmx.tracking import writer
-from mlmx.tracking.mirror import send
+from mlmx.tracking import follower
+from mlmx.tracking.mirror import update
 from mlmx.tracking.store import Store, local
 from mlmx.tracking.tracker import Tracker
-from tests.tracking.test_tracking import REPORT, logged, until
+from tests.tracking.test_tracking import REPORT, caught_up, logged, until
 from tests.tracking.test_tracking import history as stored
 from tests.training.test_resume import command, history, same
 
@@ -45,7 +45,6 @@ class Made:
 
     def __init__(self, folder: Path) -> None:
         self.run = Run(folder)
-        self.status = self.run.status
         self.run_id = self.run.read_json("result.json")["run_id"]
 
 
@@ -67,9 +66,9 @@ EVERY_FIFTH = ["trainer.save_steps=5", "tracking=local"]
 def offline(store: Path, tiny: Path, corpus: Path, outputs: Path, monkeypatch, capsys) -> Path:
     """A run whose MLflow was away all the time."""
     folder = outputs / "train" / "offline"
-    monkeypatch.setattr(writer, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(follower, "PATIENCE_SECONDS", 0.1)
     with monkeypatch.context() as away:
-        away.setattr("mlmx.tracking.mlflow_run.connect", lambda store: 1 / 0)
+        away.setattr("mlmx.tracking.mirror.connect", lambda store: 1 / 0)
         assert main([*command(tiny, corpus, folder), *EVERY_FIFTH]) == 0
     assert f"later: python -m mlmx sync run={folder}" in capsys.readouterr().out
     return folder
@@ -217,7 +216,7 @@ def test_a_changed_param_is_a_tag_of_the_resumed_run(store: Path, outputs: Path,
 def keeps_dying(folder: str, outputs: str, steps: int) -> None:
     """What a training does to its tracker: it goes on a few steps before where it was killed."""
     os.environ["MLMX_OUTPUTS"] = outputs
-    writer.SEND_EVERY_SECONDS = 0.01
+    follower.SEND_EVERY_SECONDS = 0.01
     made = opened(Path(folder))
     for step in range(max(1, made.latest[0] - 7), steps + 1):
         log_steps(made, range(step, step + 1))
@@ -229,7 +228,7 @@ def keeps_dying(folder: str, outputs: str, steps: int) -> None:
 def test_a_run_killed_again_and_again_is_one_mlflow_run_with_every_point_once(kills: int, store: Path, outputs: Path):
     folder, chance = outputs / "train" / "run", random.Random(kills)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mlmx.tracking.mlflow_run", "tests.test_sync"])
+    context.set_forkserver_preload(["mlmx.tracking.mlflow_run", "tests.tracking.test_mirror"])
     for kill in range(kills + 1):
         steps = 100 * kills if kill == kills else 10**9
         before = len(Run(folder).metrics())
@@ -248,6 +247,29 @@ def test_a_run_killed_again_and_again_is_one_mlflow_run_with_every_point_once(ki
     assert of(outputs)[1].data.tags.get("resumable") is None
 
 
+@pytest.mark.parametrize("command", [["sync", "run=last"], ["doctor"]], ids=lambda command: command[0])
+def test_a_run_that_finished_and_was_killed_before_mlflow_knew_is_mended(
+    command: list[str], store: Path, outputs: Path, monkeypatch: pytest.MonkeyPatch
+):
+    made = opened(outputs / "train" / "run")
+    log_steps(made, range(1, 11))
+    until(lambda: caught_up(made))
+    assert made.follower is not None
+    made.follower.given_up = True
+    monkeypatch.setattr(made.follower, "finish", lambda: None)
+    log_steps(made, range(11, 21))
+    made.finish("FINISHED", {})
+    made.follower.look()
+    made.follower.thread.join()
+    client, _ = of(outputs)
+    client.set_tag(made.run_id, "resumable", "true")
+    client.update_run(made.run_id, "RUNNING")  # whatever the thread could still bring
+    assert main(command) == 0
+    run = of(outputs)[1]
+    assert (run.info.run_id, run.info.status, run.data.tags.get("resumable")) == (made.run_id, "FINISHED", None)
+    assert stored(local(), Made(made.run.folder)) == logged(Made(made.run.folder))
+
+
 def test_what_a_person_has_changed_in_mlflow_stays(store: Path, outputs: Path):
     made = ended(outputs / "train" / "run")
     client, run = of(outputs)
@@ -255,7 +277,7 @@ def test_what_a_person_has_changed_in_mlflow_stays(store: Path, outputs: Path):
     client.set_tag(run.info.run_id, "mlflow.note.content", "kept")
     client.set_tag(run.info.run_id, "mine", "1")
     client.set_tag(run.info.run_id, "mlmx.command", "another")
-    assert {name: count for name, count in send(made.run, local()).items() if count} == {"tags": 1}
+    assert {name: count for name, count in update(made.run, local()).items() if count} == {"tags": 1}
     tags = of(outputs)[1].data.tags
     assert (tags["mlflow.runName"], tags["mlflow.note.content"], tags["mine"]) == ("the good one", "kept", "1")
     assert tags["mlmx.command"] == "python -m mlmx train"
@@ -285,11 +307,11 @@ def elsewhere(_store: Path, outputs: Path) -> Store:
 
 def test_a_store_that_does_not_know_the_run_gets_it_once(store: Path, elsewhere: Store, outputs: Path):
     made = ended(outputs / "train" / "run")
-    found = send(made.run, elsewhere, own=False)
+    found = update(made.run, elsewhere, own=False)
     assert (found["runs"], found["points"]) == (1, 30)
-    assert sum(send(made.run, elsewhere, own=False).values()) == 0, "found again, though its id is not on record"
+    assert sum(update(made.run, elsewhere, own=False).values()) == 0, "found again, though its id is not on record"
     assert Run(made.run.folder).read_json("mlflow.json")["run_id"] == made.run_id
-    assert sum(send(made.run, local()).values()) == 0
+    assert sum(update(made.run, local()).values()) == 0
 
 
 def test_all_sends_what_can_be_sent_and_says_what_cannot(store: Path, outputs: Path, capsys):
@@ -335,7 +357,7 @@ def test_a_store_that_is_away_is_asked_once(store: Path, outputs: Path, capsys, 
         asked.append(at)
         raise ConnectionError("nobody is there")
 
-    monkeypatch.setattr("mlmx.tracking.mlflow_run.connect", connect)
+    monkeypatch.setattr("mlmx.tracking.mirror.connect", connect)
     assert main(["sync", "run=all"]) == 1
     shown = capsys.readouterr()
     first, second, third = shown.out.splitlines()

@@ -20,10 +20,10 @@ import pytest
 
 from mlmx.commands.main import main
 from mlmx.runs.run import Run
-from mlmx.tracking import store, writer
+from mlmx.tracking import follower, store
 from mlmx.tracking.store import Store, is_of_a_network, local, make, newest_schema, trouble
 from tests.tracking.test_mirror import ended
-from tests.tracking.test_tracking import history, logged, tracker, until
+from tests.tracking.test_tracking import caught_up, history, logged, tracker, until
 
 POINTS = 20
 
@@ -44,7 +44,7 @@ def job(outputs: str, number: int, all_there: Any) -> None:
 def test_processes_that_start_together_on_a_fresh_store_lose_nothing(processes: int, rounds: int, tmp_path: Path):
     """Left to itself MLflow breaks: of 4 processes most fail, in each other's migrations."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mlmx.tracking.mlflow_run", "tests.test_stores"])
+    context.set_forkserver_preload(["mlmx.tracking.mlflow_run", "tests.tracking.test_store"])
     for number in range(rounds):
         outputs = tmp_path / str(number)
         all_there = context.Barrier(processes)
@@ -99,7 +99,7 @@ def is_made_by(outputs: str) -> None:
 
 def test_a_process_killed_while_it_makes_the_store_leaves_no_half_of_one(outputs: Path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mlmx.tracking.mlflow_run", "tests.test_stores"])
+    context.set_forkserver_preload(["mlmx.tracking.mlflow_run", "tests.tracking.test_store"])
     process = context.Process(target=is_made_by, args=(str(outputs),))
     process.start()
     aside = outputs / ".mlflow.db.new"
@@ -146,8 +146,8 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
 @pytest.fixture(params=BAD)
 def bad(request: pytest.FixtureRequest, store: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
     """A store that cannot be used, and what is to be said of it."""
-    monkeypatch.setattr(writer, "RETRY_AFTER_SECONDS", (0.01,))
-    monkeypatch.setattr(writer, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(follower, "RETRY_AFTER_SECONDS", (0.01,))
+    monkeypatch.setattr(follower, "PATIENCE_SECONDS", 0.2)
     spoil, words = BAD[request.param]
     spoil(store)
     return store, words
@@ -165,7 +165,7 @@ def test_a_bad_store_is_said_in_one_line_and_left_alone(
     made = ended(outputs / "train" / "run")
     assert [record.getMessage() for record in said.records if words in record.getMessage()] != []
     assert "Traceback" not in said.text
-    assert made.status == "FINISHED"
+    assert made.run.status == "FINISHED"
     assert len(made.run.metrics()) == 10
 
     capsys.readouterr()
@@ -234,8 +234,8 @@ def test_an_address_that_does_not_answer_is_said(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(writer, "RETRY_AFTER_SECONDS", (0.01,))
-    monkeypatch.setattr(writer, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(follower, "RETRY_AFTER_SECONDS", (0.01,))
+    monkeypatch.setattr(follower, "PATIENCE_SECONDS", 0.2)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -275,11 +275,11 @@ def test_a_store_replaced_under_a_run_is_noticed(
     store: Path, outputs: Path, said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     """sqlite itself goes on writing to the file that it has open, wherever that is now."""
-    monkeypatch.setattr(writer, "RETRY_AFTER_SECONDS", (0.01,))
-    monkeypatch.setattr(writer, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(follower, "RETRY_AFTER_SECONDS", (0.01,))
+    monkeypatch.setattr(follower, "PATIENCE_SECONDS", 0.2)
     made = tracker(outputs / "train" / "run", local())
     made.log(1, 0.5, {"train/loss": 1.0})
-    until(lambda: made.writer is not None and made.writer.sent_bytes == made.lines.size)
+    until(lambda: caught_up(made))
     put_back = Path(shutil.copy(store, outputs / "another.db"))
     store.unlink()
     put_back.rename(store)

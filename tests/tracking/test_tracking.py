@@ -13,9 +13,10 @@ import pytest
 from mlmx.commands import main
 from mlmx.config.errors import RequestError
 from mlmx.runs.run import Run, all_runs
-from mlmx.tracking import writer
+from mlmx.tracking import follower
 from mlmx.tracking.store import Store, local, server
 from mlmx.tracking.tracker import Tracker
+from tests.support.made_runs import checkpoint
 
 REPORT = {
     split: {
@@ -33,7 +34,7 @@ REPORT = {
 def tracker(folder: Path, store: Store | None) -> Tracker:
     folder.mkdir(parents=True)
     made = Tracker(Run(folder), store)
-    made.start("a name", "eval-1", {"lr": 1e-5}, {"mlmx.command": "python -m mlmx train"}, REPORT)
+    made.start("a name", "eval-1", {"lr": 1e-5}, {"mlmx.command": "train", "mlmx.folder": str(folder)}, REPORT)
     return made
 
 
@@ -41,6 +42,15 @@ def until(true: Callable[[], bool]) -> None:
     """Wait for what another thread or process does (pytest's timeout ends it)."""
     while not true():
         time.sleep(0.01)
+
+
+def caught_up(made: Tracker) -> bool:
+    """Whether MLflow is in touch and has all that the run's folder has now."""
+    assert made.follower is not None
+    mirror = made.follower.mirror
+    if mirror.mlflow is None or made.follower.failures:
+        return False
+    return mirror.sent_bytes == made.lines.size and not mirror.lacking()
 
 
 def logged(made: Tracker) -> list[tuple[str, int, int, float]]:
@@ -58,10 +68,11 @@ def history(at: Store, made: Tracker) -> list[tuple[str, int, int, float]]:
     from mlflow import MlflowClient
 
     client = MlflowClient(at.uri)
-    assert made.run_id is not None
-    run = client.get_run(made.run_id)
-    assert run.info.status == made.status
-    points = [point for name in run.data.metrics for point in client.get_metric_history(made.run_id, name)]
+    run_id = made.run.result().run_id
+    assert run_id is not None
+    run = client.get_run(run_id)
+    assert run.info.status == made.run.status
+    points = [point for name in run.data.metrics for point in client.get_metric_history(run_id, name)]
     return sorted((point.key, point.step, point.timestamp, point.value) for point in points)
 
 
@@ -108,18 +119,7 @@ def test_weights_are_linked_into_the_store_and_resuming_files_are_not(store: Pat
     from mlflow import MlflowClient
 
     made = tracker(outputs / "run", local())
-    saved = outputs / "run" / "checkpoint-7"
-    saved.mkdir()
-    for name in (
-        "model.safetensors",
-        "config.json",
-        "tokenizer.json",
-        "optimizer.safetensors",
-        "state.json",
-        "trainer_state.json",
-        "manifest.json",
-    ):
-        (saved / name).write_text(name)
+    saved = checkpoint(made.run, 7, 1.0)
     made.checkpoint(saved, 7, 1.0)
     made.finish("FINISHED", {})
     client = MlflowClient(local().uri)
@@ -135,8 +135,8 @@ def test_weights_are_linked_into_the_store_and_resuming_files_are_not(store: Pat
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "RETRY_AFTER_SECONDS", (0.01,))
-    monkeypatch.setattr(writer, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(follower, "RETRY_AFTER_SECONDS", (0.01,))
+    monkeypatch.setattr(follower, "PATIENCE_SECONDS", 0.5)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -151,16 +151,14 @@ def test_a_store_that_fails_costs_a_line_not_the_run(outputs: Path, caplog):
     assert json.loads((outputs / "run" / "result.json").read_text())["status"] == "FINISHED"
     assert caplog.text.count("MLflow cannot be reached") <= 1
     assert caplog.text.count("MLflow did not get all of this run") == 1
-    assert f"2 points, params and datasets, its files, its files, how it ended; all of it is in {made.run.folder}" in (
-        caplog.text
-    )
+    assert f"2 points, params and datasets, its files, how it ended; all of it is in {made.run.folder}" in caplog.text
 
 
 @pytest.mark.usefixtures("impatient")
 def test_a_store_lost_in_the_middle_is_said_once_and_gets_everything_on_return(store: Path, outputs: Path, caplog):
     made = tracker(outputs / "run", local())
     made.log(1, 0.5, {"train/loss": 1.0})
-    until(lambda: made.run_id is not None)  # from here on the writer may be at any point of what it does next
+    until(lambda: made.run_id is not None)  # from here on the follower may be at any point
     gone = store.rename(store.with_name("gone.db"))
     store.mkdir()
     for step in (2, 3):

@@ -16,7 +16,6 @@ from mlmx.comparison.rows import settings_of
 from mlmx.comparison.text import csv_text, markdown, plain, remarks, rich_table
 from mlmx.config import whole
 from mlmx.config.errors import RequestError, did_you_mean, path_of, require
-from mlmx.config.options import bind
 from mlmx.config.paths import outputs_dir
 from mlmx.config.schema import CompareConfig, Job
 from mlmx.runs.log import log_to
@@ -82,11 +81,11 @@ def found(cfg: CompareConfig) -> Iterator[tuple[str, list[Run]]]:
 
 def store_of(cfg: CompareConfig) -> Store:
     """The MLflow store that is to be read."""
-    from mlmx.tracking.store import TRACKINGS
+    from mlmx.tracking.store import bound_store
 
-    if cfg.tracking["name"] == "none":
+    store = bound_store(cfg.tracking)
+    if store is None:
         raise RequestError("tracking=none: is no store to read runs from; leave it out for the run folders here")
-    store: Store = bind("tracking", cfg.tracking, TRACKINGS)[0]()
     return store
 
 

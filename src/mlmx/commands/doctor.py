@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlmx.config.errors import RequestError, brief
-from mlmx.config.options import bind
+from mlmx.config.errors import brief
 from mlmx.config.paths import outputs_dir
 from mlmx.config.schema import DoctorConfig, Job
 from mlmx.runs import checkpoints, process, provenance
@@ -22,11 +21,12 @@ from mlmx.runs.process import heard_seconds_ago, is_alive, process_of
 from mlmx.runs.records import ProcessRecord, Status, SweepRecord, parsed
 from mlmx.runs.run import Run, all_runs
 from mlmx.sweeps.sweep import Sweep, all_sweeps, mark_dead
-from mlmx.tracking.mirror import RUN_FILE
-from mlmx.tracking.store import TRACKINGS, Store, reason
+from mlmx.tracking.mirror import record_of, update
+from mlmx.tracking.store import Store, bound_store, connect, found_runs, reason
 
 if TYPE_CHECKING:
-    from mlmx.tracking.left_open import OpenRun
+    from mlflow import MlflowClient
+    from mlflow.entities import Run as MlflowRun
 
 log = logging.getLogger("mlmx")
 HALF_WRITTEN = (".*.tmp", "checkpoints/.*.tmp", RESERVE_FILE)  # in a run's folder
@@ -35,13 +35,7 @@ HALF_WRITTEN_TOKENS = ".*.tmp"  # in the cache's folder
 
 def check(cfg: DoctorConfig) -> None:
     """The store is a store."""
-    examined(cfg)
-
-
-def examined(cfg: DoctorConfig) -> Store | None:
-    """The MLflow store that is looked after."""
-    store: Store | None = bind("tracking", cfg.tracking, TRACKINGS)[0]()
-    return store
+    bound_store(cfg.tracking)
 
 
 def doctor(cfg: DoctorConfig, job: Job) -> None:
@@ -63,7 +57,7 @@ def doctor(cfg: DoctorConfig, job: Job) -> None:
                 again = f"the same command keeps what is done: {about.command}"
                 log.info("%-9s%s: a sweep; %s", about.status.lower(), sweep.folder, again)
         clear_cache(outputs_dir() / "cache")
-        settle(examined(cfg))
+        settle(bound_store(cfg.tracking))
 
 
 def describe(run: Run, found_dead: bool) -> str:
@@ -129,58 +123,50 @@ def settle(store: Store | None) -> None:
     """Tell MLflow how runs ended of which it still says RUNNING."""
     if store is None or (store.artifacts is not None and not (store.artifacts.parent / "mlflow.db").exists()):
         return
-    from mlmx.tracking.left_open import open_runs
-
     try:
-        found = open_runs(store)
+        client, _ = connect(store)
+        found = found_runs(client, "attributes.status = 'RUNNING'")
     except Exception as error:
         log.warning("mlflow   %s cannot be looked at (%s)", store.uri, reason(error, store))
         return
     for one in found:
         try:
-            _settle(one, store)
+            _settle(one, store, client)
         except Exception as error:
-            log.warning("mlflow   run %s cannot be set right now (%s)", one.run_id, brief(error))
+            log.warning("mlflow   run %s cannot be set right now (%s)", one.info.run_id, brief(error))
 
 
-def _settle(one: OpenRun, store: Store) -> None:
-    from mlmx.tracking.left_open import close
-    from mlmx.tracking.mirror import send
-
-    run = Run(Path(one.tags.get("mlmx.folder", "")))
-    sweep = Sweep(run.folder).about()
-    if (run.folder / SweepRecord.FILE).is_file() and is_of(one, run):
-        if sweep.status.is_end:
-            close(store, one.run_id, sweep.status)
-            log.info("mlflow   sweep %s of %s said RUNNING, is %s now", one.run_id, run.folder, sweep.status)
-    elif is_of(one, run):
-        if run.status == Status.RUNNING:
-            return
-        try:
-            send(run, store)
-        except RequestError:  # of a version that kept nothing to send
-            close(store, one.run_id, str(run.status))
-        log.info("mlflow   run %s of %s said RUNNING, is %s now", one.run_id, run.folder, run.status)
+def _settle(one: MlflowRun, store: Store, client: MlflowClient) -> None:
+    home = Run(Path(one.data.tags.get("mlmx.folder", "")))
+    is_sweep = (home.folder / SweepRecord.FILE).is_file()
+    if is_of(one, home):
+        status = Sweep(home.folder).about().status if is_sweep else home.status
+        if status is not None and status.is_end:
+            update(home, store)
+            what = f"{'sweep' if is_sweep else 'run'} {one.info.run_id}"
+            log.info("mlflow   %s of %s said RUNNING, is %s now", what, home.folder, status)
     elif is_over(one):
-        close(store, one.run_id, "KILLED")
-        log.info("mlflow   run %s said RUNNING, is KILLED now; its process and its folder are gone", one.run_id)
+        client.set_terminated(one.info.run_id, "KILLED")
+        log.info("mlflow   run %s said RUNNING, is KILLED now; its process and its folder are gone", one.info.run_id)
 
 
-def is_of(one: OpenRun, run: Run) -> bool:
-    """Whether an MLflow run is that of the run in its folder, which may have been killed before it knew the id."""
-    told = run.read_json(RUN_FILE) or {"run_id": run.read_json("result.json").get("run_id")}
-    return told["run_id"] == one.run_id or (told["run_id"] is None and told.get("started") == one.started)
+def is_of(one: MlflowRun, home: Run) -> bool:
+    """Whether an MLflow run is that of a folder, whose process may have been killed before it knew the id."""
+    record = record_of(home)
+    if record is None:
+        return False
+    return record.run_id == one.info.run_id or (record.run_id is None and record.started == one.info.start_time)
 
 
-def is_over(one: OpenRun) -> bool:
+def is_over(one: MlflowRun) -> bool:
     """Whether an MLflow run's process was one of this machine and is no more, as far as its tags tell."""
     here = provenance.process()
-    who = parsed(ProcessRecord, {tag.removeprefix("mlmx."): text for tag, text in one.tags.items()})
+    who = parsed(ProcessRecord, {tag.removeprefix("mlmx."): text for tag, text in one.data.tags.items()})
     if who.host != here.host:
         return False
     if process.is_gone(who, here):
         return True
     if who.boot_id is None:  # of a system that does not tell
         started = provenance.boot_time()
-        return started is not None and one.started / 1000 < started
+        return started is not None and one.info.start_time / 1000 < started
     return who.boot_id != here.boot_id

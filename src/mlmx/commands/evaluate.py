@@ -9,7 +9,6 @@ from typing import Any
 
 from mlmx.commands import describe
 from mlmx.config.errors import RequestError, path_of
-from mlmx.config.options import bind
 from mlmx.config.paths import is_below_outputs, outputs_dir
 from mlmx.config.schema import EvaluateConfig, Job, TrainConfig
 from mlmx.data.cache import TokenCache
@@ -24,7 +23,7 @@ from mlmx.models.encoders import load_model, load_tokenizer, require_fit, traine
 from mlmx.runs import records
 from mlmx.runs.log import log_to
 from mlmx.runs.run import Run, find_run
-from mlmx.tracking.store import TRACKINGS
+from mlmx.tracking.store import bound_store
 from mlmx.tracking.tracker import add_metrics
 
 log = logging.getLogger("mlmx")
@@ -36,7 +35,7 @@ def check(cfg: EvaluateConfig) -> None:
     parts = scored_parts(settings, run)
     require_fit(parts.encoder, settings.chunk_size)
     quick_check(parts.source)
-    bind("tracking", cfg.tracking, TRACKINGS)
+    bound_store(cfg.tracking)
     metrics.try_out()
 
 
@@ -133,10 +132,9 @@ def record(cfg: EvaluateConfig, run: Run, chunk_size: int, protocol: str, scored
         return
     last = {"step": 0, "epoch": 0.0} | (run.metrics() or [{}])[-1]
     metrics = {f"evaluate/{name}": value for name, value in scored.items()}
-    row = run.append_metrics(last["step"], last["epoch"], metrics)
+    run.append_metrics(last["step"], last["epoch"], metrics)
     records.write(replace(result, metrics=result.metrics | metrics), run.folder)
-    store = bind("tracking", cfg.tracking, TRACKINGS)[0]()
-    add_metrics(store, run, row)
+    add_metrics(bound_store(cfg.tracking), run)
 
 
 def device() -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 
 from mlmx.config.errors import RequestError, WorkError, require
-from mlmx.config.options import bind
 from mlmx.config.paths import outputs_dir
 from mlmx.config.schema import Job, SyncConfig
 from mlmx.runs import process
 from mlmx.runs.log import log_to
 from mlmx.runs.run import Run, all_runs, run_named
-from mlmx.tracking.store import TRACKINGS, Store, reason, store_of
+from mlmx.tracking.mirror import update
+from mlmx.tracking.store import Store, bound_store, reason, store_of
 
 log = logging.getLogger("mlmx")
 
@@ -47,10 +47,7 @@ def meant(cfg: SyncConfig) -> list[Run]:
 
 def target(cfg: SyncConfig, run: Run) -> Store | None:
     """The store that was asked for, or the run's own; None where it has none."""
-    if not cfg.tracking:
-        return store_of(run)
-    store: Store | None = bind("tracking", cfg.tracking, TRACKINGS)[0]()
-    return store
+    return bound_store(cfg.tracking) if cfg.tracking else store_of(run)
 
 
 def sync(cfg: SyncConfig, job: Job) -> None:
@@ -88,13 +85,11 @@ def sent(run: Run, store: Store) -> str:
     Raises:
         WorkError: MLflow did not take it.
     """
-    from mlmx.tracking.mirror import send
-
     with process.unless_held(run.folder) as is_free:  # two at once would make two MLflow runs
         if not is_free:
             raise WorkError(f"{run.folder}: is in use by another process")
         try:
-            missing = send(run, store, own=store == store_of(run))
+            missing = update(run, store, own=store == store_of(run))
         except RequestError as error:
             return str(error)
         except Exception as error:

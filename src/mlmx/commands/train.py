@@ -227,7 +227,6 @@ def fit(cfg: TrainConfig, ready: Ready, run: Run, tracker: Tracker, stop_early: 
     if checkpoint is not None:
         log.info("resume   from %s", checkpoint)
     run_and_save(trainer, run.model, checkpoint)
-    tracker.model(run.model)
 
 
 def most_targets(cfg: TrainConfig, rates: Sequence[float]) -> int:

@@ -10,13 +10,10 @@ import socket
 import sqlite3
 import subprocess
 import sys
-from functools import partial
-from typing import Any
 
 from mlmx.config.errors import RequestError, require
-from mlmx.config.options import bind
 from mlmx.config.schema import Job, UiConfig
-from mlmx.tracking.store import TRACKINGS, Store, trouble
+from mlmx.tracking.store import Store, bound_store, trouble
 
 ANY = ("0.0.0.0", "::")  # all addresses of this machine
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -24,8 +21,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 def store_of(cfg: UiConfig) -> Store:
     """The local store the UI is to show."""
-    bound: partial[Any] = bind("tracking", cfg.tracking, TRACKINGS)[0]
-    store: Store | None = bound()
+    store = bound_store(cfg.tracking)
     if store is None or store.artifacts is None:
         address = f"; {trouble(store) or f'open {store.uri} instead'}" if store else ""
         raise RequestError(f"tracking={cfg.tracking.get('name')}: ui shows the local store{address}")

@@ -21,9 +21,10 @@ from mlmx.experiment import parts_of, texts_sha256
 from mlmx.runs import identity, process, provenance, records, signals
 from mlmx.runs.explain import explain
 from mlmx.runs.log import log_to
-from mlmx.runs.records import MlflowRecord, SplitRecord, Status
+from mlmx.runs.records import SplitRecord, Status
 from mlmx.runs.run import Run, discard_empty
 from mlmx.sweeps.sweep import Sweep, SweepJob, begin_job, fail_job
+from mlmx.tracking.mirror import record_of
 
 if TYPE_CHECKING:
     from mlmx.training.callbacks import StopEarly
@@ -72,8 +73,9 @@ def _run_job(
             discard_empty(job.folder)
         begin_job(folder, key, dials, identity.without_resume(job.overrides))
         resumed = Resume(str(folder)) if (folder / "config.yaml").is_file() else cfg.resume
-        parent = records.read(MlflowRecord, sweep.folder) or MlflowRecord()
-        return train(replace(cfg, resume=resumed), replace(job, folder=folder, parent=parent.run_id), stop_early)
+        parent = record_of(Run(sweep.folder))
+        job = replace(job, folder=folder, parent=parent.run_id if parent else None)
+        return train(replace(cfg, resume=resumed), job, stop_early)
     except signals.Interrupted as error:
         if folder is not None and signals.is_worker():  # the sweep may not have been asked to end, and has to know
             fail_job(folder, str(error))

@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlmx.comparison import page, plots
 from mlmx.comparison.ranking import Table, tabulate
@@ -20,19 +19,16 @@ from mlmx.config.errors import RequestError, brief, require
 from mlmx.config.redaction import redact, redacted
 from mlmx.config.schema import TrainConfig
 from mlmx.experiment import parts_of
-from mlmx.runs import identity, process, provenance, signals
+from mlmx.runs import identity, process, provenance, records, signals
 from mlmx.runs.disk import writing
 from mlmx.runs.log import log_to
 from mlmx.runs.provenance import PARENT
-from mlmx.runs.records import Status, SweepRecord, milliseconds
+from mlmx.runs.records import MlflowRecord, Status, SweepRecord, milliseconds
 from mlmx.runs.run import Run
 from mlmx.sweeps import search
 from mlmx.sweeps.sweep import Sweep, all_sweeps, mark_dead
-from mlmx.tracking.mirror import RUN_FILE, replace_note
-from mlmx.tracking.store import Store, reason
-
-if TYPE_CHECKING:
-    from mlmx.tracking.mlflow_run import MlflowRun
+from mlmx.tracking.mirror import Mirror, record_of, renoted, update
+from mlmx.tracking.store import Store, found_runs, reason
 
 log = logging.getLogger("mlmx")
 
@@ -130,64 +126,60 @@ def _introduction(plan: Plan, again: bool) -> str:
 # -------------------------------------------------------------------------------------------- the parent
 
 
-def _opened(plan: Plan) -> MlflowRun | None:
+def _opened(plan: Plan) -> Mirror | None:
     """The parent's MLflow run, made or opened again, so that the store is there before the jobs are."""
     if plan.store is None:
         return None
+    mirror = Mirror(Run(plan.sweep.folder), plan.store)
     try:
-        return _parent(plan, plan.store)
+        _write_record(plan, "The jobs are running.")
+        mirror.update()
     except Exception as error:  # of many kinds, from MLflow's and its database's
         why = reason(error, plan.store)
         log.warning("MLflow does not take the sweep (%s); it goes on without its parent there", why)
-        return None
+    return mirror
 
 
-def _parent(plan: Plan, store: Store) -> MlflowRun:
-    from mlmx.tracking.mlflow_run import MlflowRun, connect
-
+def _write_record(plan: Plan, state: str, table: Table | None = None, ended: int | None = None) -> None:
+    """What makes the parent's MLflow run, with a description of how the sweep stands."""
     home = Run(plan.sweep.folder)
-    told = home.read_json(RUN_FILE)
-    again = bool(told)
-    if not again:
-        tags = {"mlmx.folder": str(plan.sweep.folder), **provenance.tags()}
-        told = {"name": plan.name, "params": {}, "tags": tags, "started": milliseconds(), "run_id": None, "ended": None}
+    own = {"mlmx.folder": str(home.folder), **provenance.tags()}
+    record = record_of(home) or MlflowRecord(plan.name, own, started=milliseconds())
     swept = {"mlmx.command": plan.command, "mlmx.swept": ", ".join(plan.swept)}
-    told["tags"] |= provenance.process_tags() | redacted(swept)
-    replace_note(told, redact(_note(plan, "The jobs are running.", None)))
-    home.write_json(RUN_FILE, told)
-    client, experiment = connect(store)
-    parent = MlflowRun(client, experiment, told, again=again)
-    told["run_id"] = parent.run_id
-    home.write_json(RUN_FILE, told)
-    if again:
-        parent.reopen()
-        parent.describe({})
-    return parent
+    tags = record.tags | provenance.process_tags() | swept
+    if table is not None and table.best is not None:
+        tags |= {"mlmx.best": str(table.best.run.result().run_id), "mlmx.best_name": table.best.name}
+    record = renoted(replace(record, tags=redacted(tags), ended=ended), redact(_note(plan, state, table)))
+    records.write(record, home.folder)
 
 
-def _end(plan: Plan, status: Status, parent: MlflowRun | None) -> None:
+def _end(plan: Plan, status: Status, parent: Mirror | None) -> None:
     """Table, charts, best job and status, in the folder and in MLflow; what goes wrong does not hide how it ended."""
     try:
         table = tabulate(plan.sweep.runs(), keys=list(plan.swept), failures=failures(plan.sweep))
         best = str(table.best.run.folder) if table.best else None
         plan.sweep.note(status=status, ended=milliseconds(), best=best)
-        files = _written(plan, table)
+        _written(plan, table)
         log.info("%s", plain(table))
         log.info("%s", _ending(plan, table, status))
     except Exception as error:
         log.warning("%s: its table could not be made (%s)", plan.sweep.folder, brief(error))
         with contextlib.suppress(OSError):
             plan.sweep.note(status=status, ended=milliseconds())
-        table, files = None, []
-    if plan.store is None:
+        table = None
+    if parent is None:
         return
     try:
-        _tell(plan, parent or _parent(plan, plan.store), table, files, status)
+        _write_record(plan, f"Ended {status}.", table, ended=milliseconds())
+        parent.changed = True
+        parent.update()
+        _send_best(parent, table)
+        adopt(parent, plan.sweep)
     except Exception as error:
         log.warning("MLflow did not get how the sweep ended (%s); all of it is in %s", brief(error), plan.sweep.folder)
 
 
-def _written(plan: Plan, table: Table) -> list[Path]:
+def _written(plan: Plan, table: Table) -> None:
     folder = plan.sweep.folder
     home = Run(folder)
     with writing(folder):
@@ -196,35 +188,33 @@ def _written(plan: Plan, table: Table) -> list[Path]:
         home.write_text("table.md", markdown(table))
         home.write_text("table.csv", csv_text(table))
         home.write_text("report.html", page.report(table, plan.name, drawn))
-    return [*(folder / name for name in ("table.md", "table.csv", "report.html", SweepRecord.FILE)), *drawn]
 
 
-def _tell(plan: Plan, parent: MlflowRun, table: Table | None, files: Sequence[Path], status: Status) -> None:
-    """Bring MLflow's parent to what the folder says."""
-    adopt(parent, plan.sweep)
-    for path in files:
-        parent.add_file(path, "plots" if path.parent.name == "plots" else None)
-    best, told = table.best if table else None, dict(parent.told)
-    if best is not None:
-        told["tags"] |= {"mlmx.best": str(best.run.result().run_id), "mlmx.best_name": best.name}
-        for name in ("heldout/loss", "eval/loss"):
-            if name in best.metrics:
-                parent.client.log_metric(parent.run_id, f"best/{name.replace('/', '_')}", best.metrics[name])
-    replace_note(told, redact(_note(plan, f"Ended {status}.", table)))
-    Run(plan.sweep.folder).write_json(RUN_FILE, told)
-    parent.told = told
-    parent.describe({})
-    parent.finish(status, status != Status.FINISHED, milliseconds())
-
-
-def adopt(parent: MlflowRun, sweep: Sweep) -> None:
-    """Children that began while MLflow was away, or the parent was not known, are nested under it."""
+def adopt(parent: Mirror, sweep: Sweep) -> None:
+    """Jobs of which MLflow does not know the parent, or how they ended, are brought as their folders say."""
+    assert parent.mlflow is not None
+    mlflow = parent.mlflow
+    known = found_runs(mlflow.client, f"tags.`{PARENT}` = '{mlflow.run_id}'")
+    ended = {one.info.run_id: one.info.status for one in known}
     for run in sweep.runs():
-        told = run.read_json(RUN_FILE)
-        if told and told["tags"].get(PARENT) != parent.run_id:
-            run.write_json(RUN_FILE, told | {"tags": told["tags"] | {PARENT: parent.run_id}})
-            if told.get("run_id"):
-                parent.client.set_tag(told["run_id"], PARENT, parent.run_id)
+        record = record_of(run)
+        if record is None or ended.get(record.run_id) == run.status:
+            continue
+        if record.tags.get(PARENT) != mlflow.run_id:
+            own = replace(record, tags=record.tags | {PARENT: mlflow.run_id})
+            records.write(own, run.folder)
+        with process.unless_held(run.folder) as is_free:
+            if is_free:
+                update(run, parent.store)
+
+
+def _send_best(parent: Mirror, table: Table | None) -> None:
+    """The losses of the best job, as the parent's own."""
+    assert parent.mlflow is not None
+    for name in ("heldout/loss", "eval/loss"):
+        if table is not None and table.best is not None and name in table.best.metrics:
+            best = table.best.metrics[name]
+            parent.mlflow.client.log_metric(parent.mlflow.run_id, f"best/{name.replace('/', '_')}", best)
 
 
 # ---------------------------------------------------------------------------------------------- speech

@@ -1,126 +1,343 @@
-"""Bring MLflow to what a run's folder says: what a server that was away, or a process that was killed, left undone."""
+"""MLflow follows a run's folder: whoever finds that it lacks something of it has it brought by `Mirror.update`.
+
+::
+
+    a run's folder holds                what MLflow has of it
+    mlflow.json, data.json              the run, its params, tags, description and datasets
+    metrics.jsonl                       points
+    checkpoints/, model/                models, with the scores of their step; none of what was rotated away
+    small files, plots/                 artifacts
+    result.json (sweep.json)            once it has ended: versions in the registry, and how it ended
+
+What fails is still lacking, and comes with the next update. Beside a training a `Follower` calls for one each second,
+from where the last one stopped; ``sync``, ``doctor`` and a sweep's parent call for one.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlmx.config.errors import RequestError
+from mlmx.runs import records
 from mlmx.runs.metrics_file import rows_of
 from mlmx.runs.provenance import DIFF_FILE, NOTE, PACKAGES_FILE, resumed_name
+from mlmx.runs.records import MlflowRecord, ProcessRecord, Result, Status, SweepRecord
 from mlmx.runs.run import EXAMPLES_FILE, HELDOUT_FILE, Run
-from mlmx.tracking.logged_models import Saved, Scores
-from mlmx.tracking.registry import register
-from mlmx.tracking.writer import batches
+from mlmx.tracking.artifacts import GROWING
+from mlmx.tracking.model_files import Saved, Score
+from mlmx.tracking.store import connect, file_of, require_still
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from mlmx.tracking.logged_models import Models
     from mlmx.tracking.mlflow_run import MlflowRun
     from mlmx.tracking.store import Store
+    from mlmx.tracking.system import Sample
 
-# {"name", "tags", "params", "started", "ended", "run_id", "register", "kept"}: all that makes the MLflow run
-RUN_FILE = "mlflow.json"
-RECORDS = ("config.yaml", "overrides.yaml", "data.json", "metrics.jsonl", "result.json", "train.log")
+OF_A_RUN = ("config.yaml", "overrides.yaml", "data.json", "metrics.jsonl", "result.json", "train.log")
 LINEAGE = (PACKAGES_FILE, resumed_name(PACKAGES_FILE), DIFF_FILE, resumed_name(DIFF_FILE))
-FILES = (*RECORDS, *LINEAGE, EXAMPLES_FILE, HELDOUT_FILE)
+OF_A_SWEEP = ("table.md", "table.csv", "report.html", SweepRecord.FILE)
+FILES = (*OF_A_RUN, *LINEAGE, EXAMPLES_FILE, HELDOUT_FILE, *OF_A_SWEEP)
+COUNTED = ("runs", "params", "tags", "datasets", "points", "models", "files", "versions", "endings")
+Deed = Callable[[], Mapping[str, int]]
+READ_BYTES = 65_536  # of metrics.jsonl at a time: some 1,000 points
 
 
-def send(run: Run, store: Store, own: bool = True) -> dict[str, int]:
-    """Make MLflow hold what the folder of a run holds that no process is making; what is there already stays.
+@dataclass(frozen=True)
+class Thing:
+    """Something of a run's folder that MLflow is to have.
+
+    Attributes:
+        state: what it is like now; MLflow lacks it where it was brought in another state, or not at all.
+        bring: makes the MLflow run, and its models, have it; says how many of what were not there.
+    """
+
+    name: str
+    state: Any
+    bring: Callable[[MlflowRun, Models], Mapping[str, int]]
+
+
+class Mirror:
+    """A run's folder, or a sweep's, and its MLflow run.
+
+    A point whose first sending had arrived after all is not doubled: the store knows it by key, step, time and value.
+    What MLflow has of a run that it knew before is not sent again; where that is to go on, it is open again.
+
+    Args:
+        opened: told the id of the MLflow run.
+
+    Attributes:
+        changed: there is something new besides numbers; to be set by whoever writes it, afterwards.
+        brought: the state that each thing was brought in.
+        also: other things that are to be done in MLflow.
+        samples: what the machine did.
+        heard: when MLflow last took something, by the monotonic clock.
+    """
+
+    def __init__(self, run: Run, store: Store, opened: Callable[[str], None] | None = None) -> None:
+        self.run, self.store = run, store
+        self.opened = opened or partial(_keep_id, run)
+        self.connected: tuple[MlflowClient, str] | None = None
+        self.file: tuple[int, int] | None = None  # of a local store
+        self.mlflow: MlflowRun | None = None
+        self.models: Models | None = None
+        self.record, self.status, self.resumable = MlflowRecord(), Status.RUNNING, False  # as they were read last
+        self.metrics = run.folder / "metrics.jsonl"
+        self.sent_bytes = 0
+        self.scores: dict[int, dict[str, Score]] = {}  # of the steps that were sent
+        self.changed, self.scored = True, False
+        self.brought: dict[str, Any] = {}
+        self.also: list[Thing] = []
+        self.samples: deque[Sample] = deque()
+        self.saved: dict[Path, Saved] = {}
+        self.heard = time.monotonic()
+
+    def update(self, bring: Callable[[str, Deed], Mapping[str, int]] = lambda name, deed: deed()) -> Counter[str]:
+        """Bring MLflow what it lacks of the folder as it is now; what is there already stays.
+
+        Args:
+            bring: does what brings the thing of that name, unless its failing is to end the update.
+
+        Returns:
+            How many were missing there: runs, params, tags, datasets, points, models, files, versions, endings.
+
+        Raises:
+            RequestError: the run was never announced to any store.
+            Exception: what MLflow raises; the update can be called again.
+        """
+        if looks := self.changed or self.scored:
+            self.changed = False  # what is written from here on is looked at the next time
+        try:
+            return self._update(looks, bring)
+        except BaseException:
+            self.changed, self.connected = True, None
+            raise
+
+    def _update(self, looks: bool, bring: Callable[[str, Deed], Mapping[str, int]]) -> Counter[str]:
+        counts = Counter(dict.fromkeys(COUNTED, 0))
+        known = self.mlflow is not None
+        mlflow, models = self._opened()
+        counts["runs"] = int(mlflow.made and not known)
+        require_still(self.store, self.file)
+        things = list(self._things()) if looks else []  # before the numbers: what is listed comes after its numbers
+        counts["points"] = self._send_numbers(mlflow)
+        if samples := list(self.samples):
+            mlflow.log_samples(samples)
+            for _ in samples:
+                self.samples.popleft()
+        if looks:
+            mlflow.record, self.scored = self.record, False
+        for thing in things:
+            if self.brought.get(thing.name) != thing.state:
+                counts.update(bring(thing.name, partial(thing.bring, mlflow, models)))
+                self.brought[thing.name] = copy(thing.state)
+                self.heard = time.monotonic()
+        if has := mlflow.has:  # a file that was lost in part, or put back from a copy, has its later steps to repeat
+            mlflow.has = {one: at for one, at in has.items() if one[1] >= mlflow.epoch_at or is_score(one[0])}
+        return counts
+
+    def connect(self) -> tuple[MlflowClient, str]:
+        """A client of the store, and its experiment."""
+        if self.connected is None:
+            self.connected = connect(self.store)
+            self.file = file_of(self.store)  # before anyone hears of the run and could move the store away
+        return self.connected
+
+    def send_numbers(self) -> int:
+        """Bring only the points that MLflow lacks, to a run that it has; returns how many there were."""
+        return self._send_numbers(self._opened(make=False)[0])
+
+    def _opened(self, make: bool = True) -> tuple[MlflowRun, Models]:
+        if self.mlflow is not None and self.models is not None:
+            return self.mlflow, self.models
+        self._read()
+        client, experiment = self.connect()
+        from mlmx.tracking.logged_models import Models
+        from mlmx.tracking.mlflow_run import MlflowRun
+
+        mlflow = MlflowRun(client, experiment, self.record, make)
+        if not mlflow.made:
+            (mlflow.reopen if self.status == Status.RUNNING else mlflow.ping)()
+        if mlflow.run_id != self.record.run_id:
+            self.opened(mlflow.run_id)
+        self.mlflow, self.models = mlflow, Models(mlflow)
+        return self.mlflow, self.models
+
+    def _send_numbers(self, mlflow: MlflowRun) -> int:
+        """Rows of metrics.jsonl since the last ones; returns how many points were missing."""
+        sent = 0
+        for lines in batches(self.metrics, self.sent_bytes):
+            rows = rows_of(lines)
+            sent += mlflow.log(rows)
+            self.sent_bytes += sum(map(len, lines))
+            for row in rows:
+                self._score(row)
+            self.heard = time.monotonic()
+        return sent
+
+    def _score(self, row: Mapping[str, Any]) -> None:
+        """The scores of a row's step; what the same step says later counts."""
+        own = [name for name in row if is_score(name)]
+        if own:
+            milliseconds = int(datetime.fromisoformat(row["time"]).timestamp() * 1000)
+            self.scores.setdefault(row["step"], {}).update({name: (float(row[name]), milliseconds) for name in own})
+            self.scored = True  # a model may have been brought before
+
+    # --------------------------------------------------------------------------------------- looking
+
+    def lacking(self) -> list[Thing]:
+        """Of what the folder holds now, what was not brought as it is, in the order that it is to come in.
+
+        Raises:
+            RequestError: the run was never announced to any store.
+        """
+        return [thing for thing in self._things() if self.brought.get(thing.name) != thing.state]
+
+    def _read(self) -> None:
+        folder, record = self.run.folder, record_of(self.run)
+        if record is None:
+            raise RequestError(f"{folder}: has no {MlflowRecord.FILE}; the run ended before it had anything to send")
+        result, sweep = records.read(Result, folder), records.read(SweepRecord, folder)
+        self.record, self.status = record, result.status if result else sweep.status if sweep else Status.RUNNING
+        self.resumable = result.resumable if result else self.status != Status.FINISHED
+
+    def _things(self) -> Iterator[Thing]:
+        self._read()
+        record, report, saved = self.record, records.read_splits(self.run.folder), self._saved()
+        ended = self.status != Status.RUNNING
+        described = record.tags, record.params, record.notes, report
+        yield Thing("params and datasets", described, lambda mlflow, _: mlflow.describe(report))
+        for one in saved:
+            scores = self.scores.setdefault(one.step, {})  # with those that are still to be read
+            yield Thing("its model" if one.final else one.folder.name, scores, partial(self._add_model, one))
+        if record.kept is not None:  # what the run has let go of, MLflow lets go of
+            kept = {*record.kept, *(one.folder.name for one in saved)}
+            yield Thing("what is kept", kept, lambda _, models: models.keep(kept))
+        paths = [path for name in FILES if (path := self.run.folder / name).is_file()]
+        files = {path: _state(path, ended) for path in (*paths, *sorted(self.run.plots.glob("*.png")))}
+        yield Thing("its files", files, partial(self._send_files, files))
+        yield from self.also
+        if ended:
+            at = record.ended or ended_at(self.run, record.started)
+            if self.status == Status.FINISHED and record.register:
+                registered = partial(self._register, record.register, saved, at)
+                yield Thing(f"the versions of {record.register}", at, registered)
+            ending = self.status, self.resumable, at
+            yield Thing("how it ended", ending, lambda mlflow, _: {"endings": int(mlflow.finish(*ending))})
+
+    def _saved(self) -> list[Saved]:
+        """The checkpoints that are there and, where the run has finished, its model."""
+        folders = self.run.saved()
+        for folder in folders:
+            if folder not in self.saved:
+                with contextlib.suppress(FileNotFoundError):  # let go of at this moment
+                    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+                    self.saved[folder] = Saved(folder, int(folder.name.rpartition("-")[2]), state["epoch"])
+        rows = self.run.metrics() if self.status == Status.FINISHED and self.run.model.is_dir() else []
+        final = [Saved(self.run.model, row["step"], row["epoch"], final=True) for row in rows[-1:]]
+        return [*(self.saved[folder] for folder in folders if folder in self.saved), *final]
+
+    # -------------------------------------------------------------------------------------- bringing
+
+    def _add_model(self, one: Saved, _: MlflowRun, models: Models) -> dict[str, int]:
+        try:
+            return {"models": int(models.add(one, self.scores[one.step]))}
+        except FileNotFoundError:
+            if one.folder.exists():
+                raise
+            return {}  # it was let go of since it was looked at
+
+    def _send_files(self, files: Mapping[Path, Any], mlflow: MlflowRun, _: Models) -> dict[str, int]:
+        before, missing = self.brought.get("its files", {}), 0
+        for folder, place in ((self.run.folder, ""), (self.run.plots, "plots")):
+            new = [path for path in files if path.parent == folder and before.get(path) != files[path]]
+            lacking = mlflow.files.lacking(new, place)
+            missing += len(lacking)
+            for path in lacking if place else new:  # a server tells sizes, which another status may have, too
+                mlflow.files.put(path, place)
+        return {"files": missing}
+
+    def _register(self, name: str, saved: Iterable[Saved], ended: int, _: MlflowRun, models: Models) -> dict[str, int]:
+        from mlmx.tracking.logged_models import register
+
+        return {"versions": register(models, name, saved, self.scores, ended)}
+
+
+def update(run: Run, store: Store, own: bool = True) -> Counter[str]:
+    """Bring MLflow what it lacks of the folder of a run that no process is making; see `Mirror.update`.
 
     Args:
         own: the store is that of the run, whose id its files name.
-
-    Returns:
-        How many were missing there: runs, params, tags, datasets, points, models, files, versions, endings.
-
-    Raises:
-        RequestError: the run was never announced to any store.
-        Exception: what MLflow raises.
     """
-    from mlmx.tracking.mlflow_run import MlflowRun, connect
-
-    told = run.read_json(RUN_FILE)
-    if not told:
-        raise RequestError(f"{run.folder}: has no {RUN_FILE}; the run ended before it had anything to send")
-    client, experiment = connect(store)
-    mlflow = MlflowRun(client, experiment, told, again=True)
-    mlflow.ping()
-    result = run.read_json("result.json")
-    if own and mlflow.run_id != told["run_id"]:
-        run.write_json(RUN_FILE, told | {"run_id": mlflow.run_id})
-        run.write_json("result.json", result | {"run_id": mlflow.run_id})
-    missing = {"runs": int(mlflow.made), **mlflow.describe(run.read_json("data.json"))}
-    missing["points"] = send_points(mlflow, run.folder / "metrics.jsonl")
-    finished = result["status"] == "FINISHED"
-    scores = Scores(run.metrics())
-    missing["models"] = send_models(mlflow, run, scores, finished)
-    if told.get("kept") is not None:  # what the run has let go of, MLflow lets go of
-        mlflow.models.keep({*told["kept"], *(folder.name for folder in run.saved())})
-    missing["files"] = send_files(mlflow, run)
-    missing["versions"] = missing["endings"] = 0
-    ended = told.get("ended") or ended_at(run, told["started"])
-    if finished and told.get("register"):
-        missing["versions"] = register(mlflow, told["register"], saved_models(run, True), scores, ended)
-    if result["status"] != "RUNNING":
-        missing["endings"] = int(mlflow.finish(result["status"], bool(result.get("resumable")), ended))
-    return missing
+    return Mirror(run, store, None if own else lambda run_id: None).update()
 
 
-def replace_note(told: dict[str, Any], note: str) -> None:
-    """Give mlflow.json another description; that MLflow has an earlier one is known, so an edited one can be told."""
-    before = told["tags"].get(NOTE)
-    if before not in (None, note):
-        told["notes"] = [*told.get("notes", []), before]
-    told["tags"][NOTE] = note
+def is_score(name: str) -> bool:
+    """Whether a metric says how good a model is; the rest is about the steps before it."""
+    return name.startswith(("eval/", "heldout/"))
 
 
-def send_points(mlflow: MlflowRun, metrics: Path) -> int:
-    """Every row of metrics.jsonl; returns how many points were missing."""
-    if not metrics.is_file():
-        return 0
-    return sum(mlflow.log(rows_of(lines)) for lines in batches(metrics, 0))
+def record_of(run: Run) -> MlflowRecord | None:
+    """What makes the MLflow run; None where it was never announced."""
+    record = records.read(MlflowRecord, run.folder)
+    return record if record is not None and record.started else None  # of a file that is torn nothing is known
 
 
-def send_files(mlflow: MlflowRun, run: Run) -> int:
-    """The run's small files and plots, as they are now; returns how many were missing or different."""
-    files, plots = files_of(run)
-    missing = len(mlflow.lacking(files)) + len(lacking_plots := mlflow.lacking(plots, "plots"))
-    for path in files:  # a server tells sizes only, and another status may have the same
-        mlflow.add_file(path)
-    for path in lacking_plots:
-        mlflow.add_file(path, "plots")
-    return missing
+def renoted(record: MlflowRecord, note: str) -> MlflowRecord:
+    """With another description; that MLflow has an earlier one is known, so an edited one can be told."""
+    before = record.tags.get(NOTE)
+    notes = record.notes if before in (None, note) else [*record.notes, before]
+    return replace(record, tags=record.tags | {NOTE: note}, notes=notes)
 
 
-def files_of(run: Run) -> tuple[list[Path], list[Path]]:
-    """The small files of a run that MLflow gets, and its plots."""
-    files = [path for name in FILES if (path := run.folder / name).is_file()]
-    return files, sorted(run.plots.glob("*.png"))
+def _keep_id(run: Run, run_id: str) -> None:
+    for kind in (MlflowRecord, Result):
+        if (record := records.read(kind, run.folder)) is not None:
+            records.write(replace(record, run_id=run_id), run.folder)
 
 
-def send_models(mlflow: MlflowRun, run: Run, scores: Scores, final: bool) -> int:
-    """The models of all checkpoints that are on the disk; returns how many of them were not there as a whole.
-
-    Args:
-        final: and the model of the run, which has finished.
-    """
-    return sum(mlflow.add_model(saved, scores.at.get(saved.step, {})) for saved in saved_models(run, final))
-
-
-def saved_models(run: Run, final: bool) -> list[Saved]:
-    """The checkpoints of a run and, where it has finished, its model."""
-    found = []
-    for folder in run.saved():
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        found.append(Saved(folder, int(folder.name.rpartition("-")[2]), state["epoch"]))
-    rows = run.metrics() if final and run.model.is_dir() else []
-    return [*found, *(Saved(run.model, row["step"], row["epoch"], final=True) for row in rows[-1:])]
+def _state(path: Path, ended: bool) -> tuple[int, int] | None:
+    """By which a file is known to have been written again; one that grows is only so when the run has ended."""
+    if path.suffix in GROWING and not ended:
+        return 0, 0
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size
 
 
 def ended_at(run: Run, started: int) -> int:
-    """When a run that could not say so ended, in milliseconds since 1970: at its last number."""
-    from datetime import datetime
-
+    """When a run that could not say so ended, in milliseconds since 1970: at its last number or sign of life."""
     rows = run.metrics()
-    return int(datetime.fromisoformat(rows[-1]["time"]).timestamp() * 1000) if rows else started
+    if rows:
+        return int(datetime.fromisoformat(rows[-1]["time"]).timestamp() * 1000)
+    heartbeat = run.folder / ProcessRecord.FILE
+    return max(started, int(heartbeat.stat().st_mtime * 1000)) if heartbeat.is_file() else started
+
+
+def batches(metrics: Path, start: int) -> Iterator[list[bytes]]:
+    """Lines of metrics.jsonl from a byte on, up to its length now; one that is being written is left for later.
+
+    They are on the disk when they are given: MLflow must not know a number that a power cut could take from the file.
+    """
+    if not metrics.is_file():
+        return
+    with metrics.open("rb") as file:
+        end = os.fstat(file.fileno()).st_size  # what is added meanwhile waits: it must not keep anything else waiting
+        file.seek(start)
+        os.fsync(file.fileno())
+        while file.tell() < end and (lines := file.readlines(min(READ_BYTES, end - file.tell()))):
+            if whole := [line for line in lines if line.endswith(b"\n")]:
+                yield whole
+            if len(whole) < len(lines):
+                return

@@ -1,53 +1,34 @@
-"""One run in an MLflow store, through the client API: no global state, no exit handlers."""
+"""One run in an MLflow store, through the client API: no global state, no exit handlers.
+
+Loads MLflow, so that it is imported after `store.connect`, which sets that up.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from pathlib import Path, PurePosixPath
+from itertools import chain
 from typing import TYPE_CHECKING, Any
+
+from mlflow import MlflowClient, entities
+from mlflow.exceptions import MlflowException
 
 from mlmx.config.errors import brief
 from mlmx.runs.provenance import NOTE
-from mlmx.tracking import model_files
-from mlmx.tracking.logged_models import Models, Saved
-from mlmx.tracking.logged_models import Point as Score
-from mlmx.tracking.store import make
+from mlmx.runs.records import MlflowRecord, SplitRecord
+from mlmx.tracking.artifacts import Artifacts
 
 if TYPE_CHECKING:
-    from mlmx.tracking.store import Store
     from mlmx.tracking.system import Sample
-
-# Before MLflow is imported: nothing is sent to its makers or printed, and a call that fails does so in seconds and
-# only once, for the writer tries again itself.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # failures are said by the writer, without a traceback
-
-
-import mlflow.entities as entities
-from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 
 log = logging.getLogger("mlmx")
 
 CONTEXTS = {"train": "training", "eval": "validation", "heldout": "testing"}  # of the splits, as MLflow calls them
 MOST_POINTS, MOST_PARAMS = 1000, 100  # that MLflow takes in one call
-# What MLflow's pages compare runs by unless told otherwise, and that these are no LLM applications.
-EXPERIMENT_TAGS = {
-    "mlflow.experiment.primaryMetric.name": "heldout/loss",
-    "mlflow.experiment.primaryMetric.greaterIsBetter": "False",
-    "mlflow.experimentKind": "custom_model_development",
-}
 LONGEST_TAG = 8000  # characters; it cuts longer ones
 SYSTEM = "system/"  # metrics of the machine, by MLflow's own prefix
 ENDED_EARLY = ("KILLED", "FAILED")
@@ -58,42 +39,37 @@ Point = tuple[str, int, float | str]
 
 
 class MlflowRun:
-    """The MLflow run of a run folder; every method raises what the store raises.
+    """The MLflow run of a run folder, found or made; every method raises what the store raises.
 
     Args:
-        told: what mlflow.json says: name, tags, params, ``started`` (milliseconds since 1970) and, where known,
-            ``run_id``.
-        again: the run was asked for before and may be there, also if no answer came; then it is found, not made twice,
-            and no point that it has is sent to it.
         make: whether one that is not there is made.
+
+    Attributes:
+        has: the points that it had, and when they are from; none of them is sent to it.
 
     Raises:
         LookupError: it is not there, and not to be made.
     """
 
-    def __init__(
-        self, client: MlflowClient, experiment: str, told: Mapping[str, Any], again: bool, make: bool = True
-    ) -> None:
-        self.client, self.experiment, self.told, self.again = client, experiment, told, again
-        found = self._found() if again else None
+    def __init__(self, client: MlflowClient, experiment: str, record: MlflowRecord, make: bool = True) -> None:
+        self.client, self.experiment, self.record = client, experiment, record
+        found = self._found()
         if found is None and not make:
-            raise LookupError(f"it has no run {told.get('run_id')}")
+            raise LookupError(f"it has no run {record.run_id}")
         self.made = found is None
-        run = found or client.create_run(experiment, told["started"], dict(told["tags"]), told["name"])
-        self.as_made = None if found else run  # until it is written to
+        run = found or client.create_run(experiment, record.started, dict(record.tags), record.name)
         self.run_id: str = run.info.run_id
         self.deleted = run.info.lifecycle_stage == "deleted"
-        self.local_artifacts = model_files.local_folder(run.info.artifact_uri)
-        self.has = self._points_there(found) if found else set()  # what need not be sent again
+        self.files = Artifacts(run.info.artifact_uri, client.tracking_uri)
+        self.has = self._points_there(found) if found else {}
         self.epoch_at = -1  # the last step whose epoch has been sent
         self.refused: set[str] = set()  # names of metrics that MLflow does not take
         self.datasets: dict[str, tuple[str, str]] = {}  # name and digest, once it has been described
-        self.models = Models(self)
 
     def _found(self) -> entities.Run | None:
-        if self.told.get("run_id"):
+        if self.record.run_id:
             try:
-                return self.client.get_run(self.told["run_id"])
+                return self.client.get_run(self.record.run_id)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # in another store, or in one that was made anew
                     raise
@@ -101,13 +77,13 @@ class MlflowRun:
 
     def _same(self) -> list[entities.Run]:
         """Runs that began at the moment of this one, for its folder: itself, and what a lost answer left behind."""
-        same = self.client.search_runs([self.experiment], f"attributes.start_time = {self.told['started']}")
-        return [run for run in same if run.data.tags.get("mlmx.folder") == self.told["tags"].get("mlmx.folder")]
+        same = self.client.search_runs([self.experiment], f"attributes.start_time = {self.record.started}")
+        return [run for run in same if run.data.tags.get("mlmx.folder") == self.record.tags.get("mlmx.folder")]
 
-    def _points_there(self, run: entities.Run) -> set[Point]:
+    def _points_there(self, run: entities.Run) -> dict[Point, int]:
         own = (name for name in run.data.metrics if not name.startswith(SYSTEM))
-        histories = (self.client.get_metric_history(self.run_id, name) for name in own)
-        return {as_kept(point.key, point.step, point.value) for history in histories for point in history}
+        points = chain.from_iterable(self.client.get_metric_history(self.run_id, name) for name in own)
+        return {as_kept(point.key, point.step, point.value): point.timestamp for point in points}
 
     def reopen(self) -> None:
         """The run goes on: RUNNING again, and no longer marked as one that ended early."""
@@ -118,15 +94,13 @@ class MlflowRun:
             self.client.delete_tag(self.run_id, RESUMABLE)
         self.client.update_run(self.run_id, "RUNNING")
 
-    def describe(self, report: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    def describe(self, report: Mapping[str, SplitRecord]) -> dict[str, int]:
         """Dials, tags and the splits of the data report as datasets; returns how many of each were not there."""
-        run, self.as_made = self.as_made or self.client.get_run(self.run_id), None
-        params = [
-            entities.Param(key, value) for key, value in self.told["params"].items() if key not in run.data.params
-        ]
-        wanted, there = {key: value[:LONGEST_TAG] for key, value in self.told["tags"].items()}, run.data.tags
+        run, record = self.client.get_run(self.run_id), self.record
+        params = [entities.Param(key, value) for key, value in record.params.items() if key not in run.data.params]
+        wanted, there = {key: value[:LONGEST_TAG] for key, value in record.tags.items()}, run.data.tags
         # A note may have been edited in MLflow since: only our own tags are put right, and a note that is still ours.
-        ours = {note[:LONGEST_TAG] for note in self.told.get("notes", ())}
+        ours = {note[:LONGEST_TAG] for note in record.notes}
         differs = [key for key in wanted if key in there and there[key] != wanted[key]]
         wrong = [key for key in differs if key.startswith("mlmx.") or (key == NOTE and there[key] in ours)]
         wrong += [key for key in wanted if key not in there]
@@ -149,8 +123,8 @@ class MlflowRun:
         points, step_at = [], self.epoch_at
         for row in rows:
             step, milliseconds = row["step"], int(datetime.fromisoformat(row["time"]).timestamp() * 1000)
-            told = {"step", "time"} | ({"epoch"} if step <= step_at else set()) | self.refused
-            names = [name for name in row if name not in told and as_kept(name, step, row[name]) not in self.has]
+            known = {"step", "time"} | ({"epoch"} if step <= step_at else set()) | self.refused
+            names = [name for name in row if name not in known and as_kept(name, step, row[name]) not in self.has]
             points += [entities.Metric(name, row[name], milliseconds, step) for name in names]
             step_at = max(step_at, step)
         sent = sum(self._log_points(points[at : at + MOST_POINTS]) for at in range(0, len(points), MOST_POINTS))
@@ -195,32 +169,6 @@ class MlflowRun:
         if self.client.get_run(self.run_id).info.lifecycle_stage == "deleted":
             raise RuntimeError(f"run {self.run_id} was deleted in MLflow; mlflow runs restore brings it back")
 
-    # ----------------------------------------------------------------------------------------- files
-
-    def add_model(self, saved: Saved, scores: Mapping[str, Score]) -> bool:
-        """A saved model, without what only resuming needs; returns whether any of it was not there."""
-        return self.models.add(saved, scores)
-
-    def add_file(self, path: Path, folder: str | None = None) -> None:
-        """One file as an artifact of the run."""
-        if self.local_artifacts is None:
-            with model_files.at_rest(path) as still:
-                self.client.log_artifact(self.run_id, str(still), folder)
-        else:
-            model_files.place(path, self.local_artifacts / (folder or "") / path.name)
-
-    def lacking(self, paths: Sequence[Path], folder: str | None = None) -> list[Path]:
-        """Of these files, those that the artifacts in ``folder`` do not have as they are.
-
-        On a server sizes are compared: it keeps no checksums.
-        """
-        if self.local_artifacts is not None:  # looked at; to be told by MLflow takes 20 ms
-            there = self.local_artifacts / (folder or "")
-            return [path for path in paths if not model_files.is_placed(path, there / path.name)]
-        listed = self.client.list_artifacts(self.run_id, folder)
-        sizes = {PurePosixPath(artifact.path).name: artifact.file_size for artifact in listed}
-        return [path for path in paths if sizes.get(path.name) != path.stat().st_size]
-
     # ---------------------------------------------------------------------------------------- ending
 
     def finish(self, status: str, resumable: bool, ended: int) -> bool:
@@ -231,20 +179,17 @@ class MlflowRun:
             ended: milliseconds since 1970.
         """
         tag = str(resumable).lower() if status in ENDED_EARLY else None
-        there: tuple[Any, ...] = ("RUNNING", None, None)
-        if self.again:
-            run = self.client.get_run(self.run_id)
-            there = (run.info.status, run.info.end_time, run.data.tags.get(RESUMABLE))
+        run = self.client.get_run(self.run_id)
+        there = (run.info.status, run.info.end_time, run.data.tags.get(RESUMABLE))
         if there != (status, ended, tag):
             if tag is not None:
                 self.client.set_tag(self.run_id, RESUMABLE, tag)
             elif there[2] is not None:
                 self.client.delete_tag(self.run_id, RESUMABLE)
             self.client.set_terminated(self.run_id, status, ended)
-        if self.again:
-            for twin in self._same():
-                if twin.info.run_id != self.run_id:  # made by a call whose answer was lost; nothing was sent to it
-                    self.client.delete_run(twin.info.run_id)
+        for twin in self._same():
+            if twin.info.run_id != self.run_id:  # made by a call whose answer was lost; nothing was sent to it
+                self.client.delete_run(twin.info.run_id)
         return there != (status, ended, tag)
 
 
@@ -258,45 +203,13 @@ def as_kept(name: str, step: int, value: float) -> Point:
     return name, step, "NaN" if math.isnan(value) else max(-most, min(most, float(value)))
 
 
-def add_points(store: Store, told: Mapping[str, Any], row: Mapping[str, Any]) -> None:
-    """Add a row of metrics.jsonl to a run that has ended; its step had its epoch before."""
-    client, experiment = connect(store)
-    mlflow = MlflowRun(client, experiment, told, again=True, make=False)
-    mlflow.log([{name: value for name, value in row.items() if name != "epoch"}])
-
-
-def migrate(uri: str, artifacts: Path) -> None:
-    """Make the tables of a database that has none; nothing stays open."""
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    made = SqlAlchemyStore(uri, artifacts.as_uri())  # type: ignore[no-untyped-call]
-    made.engine.dispose()
-
-
-def connect(store: Store) -> tuple[MlflowClient, str]:
-    """A client and the experiment's id; a local store and the experiment are made on first use."""
-    make(store)
-    client = MlflowClient(store.uri)
-    known = client.get_experiment_by_name(store.experiment)
-    if known is not None:
-        return client, str(known.experiment_id)
-    location = store.artifacts.as_uri() if store.artifacts else None
-    try:
-        return client, str(client.create_experiment(store.experiment, location, EXPERIMENT_TAGS))
-    except MlflowException:
-        known = client.get_experiment_by_name(store.experiment)
-        if known is None:
-            raise
-        return client, str(known.experiment_id)  # another process was faster
-
-
-def _dataset_input(split: Mapping[str, Any], name: str, context: str) -> entities.DatasetInput:
-    counts = {key: split[key] for key in ("documents", "tokens", "chunks")}
+def _dataset_input(split: SplitRecord, name: str, context: str) -> entities.DatasetInput:
+    counts = {"documents": split.documents, "tokens": split.tokens, "chunks": split.chunks}
     dataset = entities.Dataset(
-        name=f"{split['source']} {name}"[:500],
-        digest=split["sha256"][:36],
+        name=f"{split.source} {name}"[:500],
+        digest=split.sha256[:36],
         source_type="mlmx",
-        source=json.dumps({"source": split["source"]}),
+        source=json.dumps({"source": split.source}),
         profile=json.dumps(counts),
     )
     return entities.DatasetInput(dataset, [entities.InputTag("mlflow.data.context", context)])

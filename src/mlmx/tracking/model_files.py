@@ -11,20 +11,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import filecmp
 import json
-import os
+import math
 import platform
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from urllib.parse import urlparse
-from urllib.request import url2pathname
 
 import yaml  # type: ignore[import-untyped]
 
@@ -34,7 +29,38 @@ WEIGHTS = ".safetensors"
 OF_THE_MODEL = (WEIGHTS, ".safetensors.index.json", "config.json", ".py")  # endings; tokenizer_config.json is not meant
 MODEL, TOKENIZER = "model", "components/tokenizer"
 EXAMPLE, MASK = "This is a great {mask}.", "[MASK]"
+FINAL = "model"
+STEP, CHECKPOINT = "mlmx.step", "mlmx.checkpoint"  # tags of a model
 PACKAGES = ("mlflow", "torch", "transformers", "tokenizers", "safetensors")
+Score = tuple[float, int]  # value, milliseconds since 1970
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A saved model of a run: a checkpoint, or the final one."""
+
+    folder: Path
+    step: int
+    epoch: float
+    final: bool = False
+
+    @property
+    def name(self) -> str:
+        """What MLflow calls it; dots and slashes are not allowed there.
+
+        >>> Saved(Path("checkpoint-7"), 7, 1.0).name, Saved(Path("checkpoint-9"), 9, 1.3).name
+        ('epoch-1', 'step-9')
+        """
+        if self.final:
+            return FINAL
+        whole = math.isclose(self.epoch, round(self.epoch), abs_tol=1e-6)
+        return f"epoch-{round(self.epoch)}" if whole else f"step-{self.step}"
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Which of the run's models it is."""
+        own = {} if self.final else {CHECKPOINT: self.folder.name}
+        return {STEP: str(self.step), "mlmx.epoch": f"{self.epoch:g}", **own}
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -132,45 +158,3 @@ def _environment() -> dict[str, str]:
         "conda.yaml": _yaml(conda),
         "python_env.yaml": _yaml(virtualenv),
     }
-
-
-# ------------------------------------------------------------------------------- Files as artifacts of an MLflow store
-
-LINKED = (".safetensors", "tokenizer.json")  # written once, under a new name; other files may be rewritten
-NOT_READ = ".safetensors"
-GROWING = (".jsonl", ".log")  # while the run goes on
-
-
-def local_folder(address: str) -> Path | None:
-    """Where artifacts lie on this machine's disks; None for those of a server."""
-    parsed = urlparse(address)
-    return Path(url2pathname(parsed.path)) if parsed.scheme in ("", "file") else None
-
-
-def place(path: Path, target: Path) -> None:
-    """A file at its place in a local store."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
-    try:
-        if not path.name.endswith(LINKED):
-            raise OSError("copied")
-        os.link(path, target)
-    except OSError:
-        shutil.copy2(path, target)
-
-
-def is_placed(path: Path, target: Path) -> bool:
-    """Whether a file is there as it is; weights, which are never rewritten, are not read for that."""
-    if not target.is_file() or target.stat().st_size != path.stat().st_size:
-        return False
-    return path.name.endswith(NOT_READ) or filecmp.cmp(path, target, shallow=False)
-
-
-@contextlib.contextmanager
-def at_rest(path: Path) -> Iterator[Path]:
-    """A copy of a file that grows: what comes after its length was told would be taken for another request."""
-    if path.suffix not in GROWING:
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="mlmx-") as folder:
-        yield Path(shutil.copy2(path, folder))

@@ -7,15 +7,17 @@ import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlmx.config.errors import RequestError, WorkError, brief, did_you_mean, require
+from mlmx.runs import records
 from mlmx.runs.provenance import PARENT
+from mlmx.runs.records import MlflowRecord, Status
 from mlmx.runs.run import HELDOUT_FILE, Run
-from mlmx.tracking.mirror import RUN_FILE
-from mlmx.tracking.store import trouble
+from mlmx.tracking.store import client_of, experiments_of, found_runs, trouble
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient, entities
@@ -26,7 +28,6 @@ FILES = ("config.yaml", "overrides.yaml", "data.json", "result.json", HELDOUT_FI
 CURVES = ("heldout/loss", "eval/loss", "epoch")  # whose histories are read; of other metrics the last value
 MOST_BYTES = 100_000_000  # of a file
 AT_ONCE = 8  # runs that are read at a time
-PAGE = 1000
 
 
 def fetch(store: Store, folder: Path, *, run_ids: Sequence[str] = (), parent: str | None = None) -> list[Run]:
@@ -39,16 +40,12 @@ def fetch(store: Store, folder: Path, *, run_ids: Sequence[str] = (), parent: st
         RequestError: no such run or experiment.
         WorkError: the store does not answer.
     """
-    from mlflow import MlflowClient
-
-    import mlmx.tracking.mlflow_run  # noqa: F401 (sets MLflow up)
-
     if store.artifacts is not None:
         path = store.artifacts.parent / "mlflow.db"
         require(path.exists(), f"tracking=local: no MLflow store at {path} yet; train something first")
         if wrong := trouble(store):  # MLflow would try long, or migrate it
             raise WorkError(wrong)
-    client = MlflowClient(store.uri)
+    client = client_of(store)
     try:
         found = _chosen(client, store, run_ids, parent)
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -62,16 +59,16 @@ def fetch(store: Store, folder: Path, *, run_ids: Sequence[str] = (), parent: st
 def _chosen(client: MlflowClient, store: Store, run_ids: Sequence[str], parent: str | None) -> list[entities.Run]:
     if run_ids:
         return [_run(client, store, run_id) for run_id in dict.fromkeys(run_ids)]
-    experiments = {one.name: one.experiment_id for one in client.search_experiments(max_results=PAGE)}
     if parent:
         require(re.fullmatch(r"[\w-]+", parent) is not None, f"sweep={parent}: is no MLflow run id")
-        return _pages(client, list(experiments.values()), f"tags.`{PARENT}` = '{parent}'")
+        return found_runs(client, f"tags.`{PARENT}` = '{parent}'")
+    experiments = experiments_of(client)
     require(
         store.experiment in experiments,
         f"experiment={store.experiment}: {store.uri} has no such experiment"
         f"{did_you_mean(store.experiment, experiments)} (it has: {', '.join(experiments) or 'none'})",
     )
-    found = _pages(client, [experiments[store.experiment]], "")
+    found = found_runs(client, "", [experiments[store.experiment]])
     parents = {run.data.tags.get(PARENT) for run in found}
     return [run for run in found if run.info.run_id not in parents]
 
@@ -85,18 +82,6 @@ def _run(client: MlflowClient, store: Store, run_id: str) -> entities.Run:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         raise RequestError(f"runs={run_id}: is no run folder, and {store.uri} has no run of this id") from error
-
-
-def _pages(client: MlflowClient, experiments: list[str], wanted: str) -> list[entities.Run]:
-    found: list[entities.Run] = []
-    token = None
-    while True:
-        order = ["attributes.start_time ASC"]
-        page = client.search_runs(experiments, wanted, max_results=PAGE, order_by=order, page_token=token)
-        found += page
-        token = page.token
-        if not token:
-            return found
 
 
 def _folders(folder: Path, found: Sequence[entities.Run]) -> list[Path]:
@@ -115,15 +100,11 @@ def _as_folder(client: MlflowClient, run: entities.Run, folder: Path) -> Run:
     if not (folder / "config.yaml").is_file():  # its artifacts are elsewhere: the dials that are params
         made.write_text("config.yaml", json.dumps({key: _number(text) for key, text in run.data.params.items()}))
     metrics = {name: _unbounded(value) for name, value in run.data.metrics.items() if name != "epoch"}
-    try:
-        result = made.read_json("result.json")
-    except ValueError:
-        result = {}
-    about = {"run_id": run_id, "run_name": run.info.run_name, "protocol": run.data.tags.get("mlmx.protocol")}
-    kept = result.get("metrics")
-    metrics = (kept if isinstance(kept, dict) else {}) | metrics  # MLflow refuses some names
-    made.write_json("result.json", result | about | {"status": run.info.status, "metrics": metrics})
-    made.write_json(RUN_FILE, {"params": dict(run.data.params)})
+    result, protocol = made.result(), run.data.tags.get("mlmx.protocol")
+    metrics = result.metrics | metrics  # MLflow refuses some names
+    about = {"run_id": run_id, "run_name": run.info.run_name, "protocol": protocol, "metrics": metrics}
+    records.write(replace(result, status=Status(run.info.status), **about), folder)
+    records.write(MlflowRecord(params=dict(run.data.params)), folder)
     _write_histories(client, run, made)
     return made
 

@@ -1,6 +1,6 @@
 """Where MLflow keeps its records: a local store is made once and whole, and what is wrong with one is said in a line.
 
-Looks at stores without loading MLflow; only making one does.
+Looks at stores without loading MLflow; only making and asking one does.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import os
 import re
 import shlex
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
@@ -22,6 +23,10 @@ from mlmx.config.errors import WorkError, brief, require
 from mlmx.config.options import bind, table
 from mlmx.config.paths import outputs_dir
 from mlmx.runs.run import Run
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run as Found
 
 SQLITE = "sqlite:///"
 ANSWER_SECONDS = 3.0
@@ -71,14 +76,23 @@ def reason(error: Exception, store: Store) -> str:
 TRACKINGS: dict[str, Callable[..., Store | None]] = table(local, server, none)
 
 
+def bound_store(options: Mapping[str, Any]) -> Store | None:
+    """The store that a config's ``tracking`` asks for; None for none.
+
+    Raises:
+        RequestError: an unknown name or option, a wrong type or value.
+    """
+    (named,) = bind("tracking", options, TRACKINGS)
+    store: Store | None = named()
+    return store
+
+
 def store_of(run: Run) -> Store | None:
     """Where a run of this or an earlier day is recorded besides its folder; None where nowhere, or nobody can tell."""
     try:
-        (store,) = bind("tracking", run.config().tracking, TRACKINGS)
+        return bound_store(run.config().tracking)
     except Exception:  # of another version, torn, or gone meanwhile
         return None
-    found: Store | None = store()
-    return found
 
 
 def database(store: Store) -> Path | None:
@@ -137,14 +151,21 @@ def make(store: Store) -> None:
 
 
 def _make(path: Path, artifacts: Path) -> None:
-    from mlmx.tracking.mlflow_run import migrate
-
     aside = path.with_name(f".{path.name}.new")
     for leftover in (*_all_of(aside), *_all_of(path)):  # a log without its database would be taken for the new one's
         leftover.unlink(missing_ok=True)
-    migrate(f"{SQLITE}{aside}", artifacts)
+    _migrate(f"{SQLITE}{aside}", artifacts)
     _write_ahead(aside)
     aside.rename(path)
+
+
+def _migrate(uri: str, artifacts: Path) -> None:
+    """Make the tables of a database that has none; nothing stays open."""
+    _set_up()
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    made = SqlAlchemyStore(uri, artifacts.as_uri())  # type: ignore[no-untyped-call]
+    made.engine.dispose()
 
 
 def _all_of(path: Path) -> list[Path]:
@@ -241,3 +262,84 @@ def newest_schema() -> str | None:
             (followed if line.startswith("down_") else made).update(named)
     newest = made - followed
     return newest.pop() if len(newest) == 1 else None
+
+
+# ------------------------------------------------------------------------------------------- asking one
+
+# Before MLflow is imported: nothing is sent to its makers or printed, and a call that fails does so in seconds and
+# only once, for whoever sends tries again.
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # failures are said by us, without a traceback
+}
+# What MLflow's pages compare runs by unless told otherwise, and that these are no LLM applications.
+EXPERIMENT_TAGS = {
+    "mlflow.experiment.primaryMetric.name": "heldout/loss",
+    "mlflow.experiment.primaryMetric.greaterIsBetter": "False",
+    "mlflow.experimentKind": "custom_model_development",
+}
+PAGE = 1000  # runs or experiments that MLflow gives at a time
+
+
+def client_of(store: Store) -> MlflowClient:
+    """MLflow's client of a store, which is not looked at."""
+    _set_up()
+    from mlflow import MlflowClient
+
+    return MlflowClient(store.uri)
+
+
+def _set_up() -> None:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def connect(store: Store) -> tuple[MlflowClient, str]:
+    """A client and the experiment's id; a local store and the experiment are made on first use."""
+    make(store)
+    client = client_of(store)
+    from mlflow.exceptions import MlflowException
+
+    known = client.get_experiment_by_name(store.experiment)
+    if known is not None:
+        return client, str(known.experiment_id)
+    location = store.artifacts.as_uri() if store.artifacts else None
+    try:
+        return client, str(client.create_experiment(store.experiment, location, EXPERIMENT_TAGS))
+    except MlflowException:
+        known = client.get_experiment_by_name(store.experiment)
+        if known is None:
+            raise
+        return client, str(known.experiment_id)  # another process was faster
+
+
+def pages(ask: Callable[..., Any]) -> Iterator[Any]:
+    """All that MLflow gives page by page.
+
+    Args:
+        ask: for a page, by ``page_token``.
+    """
+    token = None
+    while True:
+        page = ask(page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def experiments_of(client: MlflowClient) -> dict[str, str]:
+    """Name and id of each."""
+    return {one.name: one.experiment_id for one in pages(partial(client.search_experiments, max_results=PAGE))}
+
+
+def found_runs(client: MlflowClient, wanted: str, experiments: Iterable[str] | None = None) -> list[Found]:
+    """The runs that a filter of MLflow's finds, oldest first; in these experiments, else in all of the store."""
+    where = list(experiments_of(client).values() if experiments is None else experiments)
+    order = ["attributes.start_time ASC"]
+    return list(pages(partial(client.search_runs, where, wanted, max_results=PAGE, order_by=order)))
