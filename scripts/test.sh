@@ -23,28 +23,6 @@ has chromium || has chromium-browser || has google-chrome || has google-chrome-s
 has postgres || ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || install postgresql PostgreSQL
 
 unset PYTHONHOME PYTHONPATH
-[ $# -eq 0 ] || exec .venv/bin/python -m pytest "$@"
-
-# All of them, in three parts at once, since much of the time goes into waiting for processes, servers and disks. What is
-# in no list is in the last part.
-real=(tests/e2e tests/test_launchers.py)
-runs=()
-for name in alive benchmark cli doctor models_in_mlflow resume search sweeps sync trust writer; do
-  runs+=("tests/test_$name.py")
-done
-logs=$(mktemp -d)
-parts=()
-trap 'kill "${parts[@]}" 2>/dev/null || true; rm -rf "$logs"' EXIT
-part() { # name, paths: a part in the background
-  .venv/bin/python -m pytest --color=no "${@:2}" >"$logs/$1" 2>&1 &
-  parts+=($!)
-}
-part real "${real[@]}"
-part runs "${runs[@]}"
-failed=0
-.venv/bin/python -m pytest "${real[@]/#/--ignore=}" "${runs[@]/#/--ignore=}" || failed=$?
-for process in "${parts[@]}"; do
-  wait "$process" || failed=$?
-done
-cat "$logs/real" "$logs/runs"
-exit "$failed"
+# A file's tests stay in one process: what a file makes for all of its tests is made once.
+[ $# -gt 0 ] || set -- -n 2 --dist loadfile
+exec .venv/bin/python -m pytest "$@"

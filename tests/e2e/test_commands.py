@@ -173,7 +173,7 @@ def test_metrics_jsonl(demo: Done) -> None:
 
 def test_result_json(demo: Done) -> None:
     result = demo.json("result.json")
-    told = {"status", "resumable", "run_id", "run_name", "command", "protocol", "metrics", "seconds"}
+    told = {"status", "resumable", "pruned", "run_id", "run_name", "command", "protocol", "metrics", "seconds"}
     assert set(result) == told
     assert result["status"] == "FINISHED"
     assert re.fullmatch("[0-9a-f]{32}", result["run_id"])
