@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # The tests: sets up .venv if need be and runs pytest. Arguments are passed on to pytest.
+#   bash scripts/test.sh           the quick ones: everything that needs no other process
+#   bash scripts/test.sh --long    those marked long: processes, servers, a browser, a full disk
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "$0")/.."
 bash scripts/setup.sh
@@ -19,10 +21,16 @@ install() { # package, what for
   fi
   rm -f "$log"
 }
-has chromium || has chromium-browser || has google-chrome || has google-chrome-stable || install chromium browser
-has postgres || ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || install postgresql PostgreSQL
+if [ "${1:-}" = --long ]; then
+  has chromium || has chromium-browser || has google-chrome || has google-chrome-stable || install chromium browser
+  has postgres || ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || install postgresql PostgreSQL
+fi
 
 unset PYTHONHOME PYTHONPATH
 # A file's tests stay in one process: what a file makes for all of its tests is made once.
-[ $# -gt 0 ] || set -- -n 2 --dist loadfile
+both=(-n 2 --dist loadfile)
+case "${1:-}" in
+  "") set -- "${both[@]}" ;;
+  --long) set -- "${both[@]}" -m "long and not slow and not nightly" "${@:2}" ;;
+esac
 exec .venv/bin/python -m pytest "$@"

@@ -22,6 +22,13 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What stands in e2e/ takes long."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent / "e2e"):
+            item.add_marker(pytest.mark.long)
+
+
 @pytest.fixture(autouse=True)
 def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The outputs folder of this test; it does not exist until something is written."""

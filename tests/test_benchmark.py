@@ -49,6 +49,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, str]:
     return json.loads((folder / "run.json").read_text()), (folder / "run.md").read_text(), done.stdout
 
 
+@pytest.mark.long
 def test_every_row_of_the_table_is_measured_on_both_sides(written: tuple[dict, str, str]):
     rows = written[0]["rows"]
     assert {name: row["must"] for name, row in rows.items()} == ROWS
@@ -59,12 +60,14 @@ def test_every_row_of_the_table_is_measured_on_both_sides(written: tuple[dict, s
             assert all(0 < one < math.inf for one in samples), (name, samples)
 
 
+@pytest.mark.long
 def test_trainings_take_more_turns_than_asked_for_while_those_were_short(written: tuple[dict, str, str]):
     for name in ("train_512_fp32", "train_128_shipped", "train_512_shipped", "minilm_128_shipped"):
         samples = written[0]["rows"][name]["samples"]
         assert len(samples["stock"]) == len(samples["mlmx"]) == 5, name  # times one repeat
 
 
+@pytest.mark.long
 def test_a_comparison_is_made_of_the_two_figures(written: tuple[dict, str, str]):
     for name, row in written[0]["rows"].items():
         stock, mlmx = row["stock"], row["mlmx"]
@@ -80,6 +83,7 @@ def test_a_comparison_is_made_of_the_two_figures(written: tuple[dict, str, str])
         assert row["met"] == (reached and all(row["holds"].values())), name
 
 
+@pytest.mark.long
 def test_both_sides_did_the_same_work(written: tuple[dict, str, str]):
     """Equal losses on equal batches, the same first chunks, batches of one shape: what makes the speeds comparable."""
     rows = written[0]["rows"]
@@ -91,6 +95,7 @@ def test_both_sides_did_the_same_work(written: tuple[dict, str, str]):
     assert rows["final_loss"]["value"] < 0.01
 
 
+@pytest.mark.long
 def test_markdown_says_what_json_holds(written: tuple[dict, str, str]):
     run, markdown, printed = written
     assert printed == markdown
@@ -104,6 +109,7 @@ def test_markdown_says_what_json_holds(written: tuple[dict, str, str]):
         assert cells[7].startswith("–" if row["must"] == "–" else ("aim", "yes") if row["met"] else "no")
 
 
+@pytest.mark.long
 def test_a_row_beyond_the_machines_own_matrix_products_says_so(written: tuple[dict, str, str], monkeypatch):
     """At 100 % of the peak a step takes its useful operations ÷ peak: what is asked above that is no matter of code."""
     monkeypatch.syspath_prepend(SCRIPTS)
@@ -118,6 +124,7 @@ def test_a_row_beyond_the_machines_own_matrix_products_says_so(written: tuple[di
     assert "GEMM peak)" not in table({"masking": rows["masking"] | missed})
 
 
+@pytest.mark.long
 def test_growth_is_measured_on_both_sides(written: tuple[dict, str, str]):
     growth = written[0]["growth"]
     assert set(growth) == {"chunk_size", "batch_size", "reviews"}
@@ -127,6 +134,7 @@ def test_growth_is_measured_on_both_sides(written: tuple[dict, str, str]):
             assert all(figure > 0 for side in ("stock", "mlmx") for figure in point[side].values()), point
 
 
+@pytest.mark.long
 def test_the_machine_is_described_and_nothing_of_who_or_where(written: tuple[dict, str, str]):
     machine = written[0]["machine"]
     assert machine["processor"]
@@ -137,6 +145,7 @@ def test_the_machine_is_described_and_nothing_of_who_or_where(written: tuple[dic
     assert "the figures mean nothing" in written[1]
 
 
+@pytest.mark.long
 def test_an_unknown_row_is_refused_with_one_line():
     done = benchmark("--rows", "masking,train_513")
     assert done.returncode == 2
@@ -146,6 +155,7 @@ def test_an_unknown_row_is_refused_with_one_line():
     assert "train_512_fp32" in line
 
 
+@pytest.mark.long
 def test_flops_of_distilbert_at_512(monkeypatch: pytest.MonkeyPatch):
     """The roofline of issue 4: 427.3 MFLOP per token with the full head, 304.7 with 15 % of it."""
     monkeypatch.syspath_prepend(SCRIPTS)
@@ -156,6 +166,7 @@ def test_flops_of_distilbert_at_512(monkeypatch: pytest.MonkeyPatch):
     assert round(flops_per_token(**distilbert, scored_share=0.15) / 1e6, 1) == 304.7
 
 
+@pytest.mark.long
 def test_tables_go_between_the_markers_of_the_document(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, written):
     monkeypatch.syspath_prepend(SCRIPTS)
     from benchmark.report import write_docs

@@ -458,6 +458,7 @@ PROCESSES: list[Row] = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("arguments", "words"), PROCESSES, ids=name_of)
 def test_a_process_writes_its_line_to_stderr_and_nothing_else(
     arguments: list[str], words: list[str], faulty: Path, outputs: Path, tmp_path: Path

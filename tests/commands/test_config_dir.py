@@ -101,6 +101,7 @@ def test_what_is_on_record_of_a_run_makes_it_again(interrupted: Run, asked: list
     assert [sorted(job.own) for _, job in asked] == [USED] * 2
 
 
+@pytest.mark.long
 def test_a_sweep_is_issued_again_without_the_folder(own: Path, outputs: Path):
     given = ["--config-dir", "own configs", *ASKED, "tracking=none", "seed=1,2", "hydra/launcher=joblib"]
     assert main(["train", "-m", *given, "hydra.launcher.n_jobs=2"]) == 0

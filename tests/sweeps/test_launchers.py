@@ -40,6 +40,7 @@ def begun(given: list[str], outputs: Path, said: Path) -> subprocess.Popen[bytes
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("number", "to_all", "code"),
     [

@@ -113,6 +113,7 @@ def test_a_search_goes_on_when_it_is_issued_again(losses: list[Any], tiny: Path,
     assert len({trial.params["lr"] for trial in trials()}) == 4, "it does not draw the same numbers again"
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("store")
 def test_a_search_killed_in_a_trial_goes_on_with_it(tiny: Path, corpus: Path, outputs: Path):
     given = command(tiny, corpus, *SPACE, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "epochs=4")

@@ -253,6 +253,7 @@ def test_a_sweep_that_is_being_run_is_refused(
     assert len(trained) == 2
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("store")
 def test_a_grid_killed_in_its_third_job_finishes_when_it_is_issued_again(tiny: Path, corpus: Path, outputs: Path):
     grid = command(tiny, corpus, "lr=1e-4,1e-3", "mlm_probability=0.15,0.3", "epochs=4")
@@ -288,6 +289,7 @@ def test_a_grid_killed_in_its_third_job_finishes_when_it_is_issued_again(tiny: P
         assert steps == [0, 2, 4, 6, 8]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
 @pytest.mark.usefixtures("store")
 def test_a_sweep_that_is_interrupted_says_killed(number: int, code: int, tiny: Path, corpus: Path, outputs: Path):
@@ -304,6 +306,7 @@ def test_a_sweep_that_is_interrupted_says_killed(number: int, code: int, tiny: P
     assert "to go on, give the same command again" in said.read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("store")
 def test_doctor_marks_a_sweep_whose_process_is_gone(tiny: Path, corpus: Path, outputs: Path, capsys: Any):
     process = started(command(tiny, corpus, "lr=1e-4,1e-3", "epochs=200"), outputs, outputs.parent / "said.txt")

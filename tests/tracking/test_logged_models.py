@@ -269,6 +269,7 @@ def answers(port: int) -> bool:
     return False
 
 
+@pytest.mark.long
 def test_the_final_model_is_served_by_one_command(tiny: Path, corpus: Path, store: Path, outputs: Path):
     folder = outputs / "train" / "run"
     assert main(command(tiny, corpus, folder, "epochs=1")) == 0

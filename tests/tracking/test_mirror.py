@@ -224,6 +224,7 @@ def keeps_dying(folder: str, outputs: str, steps: int) -> None:
     made.finish("FINISHED", {})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kills", [4, pytest.param(60, marks=pytest.mark.nightly)])
 def test_a_run_killed_again_and_again_is_one_mlflow_run_with_every_point_once(kills: int, store: Path, outputs: Path):
     folder, chance = outputs / "train" / "run", random.Random(kills)

@@ -38,6 +38,7 @@ def job(outputs: str, number: int, all_there: Any) -> None:
     made.finish("FINISHED", {})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("processes", "rounds"), [(4, 2), pytest.param(16, 20, marks=[pytest.mark.nightly, pytest.mark.timeout(7200)])]
 )
@@ -97,6 +98,7 @@ def is_made_by(outputs: str) -> None:
     make(local())
 
 
+@pytest.mark.long
 def test_a_process_killed_while_it_makes_the_store_leaves_no_half_of_one(outputs: Path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mlmx.tracking.mlflow_run", "tests.tracking.test_store"])

@@ -308,6 +308,7 @@ def test_the_librarys_arithmetic_stops_too(tmp_path: Path):
     assert math.isnan(made.log.of("train/loss")[1])
 
 
+@pytest.mark.long
 def test_processes_agree_on_a_step_that_fails_in_one_of_them(tmp_path: Path):
     run_distributed(one_of_two, tmp_path)
     one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))

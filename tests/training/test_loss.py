@@ -120,6 +120,7 @@ def one_of_two(rank: int, folder: Path) -> None:
         (folder / "result.json").write_text(json.dumps([notes.rows, weights.tolist()]))
 
 
+@pytest.mark.long
 def test_two_processes_give_the_loss_of_one(tmp_path: Path):
     """A batch of 8 as 2 processes × 4: the same rows in each step, so the same loss, gradient and weights."""
     run_distributed(one_of_two, tmp_path)
@@ -132,6 +133,7 @@ def test_two_processes_give_the_loss_of_one(tmp_path: Path):
     assert torch.linalg.norm(torch.tensor(weights) - whole_weights) <= 1e-6 * torch.linalg.norm(whole_weights)
 
 
+@pytest.mark.long
 def test_a_distributed_run_keeps_one_record(tiny: Path, corpus: Path, outputs: Path, tmp_path: Path):
     """``torchrun --nproc-per-node 2 -m mlmx train …``: one folder, one history, the loss of a single process."""
     from mlmx.commands import main

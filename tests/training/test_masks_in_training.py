@@ -108,6 +108,7 @@ def one_of_two(rank: int, folder: Path, corpus: Path, uncased: Path) -> None:
     train(folder / str(rank), corpus, uncased, batch_size=4)
 
 
+@pytest.mark.long
 def test_two_processes_share_out_the_same_masks(
     tmp_path: Path, corpus: Path, uncased: Path, expected: dict[str, bytes]
 ):

@@ -157,6 +157,7 @@ def kill(argv: list[str], outputs: Path, folder: Path, when) -> None:
     assert ended(process) == -signal.SIGKILL
 
 
+@pytest.mark.long
 def test_a_killed_process_loses_nothing(whole, dropping, corpus, outputs):
     wanted, folder = whole(), outputs / "train" / "killed"
     kill(command(dropping, corpus, folder), outputs, folder, lambda: reached(folder, 3))
@@ -168,6 +169,7 @@ def is_saving(folder: Path) -> bool:
     return any(folder.glob("checkpoints/.checkpoint-*.tmp"))
 
 
+@pytest.mark.long
 def test_a_process_killed_while_saving_loses_nothing(whole, dropping, corpus, outputs):
     wanted, folder = whole(), outputs / "train" / "killed"
     kill(command(dropping, corpus, folder), outputs, folder, lambda: reached(folder, 6) and is_saving(folder))
@@ -232,6 +234,7 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_taken(whole, out
     assert (folder / "checkpoints/damaged-checkpoint-9").is_dir()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)])
 def test_a_signal_ends_a_step_and_saves(number, code, whole, dropping, corpus, outputs):
     wanted, folder, said = whole(), outputs / "train" / "signalled", outputs.parent / "said.txt"
@@ -251,6 +254,7 @@ def test_a_signal_ends_a_step_and_saves(number, code, whole, dropping, corpus, o
     assert history(folder) == history(wanted)
 
 
+@pytest.mark.long
 def test_a_signal_to_the_whole_process_group_saves_too(whole, dropping, corpus, outputs):
     """As a terminal's Ctrl-C and a scheduler's SIGTERM do, which reach the loader's workers as well."""
     wanted, folder = whole(workers=2), outputs / "train" / "signalled"
@@ -264,6 +268,7 @@ def test_a_signal_to_the_whole_process_group_saves_too(whole, dropping, corpus, 
     check_resumed(folder, wanted)
 
 
+@pytest.mark.long
 def test_a_second_signal_ends_at_once_and_harms_nothing(whole, dropping, corpus, outputs):
     wanted, folder = whole(), outputs / "train" / "signalled"
     process = started(command(dropping, corpus, folder), outputs, outputs.parent / "said.txt")
@@ -274,6 +279,7 @@ def test_a_second_signal_ends_at_once_and_harms_nothing(whole, dropping, corpus,
     check_resumed(folder, wanted)
 
 
+@pytest.mark.long
 def test_a_signal_while_scoring_leaves_the_scores_to_the_resumed_run(whole, outputs, monkeypatch):
     wanted, score = whole(), Measure.__call__
     folder = killed_at(8, wanted, outputs / "train" / "killed")
