@@ -4,10 +4,9 @@ The published hydra-optuna-sweeper is bound to Optuna 2 and cannot do the latter
 light. Hydra runs this file before it is in sys.modules, which dataclasses with postponed annotations do not survive.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -46,8 +45,18 @@ class OptunaSweeper(Sweeper):
         sampler, pruner, startup_trials, seed: see `mlmx.sweeps.search`.
     """
 
-    def __init__(self, n_trials: int, n_jobs: int, params: Any, **study: Any) -> None:
-        self.n_trials, self.n_jobs, self.params, self.study = n_trials, n_jobs, params or {}, study
+    def __init__(
+        self,
+        n_trials: int,
+        n_jobs: int,
+        params: Mapping[str, str] | None,
+        sampler: str,
+        pruner: str,
+        startup_trials: int,
+        seed: int,
+    ) -> None:
+        self.n_trials, self.n_jobs, self.params = n_trials, n_jobs, params or {}
+        self.study = sampler, pruner, startup_trials, seed
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config = config
@@ -57,7 +66,7 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        from mlmx.sweeps.search import Search
+        from mlmx.sweeps.search import Search  # noqa: PLC0415 (Hydra imports this file at every start)
 
         assert self.config is not None
         assert self.hydra_context is not None
@@ -67,7 +76,7 @@ class OptunaSweeper(Sweeper):
         OmegaConf.save(self.config, folder / "multirun.yaml")
         added = [f"{key}={value}" for key, value in self.params.items()]
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        search = Search(folder, parser.parse_overrides([*added, *arguments]), **self.study)
+        search = Search(folder, parser.parse_overrides([*added, *arguments]), *self.study)
         while trials := search.ask(min(self.n_jobs, self.n_trials - search.made())):
             batch: Sequence[Sequence[str]] = [search.overrides(trial) for trial in trials]
             self.validate_batch_is_legal(batch)

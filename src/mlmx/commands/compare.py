@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlmx.comparison.curves import plain_curves
 from mlmx.comparison.ranking import Table, tabulate
@@ -22,9 +21,8 @@ from mlmx.runs.log import log_to
 from mlmx.runs.records import Result, Status, SweepRecord
 from mlmx.runs.run import Run, all_runs, run_named
 from mlmx.sweeps.sweep import Sweep, all_sweeps
-
-if TYPE_CHECKING:
-    from mlmx.tracking.store import Store
+from mlmx.tracking.read import fetch
+from mlmx.tracking.store import Store, bound_store
 
 log = logging.getLogger("mlmx")
 LAST = "last"
@@ -65,8 +63,6 @@ def found(cfg: CompareConfig) -> Iterator[tuple[str, list[Run]]]:
     if not cfg.tracking.get("name"):
         yield chosen(cfg)
         return
-    from mlmx.tracking.read import fetch
-
     store = store_of(cfg)
     local = [run for run in cfg.runs if (path_of("runs", run) / Result.FILE).is_file()]
     remote = [run for run in cfg.runs if run not in local]
@@ -81,8 +77,6 @@ def found(cfg: CompareConfig) -> Iterator[tuple[str, list[Run]]]:
 
 def store_of(cfg: CompareConfig) -> Store:
     """The MLflow store that is to be read."""
-    from mlmx.tracking.store import bound_store
-
     store = bound_store(cfg.tracking)
     if store is None:
         raise RequestError("tracking=none: is no store to read runs from; leave it out for the run folders here")
@@ -207,7 +201,7 @@ def drawn(table: Table, path: Path, title: str) -> bytes:
     Raises:
         RequestError: there is nothing to draw.
     """
-    from mlmx.comparison import page, plots
+    from mlmx.comparison import page, plots  # noqa: PLC0415 (imports matplotlib)
 
     with tempfile.TemporaryDirectory(prefix="mlmx-charts-") as folder:
         files = plots.plot_table(table, Path(folder))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlmx.config import own_files
 from mlmx.config.labels import IGNORE_INDEX
@@ -13,10 +13,14 @@ from mlmx.config.schema import Job, TrainConfig
 from mlmx.config.trust import TRUST_FLAG, trusted_code
 from mlmx.data.chunks import Chunks
 from mlmx.data.masking import Masker
+from mlmx.models.fill import fill_masks
 from mlmx.runs.provenance import NOTE, PARENT
 from mlmx.runs.records import Status
 from mlmx.runs.run import Run
 from mlmx.tracking.store import Store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 SHOWN_TARGETS = 12
 
@@ -45,7 +49,11 @@ def source_name(cfg: TrainConfig, job: Job) -> str:
 
 
 def introduction(
-    cfg: TrainConfig, job: Job, report: Mapping[str, Mapping[str, Any]], arguments: Any, model: Any
+    cfg: TrainConfig,
+    job: Job,
+    report: Mapping[str, Mapping[str, Any]],
+    arguments: TrainingArguments,
+    model: PreTrainedModel,
 ) -> str:
     """The three lines a run opens with."""
     corpus, train, evaluation = report["corpus"], report["train"], report["eval"]
@@ -69,12 +77,12 @@ def _heldout_line(report: Mapping[str, Mapping[str, Any]]) -> str:
     return f"heldout  {heldout['source']}: {heldout['documents']:,} documents, {heldout['tokens']:,} tokens\n"
 
 
-def precision(arguments: Any) -> str:
+def precision(arguments: TrainingArguments) -> str:
     """The precision training runs in: ``bf16`` or ``fp16`` (autocast over fp32 weights), or ``fp32``."""
     return "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
 
 
-def masked_sample(mask: Masker, chunks: Chunks, tokenizer: Any) -> str:
+def masked_sample(mask: Masker, chunks: Chunks, tokenizer: PreTrainedTokenizerBase) -> str:
     """A decoded chunk as the model will see it, and the tokens it has to find."""
     batch = mask([chunks[0]])
     inputs, labels = batch["input_ids"][0], batch["labels"][0]
@@ -83,17 +91,17 @@ def masked_sample(mask: Masker, chunks: Chunks, tokenizer: Any) -> str:
     return f"masked   {tokenizer.decode(inputs)}\ntargets  {' '.join(targets[:SHOWN_TARGETS])}{more}"
 
 
-def preview(mask: Masker, row: Mapping[str, Any], tokenizer: Any) -> str:
+def preview(mask: Masker, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
     """A chunk with its targets marked, as seen → as it is: ``this was a ⟦[MASK] → great⟧ ⟦xylophone → film⟧``."""
     batch = mask([row])
     pieces = []
     for seen, label in zip(batch["input_ids"][0].tolist(), batch["labels"][0].tolist(), strict=True):
         shown = tokenizer.convert_ids_to_tokens(seen)
-        pieces.append(shown if label == IGNORE_INDEX else f"⟦{shown} → {tokenizer.convert_ids_to_tokens(label)}⟧")
+        pieces.append(str(shown) if label == IGNORE_INDEX else f"⟦{shown} → {tokenizer.convert_ids_to_tokens(label)}⟧")
     return " ".join(pieces)
 
 
-def fills(model: Any, tokenizer: Any, text: str, fill_masks: Callable[..., Any]) -> str:
+def fills(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """``This is a great [MASK].  →  movie 31.2 %, film 20.1 %, …``."""
     masks = fill_masks(model, tokenizer, text, 5)
     lines = [", ".join(f"{fill.token} {fill.probability:.1%}" for fill in mask) for mask in masks]
@@ -101,7 +109,11 @@ def fills(model: Any, tokenizer: Any, text: str, fill_masks: Callable[..., Any])
 
 
 def params(
-    cfg: TrainConfig, job: Job, arguments: Any, model: Any, report: Mapping[str, Mapping[str, Any]]
+    cfg: TrainConfig,
+    job: Job,
+    arguments: TrainingArguments,
+    model: PreTrainedModel,
+    report: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The dials and what deviates, flat; numbers stay numbers. Everything else is in config.yaml."""
     groups = {name: choice(name, cfg, job) for name in ("model", "dataset", "chunking", "masking", "trainer")}
@@ -114,7 +126,7 @@ def params(
         "precision": precision(arguments),
         "device": arguments.device.type,
         "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
-        "lr_scheduler_type": arguments.lr_scheduler_type.value,
+        "lr_scheduler_type": str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)),
         "optim": str(getattr(arguments.optim, "value", arguments.optim)),
         "train_chunks": report["train"]["chunks"],
         "eval_chunks": report["eval"]["chunks"],

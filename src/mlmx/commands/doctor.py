@@ -126,13 +126,13 @@ def settle(store: Store | None) -> None:
     try:
         client, _ = connect(store)
         found = found_runs(client, "attributes.status = 'RUNNING'")
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (of many kinds, from MLflow's and its database's)
         log.warning("mlflow   %s cannot be looked at (%s)", store.uri, reason(error, store))
         return
     for one in found:
         try:
             _settle(one, store, client)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (of many kinds, from MLflow's and its database's)
             log.warning("mlflow   run %s cannot be set right now (%s)", one.info.run_id, brief(error))
 
 

@@ -10,11 +10,13 @@ import contextlib
 import functools
 import importlib
 import itertools
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import hydra
@@ -41,8 +43,14 @@ from mlmx.config.compose import (
     require_folder,
 )
 from mlmx.config.own_files import Files
+from mlmx.config.paths import conf_dir
 from mlmx.config.redaction import refuse_secrets
 from mlmx.config.schema import Config, Job, TrainConfig, register_schemas, to_config
+from mlmx.config.trust import trusting
+from mlmx.kernels import threads
+from mlmx.runs.run import discard_empty, keep_own
+from mlmx.runs.signals import passed_on
+from mlmx.sweeps import search
 
 if TYPE_CHECKING:
     from mlmx.sweeps.parent import Plan
@@ -50,6 +58,26 @@ if TYPE_CHECKING:
 LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # the only one that runs jobs in this process
 SEARCH = "hydra_plugins.mlmx_optuna.sweeper.OptunaSweeper"
 Checked = Callable[[bool], None]  # told, when all is checked, whether the jobs run in other processes
+
+
+def launch(command: str, given: Sequence[str]) -> int:
+    """Do what a command line asks for, and return its exit code."""
+    neighbours = threads.Neighbours()
+    register_schemas()
+    register_resolvers()
+    own_files.register_source()
+    code, others = arguments.take_trusted_code(command, given)
+    parsed = arguments.parse(command, others)
+
+    def is_right(elsewhere: bool = False) -> None:
+        threads.choose_waiting(neighbours, alone=not (elsewhere or "RANK" in os.environ))
+        if code is not None:
+            print(f"mlmx: the code of {code} is run, with all your rights", file=sys.stderr)
+
+    with trusting(code), own_files.noted() as own, hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        if parsed.cfg or parsed.info or parsed.hydra_help or parsed.shell_completion:
+            return show(command, parsed)
+        return (sweep if parsed.multirun else run)(command, parsed, own, is_right)
 
 
 def run(command: str, parsed: argparse.Namespace, own: Files, is_right: Checked) -> int:
@@ -97,7 +125,7 @@ def _config(command: str, whole: DictConfig) -> Config:
     return to_config(command, OmegaConf.masked_copy(whole, keys), own_files.folders_of(whole.hydra))
 
 
-def _module(command: str) -> Any:
+def _module(command: str) -> ModuleType:
     return importlib.import_module(f"mlmx.commands.{command}")
 
 
@@ -129,9 +157,7 @@ def sweep(command: str, parsed: argparse.Namespace, own: Files, is_right: Checke
         _launch(whole, loader)
         return 0
 
-    from mlmx.runs.run import keep_own
-    from mlmx.runs.signals import passed_on
-    from mlmx.sweeps import parent
+    from mlmx.sweeps import parent  # noqa: PLC0415 (imports matplotlib)
 
     own_files.require_no_secret(own)
     plan = planned(parsed, whole, asked, configs, own)
@@ -179,7 +205,7 @@ def planned(
     parsed: argparse.Namespace, whole: DictConfig, asked: Sequence[Override], configs: Sequence[Config], own: Files
 ) -> Plan:
     """Where a sweep of ``train`` is to run, in a folder that is known before Hydra makes it."""
-    from mlmx.sweeps import parent, search
+    from mlmx.sweeps import parent  # noqa: PLC0415 (imports matplotlib)
 
     if whole.hydra.sweeper._target_ == SEARCH:
         search.require_possible(whole.hydra.sweeper)
@@ -204,7 +230,7 @@ def _launch(whole: DictConfig, loader: ComposedOnce) -> None:
             raise one.return_value
 
 
-def job(values: DictConfig) -> Any:
+def job(values: DictConfig) -> object:
     """A job of a sweep, as launchers call it, perhaps in a process of their own.
 
     Returns:
@@ -222,26 +248,23 @@ def job(values: DictConfig) -> Any:
     config, one = to_config(command, values, folders), _job(node, Path(folder), own)
     if isinstance(config, TrainConfig):
         return _train(config, replace(one, sweep=sweep), number, node.sweeper)
-
-    from mlmx.runs.run import discard_empty
-
     try:
         with _named(number, node.job.override_dirname):
-            return getattr(_module(command), command)(config, one)
-    except Exception as error:
+            made: object = getattr(_module(command), command)(config, one)
+            return made
+    except Exception as error:  # noqa: BLE001 (of any kind: it is raised again when all jobs have run)
         return error
     finally:
         discard_empty(one.folder)  # Hydra makes one for each job
 
 
 def _train(config: TrainConfig, one: Job, number: int, sweeper: DictConfig) -> float:
-    from mlmx.sweeps.job import run_job
-    from mlmx.sweeps.search import stop_early
+    from mlmx.sweeps.job import run_job  # noqa: PLC0415 (imports numpy)
 
     stop = None
     if sweeper._target_ == SEARCH:
         assert one.sweep is not None
-        stop = stop_early(one.sweep, number, sweeper.pruner, sweeper.startup_trials)
+        stop = search.stop_early(one.sweep, number, sweeper.pruner, sweeper.startup_trials)
     return run_job(config, one, number, _module("train").train, stop)
 
 

@@ -120,11 +120,13 @@ def _config_dirs(arguments: Sequence[str]) -> list[Path]:
 
 def _guarded(command: str, arguments: list[str]) -> int:
     """Run a command; every ending is an exit code and, if it is an error, one line."""
-    from mlmx.runs.signals import Interrupted, handled
+    from mlmx.runs.signals import Interrupted, handled  # noqa: PLC0415 (imports multiprocessing)
 
     try:
         with handled():
-            return _run(command, arguments)
+            from mlmx.commands import launch  # noqa: PLC0415 (imports hydra)
+
+            return launch.launch(command, arguments)
     except SystemExit as ending:
         return ending.code if isinstance(ending.code, int) else (0 if ending.code is None else 1)
     except Interrupted as ending:
@@ -137,43 +139,11 @@ def _guarded(command: str, arguments: list[str]) -> int:
         if os.environ.get("MLMX_DEBUG"):
             sys.excepthook = show_traceback
             raise
-        from mlmx.runs.explain import explain
+        from mlmx.runs.explain import explain  # noqa: PLC0415 (imports hydra)
 
         code, line = explain(error, command)
         print(f"mlmx: {line}", file=sys.stderr)
         return code
-
-
-def _run(command: str, arguments: list[str]) -> int:
-    from hydra import initialize_config_dir
-
-    from mlmx.commands import launch
-    from mlmx.commands.arguments import parse, take_trusted_code
-    from mlmx.config.compose import register_resolvers
-    from mlmx.config.own_files import noted, register_source
-    from mlmx.config.schema import register_schemas
-    from mlmx.config.trust import trusting
-    from mlmx.kernels.threads import Neighbours, choose_waiting
-
-    neighbours = Neighbours()
-    register_schemas()
-    register_resolvers()
-    register_source()
-    code, arguments = take_trusted_code(command, arguments)
-    parsed = parse(command, arguments)
-
-    def is_right(elsewhere: bool = False) -> None:
-        """Every job is checked, and the first is about to run."""
-        choose_waiting(neighbours, alone=not (elsewhere or "RANK" in os.environ))
-        if code is not None:
-            print(f"mlmx: the code of {code} is run, with all your rights", file=sys.stderr)
-
-    with trusting(code), noted() as own, initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        if parsed.cfg or parsed.info or parsed.hydra_help or parsed.shell_completion:
-            return launch.show(command, parsed)
-        if parsed.multirun:
-            return launch.sweep(command, parsed, own, is_right)
-        return launch.run(command, parsed, own, is_right)
 
 
 def _complete(arguments: list[str]) -> int:

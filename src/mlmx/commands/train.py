@@ -26,7 +26,7 @@ from mlmx.experiment import Material, Parts, check_training, gather, parts_of, t
 from mlmx.kernels import memory
 from mlmx.models import head
 from mlmx.models.encoders import load_model, weights_sha256
-from mlmx.models.fill import fill_masks, prompt_of
+from mlmx.models.fill import prompt_of
 from mlmx.runs import checkpoints, disk, identity, process, provenance, signals
 from mlmx.runs.log import log_to, log_to_file
 from mlmx.runs.run import HELDOUT_FILE, Run, begin_run, discard_empty, reopen_run
@@ -94,7 +94,7 @@ def lead(cfg: TrainConfig, job: Job, dead: Sequence[Run] = (), stop_early: StopE
             run = opened(cfg, job, ready)
             cache.keep()
         with log_to_file(run), recorded(run, parts.store, clock) as tracker, provenance.kept(run):
-            fills = partial(describe.fills, ready.model, ready.material.tokenizer, cfg.example, fill_masks)
+            fills = partial(describe.fills, ready.model, ready.material.tokenizer, cfg.example)
             announce(cfg, job, ready)
             before = fills()  # before MLflow's thread wants Python as well, at each of its many small operations
             start_record(cfg, job, ready, tracker)
@@ -202,7 +202,7 @@ def start_record(cfg: TrainConfig, job: Job, ready: Ready, tracker: Tracker) -> 
 
 def fit(cfg: TrainConfig, ready: Ready, run: Run, tracker: Tracker, stop_early: StopEarly | None) -> None:
     """Train from the baseline to the last epoch and save the model."""
-    from mlmx.training.trainer import Trainer, run_and_save
+    from mlmx.training.trainer import Trainer, run_and_save  # noqa: PLC0415 (imports torch)
 
     trainer = Trainer(
         cfg.trainer["name"],
@@ -248,7 +248,7 @@ def conclude(ready: Ready, run: Run, tracker: Tracker) -> None:
 
 def draw_plots(run: Run, title: str) -> list[Any]:
     """The run's curves as PNG files."""
-    from mlmx.comparison.plots import plot_run
+    from mlmx.comparison.plots import plot_run  # noqa: PLC0415 (imports matplotlib)
 
     with disk.writing(run.plots):
         return plot_run(run.metrics(), run.plots, title)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mlmx.config.errors import RequestError, require
 from mlmx.config.paths import is_below_outputs, outputs_dir
+from mlmx.config.redaction import entries
 
 
 def composed(compose: Callable[[list[str]], DictConfig], overrides: Sequence[str]) -> DictConfig:
@@ -48,7 +49,7 @@ def _breaks(compose: Callable[[list[str]], DictConfig], override: str) -> bool:
         compose([override])
     except (RequestError, HydraException, OmegaConfBaseException):
         return False
-    except Exception:
+    except Exception:  # noqa: BLE001 (of any kind: Hydra breaks)
         return True
     return False
 
@@ -120,26 +121,15 @@ def require_confined(command: str, composed: DictConfig, number: int = 0, multir
             chosen is not None and chosen.get("root") is None,
             f"hydra/{name}: is not taken; a run writes its own train.log (leave it at none)",
         )
-    for path, target in _targets(OmegaConf.to_container(node, resolve=False), ""):
+    for path, key, target in entries(OmegaConf.to_container(node, resolve=False)):
+        if key != "_target_":
+            continue
         allowed = TARGETS.get(path)
         require(
             allowed is not None and re.fullmatch(allowed, str(target)) is not None,
             f"hydra.{path}={target}: is not taken; Hydra's own launcher and sweeper, and its installed plugins, are",
         )
     _require_folders(command, composed, number)
-
-
-def _targets(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    items: Any = ()
-    if isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, list):
-        items = enumerate(value)
-    for key, inner in items:
-        where = f"{path}.{key}" if path else str(key)
-        if key == "_target_":
-            yield where, inner
-        yield from _targets(inner, where)
 
 
 def is_grid(composed: DictConfig) -> bool:
@@ -201,16 +191,12 @@ def require_below_outputs(key: str, folder: str, given: str | None = None) -> No
 
 
 def quoted(text: str) -> str:
-    """A text as Hydra takes it literally, in single quotes."""
-    return "'" + _escaped(text) + "'"
+    """A text as Hydra takes it literally, in single quotes: quotes, ``${`` and backslashes before either escaped."""
+    ended = re.sub(r"(\\+)\Z", r"\1\1", text)
+    return "'" + re.sub(r"(\\*)('|\$\{)", r"\1\1\\\2", ended) + "'"
 
 
-def _escaped(text: str) -> str:
-    """Inside Hydra's single quotes: quotes, ``${`` and the backslashes before either are escaped."""
-    return re.sub(r"(\\*)('|\$\{)", r"\1\1\\\2", re.sub(r"(\\+)\Z", r"\1\1", text))
-
-
-def overrides_of(node: Any, of: str = "task") -> list[str]:
+def overrides_of(node: DictConfig, of: str = "task") -> list[str]:
     """The overrides of a composition as they were given, from its ``hydra`` node; ``${…}`` in them stays."""
     listed: Any = OmegaConf.to_container(node.overrides[of], resolve=False)
     return [str(one) for one in listed]

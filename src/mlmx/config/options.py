@@ -88,7 +88,7 @@ def _options_of(target: Function) -> dict[str, inspect.Parameter]:
     return {name: option.replace(annotation=hints.get(name, Any)) for name, option in options.items()}
 
 
-def convert(key: str, value: Any, wanted: Any) -> Any:
+def convert(key: str, value: object, wanted: object) -> Any:  # noqa: ANN401 (of the type wanted)
     """``value`` as type ``wanted``, or a `RequestError` that says what is needed.
 
     A number without a fraction is a whole number, a number or truth value is a text where no number is wanted; a text
@@ -104,11 +104,11 @@ def convert(key: str, value: Any, wanted: Any) -> Any:
 
 
 @functools.cache
-def _adapter(wanted: Any) -> TypeAdapter[Any]:
+def _adapter(wanted: Any) -> TypeAdapter[Any]:  # noqa: ANN401 (a type or a union, for which typing has no word)
     return TypeAdapter(wanted, config=ConfigDict(arbitrary_types_allowed=True))
 
 
-def _each(value: Any, form: Callable[[Any], Any]) -> Any:
+def _each(value: object, form: Callable[[object], object]) -> object:
     """``form`` of every value in lists and mappings; tuples become lists, keys texts."""
     if isinstance(value, Mapping):
         return {str(key): _each(inner, form) for key, inner in value.items()}
@@ -117,22 +117,28 @@ def _each(value: Any, form: Callable[[Any], Any]) -> Any:
     return form(value)
 
 
-def _same(value: Any) -> Any:
+def _same(value: object) -> object:
     return value
 
 
-def _whole(value: Any) -> Any:
+def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _text(value: Any) -> Any:
+def _text(value: object) -> object:
     return str(value) if isinstance(value, (int, float)) else value
 
 
-_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+_WORDS: dict[object, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    type(None): "null",
+}
 
 
-def _wording(wanted: Any) -> str:
+def _wording(wanted: object) -> str:
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))

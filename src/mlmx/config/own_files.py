@@ -16,7 +16,7 @@ import yaml  # type: ignore[import-untyped]
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 
 from mlmx.config.compose import quoted
@@ -69,7 +69,7 @@ def searched(folders: Sequence[str]) -> str:
     return f"{SEARCH}=[{','.join(sources)}]"
 
 
-def folders_of(node: Any) -> list[Path]:
+def folders_of(node: DictConfig) -> list[Path]:
     """The folders of the user's own that were searched for a composition, from its ``hydra`` node."""
     return [Path(source.path) for source in node.runtime.config_sources if source.schema == SCHEME]
 
@@ -129,10 +129,12 @@ def shipped(name: str) -> dict[str, Any]:
     return dict(values)
 
 
-def fill_in(node: Any, key: str, folders: Sequence[Path]) -> None:
+def fill_in(node: object, key: str, folders: Sequence[Path]) -> None:
     """In place of the name of a dataset of the user's own its values: its folder may be gone when they are wanted."""
-    name = node.get(key) if isinstance(node, dict) else None
-    if isinstance(name, str) and name and folders:
+    if not (isinstance(node, dict) and folders):
+        return
+    name = node.get(key)
+    if isinstance(name, str) and name:
         folder = _folder_of("dataset", name, folders)
         node[key] = name if folder == conf_dir() else _option(folder, f"dataset/{name}.yaml")
 

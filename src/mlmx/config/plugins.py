@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from mlmx.config.errors import RequestError, WorkError, brief, require
 
 F = TypeVar("F", bound=Callable[..., Any])
+R = TypeVar("R")
 
 
 def plugins(stage: str) -> list[str]:
@@ -51,7 +52,7 @@ def load(stage: str, name: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-def states(**facts: Any) -> Callable[[F], F]:
+def states(**facts: object) -> Callable[[F], F]:
     """Makes a decorator by which a function says of itself what others need to know of it."""
 
     def stated(function: F) -> F:
@@ -61,7 +62,7 @@ def states(**facts: Any) -> Callable[[F], F]:
     return stated
 
 
-def call(stage: str, function: Callable[..., Any], *arguments: Any, fits: Callable[[Any], bool], needed: str) -> Any:
+def call(stage: str, function: Callable[..., R], *arguments: object, fits: Callable[[Any], bool], needed: str) -> R:
     """What a stage's function gives, if it is what the stage needs.
 
     Raises:
@@ -83,7 +84,7 @@ def _title(stage: str, function: Callable[..., Any]) -> str:
     return f"{stage} '{getattr(own, '__name__', own)}' of {own.__module__}"
 
 
-def _kind(given: Any) -> str:
+def _kind(given: object) -> str:
     """``int64[2, 8]`` of an array, else the type, with the names of columns or keys where it has such."""
     if hasattr(given, "dtype") and hasattr(given, "shape"):
         return f"{given.dtype}{list(given.shape)}"

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, TextIO
@@ -59,7 +61,7 @@ def redact(text: str) -> str:
     return text
 
 
-def redacted(value: Any) -> Any:
+def redacted(value: Any) -> Any:  # noqa: ANN401 (of a type's values, values of that type)
     """The same value with every text in it redacted, keys included; lists and mappings are copied."""
     if isinstance(value, str):
         return redact(value)
@@ -129,19 +131,16 @@ class RedactedStream:
         self.stream.write(redact(text))
         return len(text)
 
-    def writelines(self, lines: Any) -> None:
+    def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.write(line)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (whatever the stream has)
         return getattr(self.stream, name)
 
 
 def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """A ``sys.excepthook`` whose traceback holds no secret."""
-    import sys
-    import traceback
-
     sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
@@ -150,13 +149,13 @@ def show_traceback(kind: type[BaseException], error: BaseException, trace: Trace
 MOST_BITS = 4096  # of a whole number
 
 
-def refuse_code(values: Any) -> None:
+def refuse_code(values: object) -> None:
     """Refuse a plain, resolved config that could run code: names are looked up in tables, never imported.
 
     Raises:
         RequestError: ``_target_`` or ``trust_remote_code`` anywhere in it.
     """
-    for path, key, _ in _entries(values, ""):
+    for path, key, _ in entries(values):
         require(
             key != "_target_",
             f"{redact(path)}: a config names functions by 'name:', _target_ is not accepted; "
@@ -169,13 +168,13 @@ def refuse_code(values: Any) -> None:
         )
 
 
-def refuse_secrets(values: Any) -> None:
+def refuse_secrets(values: object) -> None:
     """Refuse a plain config that holds what would let somebody in: it is going to be written to files.
 
     Raises:
         RequestError: credentials in an address, or an access token; the line shows ``***`` in their place.
     """
-    for path, key, value in _entries(values, ""):
+    for path, key, value in entries(values):
         for text in (key, value):
             what = exposed(text) if isinstance(text, str) else None
             if what is not None:
@@ -185,13 +184,13 @@ def refuse_secrets(values: Any) -> None:
                 )
 
 
-def refuse_unwritable(values: Any) -> None:
+def refuse_unwritable(values: object) -> None:
     """Refuse what no file can hold as UTF-8, what would end a file's name early, and endless numbers.
 
     Raises:
         RequestError: half of a character (a byte of the command line that is no UTF-8), a NUL, a number too long.
     """
-    for path, key, value in _entries(values, ""):
+    for path, key, value in entries(values):
         if isinstance(value, int) and value.bit_length() > MOST_BITS:
             raise RequestError(f"{path}: is a number of more than {MOST_BITS:,} bits; give a smaller one")
         for text in (key, value):
@@ -209,9 +208,9 @@ def remedy(what: str) -> str:
     return "leave it out; libraries read it from the environment"
 
 
-def _entries(value: Any, path: str) -> Iterator[tuple[str, str, Any]]:
+def entries(value: object, path: str = "") -> Iterator[tuple[str, str, Any]]:
     """``(path, key, value)`` of everything inside, lists and mappings included."""
-    items: Any = ()
+    items: Iterable[tuple[object, Any]] = ()
     if isinstance(value, Mapping):
         items = value.items()
     elif isinstance(value, (list, tuple)):
@@ -219,4 +218,4 @@ def _entries(value: Any, path: str) -> Iterator[tuple[str, str, Any]]:
     for key, inner in items:
         where = f"{path}.{key}" if path else str(key)
         yield where, str(key), inner
-        yield from _entries(inner, where)
+        yield from entries(inner, where)

@@ -310,7 +310,7 @@ def register_schemas() -> None:
     for command, schema in CONFIGS.items():
         node = OmegaConf.structured(schema)
         for name in open_nodes(schema):
-            node[name]._set_flag("struct", False)
+            OmegaConf.set_struct(node[name], False)
         ConfigStore.instance().store(name=f"{command}_schema", node=node)
 
 

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import sys
 import urllib.error
 import urllib.request
 from functools import cache
@@ -81,7 +82,7 @@ def _hub_answers() -> bool:
 
 
 def _is_cached(kind: str, repo: str, revision: str | None) -> bool:
-    from huggingface_hub import constants
+    from huggingface_hub import constants  # noqa: PLC0415 (reads the environment)
 
     if kind == "dataset":  # offline, that library reads what it has prepared, in a folder per commit
         prepared = Path(os.environ.get("HF_DATASETS_CACHE", Path(constants.HF_HOME) / "datasets"))
@@ -103,8 +104,6 @@ def _folder_of(repo: str) -> str:
 
 def _go_offline() -> None:
     """The libraries read the switch at import; one already imported is told as well."""
-    import sys
-
     os.environ["HF_HUB_OFFLINE"] = "1"
     for name in ("huggingface_hub.constants", "datasets.config"):
         module = sys.modules.get(name)
