@@ -152,7 +152,7 @@ def cut(chunking: Callable[..., Chunks], tokens: Tokens, chunk_size: int) -> Chu
     return chunks
 
 
-def _are_chunks(chunk_size: int, given: Any) -> bool:
+def _are_chunks(chunk_size: int, given: object) -> bool:
     if not isinstance(given, Chunks) or given.chunk_size != chunk_size:
         return False
     arrays = given.starts, given.lengths, given.samples

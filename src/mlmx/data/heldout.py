@@ -20,6 +20,7 @@ from mlmx.data.tokens import Tokens, entry_name, entry_of, take_whole, tokenize,
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 # Letters and digits, with apostrophes inside: no usual tokenizer makes a piece that reaches beyond such a word.
 WORD = re.compile(r"\w+(?:['’]\w+)*")
@@ -166,7 +167,9 @@ class MarkedTokens:
     word_bytes: NDArray[np.int64]
 
 
-def heldout_chunks(texts: Dataset, tokenizer: Any, chunk_size: int, cache: TokenCache | None = None) -> HeldoutChunks:
+def heldout_chunks(
+    texts: Dataset, tokenizer: PreTrainedTokenizerBase, chunk_size: int, cache: TokenCache | None = None
+) -> HeldoutChunks:
     """The held-out documents as rows of at most ``chunk_size`` tokens, nothing dropped."""
     marked = mark_words(texts, tokenizer) if cache is None else kept_words(texts, tokenizer, cache)
     rows = document(marked.tokens, chunk_size)
@@ -180,7 +183,7 @@ def heldout_chunks(texts: Dataset, tokenizer: Any, chunk_size: int, cache: Token
     )
 
 
-def kept_words(texts: Dataset, tokenizer: Any, cache: TokenCache) -> MarkedTokens:
+def kept_words(texts: Dataset, tokenizer: PreTrainedTokenizerBase, cache: TokenCache) -> MarkedTokens:
     """As `mark_words` makes them, out of the cache where it has them."""
 
     def make() -> Entry:
@@ -191,7 +194,7 @@ def kept_words(texts: Dataset, tokenizer: Any, cache: TokenCache) -> MarkedToken
     return MarkedTokens(tokens_of(entry), entry.arrays["chosen"], entry.arrays["word_bytes"])
 
 
-def mark_words(texts: Dataset, tokenizer: Any) -> MarkedTokens:
+def mark_words(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> MarkedTokens:
     """Tokens of words chosen by (document, character span), and the words' bytes per document.
 
     A word is a run of letters and digits ("don't" is one); whether it is chosen is drawn from its document's key and

@@ -14,6 +14,8 @@ from mlmx.data.hashing import content_sha256, document_keys
 from mlmx.data.heldout import HeldoutChunks, Split
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from mlmx.data.tokens import Tokens
 
 CHUNK_SIZES = (64, 128, 256, 512)
@@ -22,7 +24,7 @@ CHUNK_SIZES = (64, 128, 256, 512)
 def data_report(
     source: str,
     texts: Split,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     chunking: Callable[[Tokens, int], Chunks],
     chunks: Chunks,
     splits: dict[str, Chunks],

@@ -14,6 +14,7 @@ from mlmx.config.options import table
 from mlmx.config.plugins import call
 from mlmx.config.sources import find_package_file, require_reachable
 from mlmx.config.trust import TrustedCode, require_trusted_model, trusted_code
+from mlmx.models import loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -206,13 +207,11 @@ def load_tokenizer(encoder: Encoder, chunk_size: int) -> PreTrainedTokenizerBase
     Raises:
         RequestError: not reachable, not a masked LM, no mask token, or too long a chunk.
     """
-    from transformers import AutoModelForMaskedLM
-
-    from mlmx.models import loading
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
     tokenizer: PreTrainedTokenizerBase
     config, tokenizer = loading.config_and_tokenizer(encoder.path, encoder.revision, encoder.code)
-    is_masked_lm = encoder.fresh is not None or type(config) in AutoModelForMaskedLM._model_mapping
+    is_masked_lm = encoder.fresh is not None or type(config) in MODEL_FOR_MASKED_LM_MAPPING
     if encoder.code is not None:
         is_masked_lm = is_masked_lm or "AutoModelForMaskedLM" in (getattr(config, "auto_map", None) or {})
     require(
@@ -242,8 +241,6 @@ def load_model(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, seed: int) 
     """The masked LM in fp32; parts without weights (a packaged encoder's head) start fresh from ``seed``."""
     from transformers import set_seed
     from transformers.utils import logging as library_log
-
-    from mlmx.models import loading
 
     quiet: Any = library_log
     quiet.set_verbosity_error()

@@ -12,7 +12,7 @@ from mlmx.config.sources import require_reachable
 from mlmx.config.trust import TrustedCode
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Else the library would look for a proposal of converted weights, which is not the revision asked for.
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "true"
@@ -70,7 +70,7 @@ def saved_model(path: str, revision: str | None, code: TrustedCode | None) -> Pr
     return loaded
 
 
-def _class_of(config: Any, code: TrustedCode) -> Any:
+def _class_of(config: PreTrainedConfig, code: TrustedCode) -> Any:  # noqa: ANN401 (transformers types none of its auto classes)
     """The model's class: of the trusted commit where it names one, wherever the weights lie."""
     from transformers import AutoModelForMaskedLM
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
