@@ -74,7 +74,8 @@ def _examples(texts: Dataset, row: int, backend: Tokenizer, mask: str) -> Iterat
 def _with_a_gap(sentence: str, backend: Tokenizer) -> Example | None:
     """The sentence without one of its words that are a single token; None where there is none, or it is too long."""
     encoding = backend.encode(sentence, add_special_tokens=True)
-    words = {match.span() for match in WORD.finditer(sentence) if _is_asked_for(match.group())}
+    long_enough = (match for match in WORD.finditer(sentence) if len(match.group()) >= FEWEST_LETTERS)
+    words = {match.span() for match in long_enough if match.group().isalpha()}
     # Some tokens hold the space before a word.
     spans = [(end - len(sentence[start:end].lstrip()), end) for start, end in encoding.offsets]
     places = [(position, *span) for position, span in enumerate(spans) if span in words]
@@ -84,10 +85,6 @@ def _with_a_gap(sentence: str, backend: Tokenizer) -> Example | None:
     return Example(
         f"{sentence[:start]}[MASK]{sentence[end:]}", sentence[start:end], tuple(map(int, encoding.ids)), position
     )
-
-
-def _is_asked_for(word: str) -> bool:
-    return word.isalpha() and len(word) >= FEWEST_LETTERS
 
 
 def _rank(text: str) -> bytes:

@@ -33,7 +33,7 @@ def data_report(
     """``data.json``: for the corpus, each split of it and the held-out documents, counts and hashes.
 
     ``sha256`` is of the int32 little-endian bytes of ``input_ids``, rows in order; ``content_sha256`` of the texts, see
-    `content.content_sha256`.
+    `hashing.content_sha256`.
     ``dropped_tokens`` are those of the corpus that fill no chunk; a split drops none of its own.
     """
     parts = {"corpus": chunks, **splits}

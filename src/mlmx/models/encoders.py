@@ -20,15 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Position ids of these architectures begin after the padding id: 514 positions hold 512 tokens.
-OFFSET_POSITIONS = (
-    "roberta",
-    "xlm-roberta",
-    "camembert",
-    "mpnet",
-    "xlm-roberta-xl",
-    "data2vec-text",
-    "ibert",
-)
+OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl", "data2vec-text", "ibert")
 # Beyond these a request is a slip, and making the model would end the machine before the run.
 MOST_LAYERS, MOST_WEIGHTS = 1_000, 100_000_000_000
 # These bias attention by distance and have no longest input.
@@ -152,10 +144,7 @@ def scratch(
         f"model: layers={layers}, hidden_size={hidden_size}, max_length={max_length} make a model of {weights:.1e} "
         f"weights; at most {MOST_LAYERS:,} layers and {MOST_WEIGHTS:.0e} weights are made",
     )
-    require(
-        hidden_size % heads == 0,
-        f"model.hidden_size={hidden_size}: must be a multiple of model.heads={heads}",
-    )
+    require(hidden_size % heads == 0, f"model.hidden_size={hidden_size}: must be a multiple of model.heads={heads}")
     fresh = {
         "model_type": "distilbert",
         "n_layers": layers,
@@ -188,8 +177,9 @@ def encoder_of(model: Callable[..., Encoder]) -> Encoder:
 def require_fit(encoder: Encoder, chunk_size: int) -> None:
     """Refuse a chunk longer than the model's positions."""
     if encoder.max_length is not None and chunk_size > encoder.max_length:
+        where = "in " if encoder.is_local else ""
         raise RequestError(
-            f"chunk_size={chunk_size}: {_name(encoder)} holds at most {encoder.max_length} tokens; "
+            f"chunk_size={chunk_size}: the model {where}{encoder.path} holds at most {encoder.max_length} tokens; "
             f"choose 3 to {encoder.max_length}, or another model"
         )
 
@@ -260,7 +250,3 @@ def longest_input(config: dict[str, Any]) -> int | None:
     if kind in OFFSET_POSITIONS:
         return positions - int(config.get("pad_token_id") or 0) - 1
     return positions
-
-
-def _name(encoder: Encoder) -> str:
-    return f"the model in {encoder.path}" if encoder.is_local else f"the model {encoder.path}"

@@ -8,6 +8,7 @@ Loss and gradients are those of the full head.
 from __future__ import annotations
 
 import logging
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from mlmx.config.labels import IGNORE_INDEX
@@ -120,14 +121,10 @@ def _place(own: PreTrainedModel) -> torch.nn.Module | None:
     return place
 
 
-_said: set[str] = set()
-
-
+@cache  # said once
 def _say_full_head(kind: str) -> None:
-    if kind not in _said:
-        _said.add(kind)
-        log.info(
-            "head     %s is not in the table of masked-positions heads: all positions are projected, with the same "
-            "numbers and more time",
-            kind,
-        )
+    log.info(
+        "head     %s is not in the table of masked-positions heads: all positions are projected, with the same "
+        "numbers and more time",
+        kind,
+    )
