@@ -206,7 +206,7 @@ def test_a_sweep_reads_hashes_and_tokenises_once(dials: list[str], makings: list
 
     read: list[Path] = []
     hashed: list[int] = []
-    monkeypatch.setattr(texts, "_read", lambda *args, own=texts._read: read.append(args[1]) or own(*args))
+    monkeypatch.setattr(texts, "_read", lambda *args, own=texts._read: read.append(args[0]) or own(*args))
     monkeypatch.setattr(hashing, "batches", lambda some, own=hashing.batches: hashed.append(len(some)) or own(some))
     texts._read_files.cache_clear()
     assert main.main(["train", "-m", *dials, *TRAINING, "lr=1e-5,1e-4"]) == 0

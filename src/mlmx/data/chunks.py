@@ -57,12 +57,7 @@ class Chunks:
             if starts is not None:
                 edges = np.ones(len(self.prefix), np.bool_), np.ones(len(self.suffix), np.bool_)
                 starts = np.concatenate([edges[0], starts, edges[1]])
-        return {
-            "input_ids": ids,
-            "word_starts": starts,
-            "sample": int(self.samples[index]),
-            "epoch": self.epoch,
-        }
+        return {"input_ids": ids, "word_starts": starts, "sample": int(self.samples[index]), "epoch": self.epoch}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any] | list[dict[str, Any]]:
         """Several rows at once, as torch's DataLoader asks for them.
@@ -84,8 +79,7 @@ class Chunks:
 
     def select(self, rows: NDArray[np.int64]) -> Chunks:
         """These rows, in this order."""
-        chosen = {name: getattr(self, name)[rows] for name in ("starts", "lengths", "samples")}
-        return replace(self, **chosen)
+        return replace(self, starts=self.starts[rows], lengths=self.lengths[rows], samples=self.samples[rows])
 
 
 def windows(flat: NDArray[Any], length: int) -> NDArray[Any]:
@@ -152,13 +146,12 @@ def cut(chunking: Callable[..., Chunks], tokens: Tokens, chunk_size: int) -> Chu
     return chunks
 
 
-def _are_chunks(chunk_size: int, given: Any) -> bool:
+def _are_chunks(chunk_size: int, given: object) -> bool:
     if not isinstance(given, Chunks) or given.chunk_size != chunk_size:
         return False
     arrays = given.starts, given.lengths, given.samples
-    if {(getattr(array, "dtype", None), getattr(array, "shape", None)) for array in arrays} != {
-        (np.dtype(np.int64), (len(given.starts),))
-    }:
+    kinds = {(getattr(array, "dtype", None), getattr(array, "shape", None)) for array in arrays}
+    if kinds != {(np.dtype(np.int64), (len(given.starts),))}:
         return False
     longest = chunk_size - len(given.prefix) - len(given.suffix)
     inside = (given.starts >= 0) & (given.starts + given.lengths <= len(given.tokens.ids))
@@ -205,10 +198,8 @@ def require_amounts(train_chunks: float = 1, eval_chunks: float = 1, split_seed:
     """Both amounts as whole numbers of chunks, or shares that leave something to the other."""
     if split_seed < 0:
         raise RequestError(f"dataset.split_seed={split_seed}: must be 0 or more; the default is 42")
-    wanted = {
-        "train_chunks": _amount("train_chunks", train_chunks),
-        "eval_chunks": _amount("eval_chunks", eval_chunks),
-    }
+    given = {"train_chunks": train_chunks, "eval_chunks": eval_chunks}
+    wanted = {name: _amount(name, value) for name, value in given.items()}
     shares = sum(value for value in wanted.values() if isinstance(value, float))
     if shares > 1 + 1e-9:
         raise RequestError(

@@ -7,7 +7,7 @@ import re
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlmx.data.hashing import document_keys, hashed_order
 from mlmx.data.heldout import WORD
@@ -15,6 +15,8 @@ from mlmx.data.tokens import take_whole
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
 
 NUMBER = 20
 BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])\s+|\s*<[^<>]*>\s*|\s*\n\s*")
@@ -39,7 +41,7 @@ class Example:
     position: int
 
 
-def choose_examples(texts: Dataset, tokenizer: Any, number: int = NUMBER) -> tuple[Example, ...]:
+def choose_examples(texts: Dataset, tokenizer: PreTrainedTokenizerBase, number: int = NUMBER) -> tuple[Example, ...]:
     """Sentences, and a word of each, chosen by hashes of what they say; one of each document before a second of any.
 
     None of a tokenizer that does not tell where its tokens stand in the text.
@@ -59,7 +61,7 @@ def choose_examples(texts: Dataset, tokenizer: Any, number: int = NUMBER) -> tup
     return tuple(found.values())
 
 
-def _examples(texts: Dataset, row: int, backend: Any, mask: str) -> Iterator[Example]:
+def _examples(texts: Dataset, row: int, backend: Tokenizer, mask: str) -> Iterator[Example]:
     """Those of a document, best first; nothing is looked at before it is asked for."""
     sentences = dict.fromkeys(sentence.strip() for sentence in BETWEEN_SENTENCES.split(texts[row]["text"]))
     for sentence in sorted(sentences, key=_rank):
@@ -69,10 +71,11 @@ def _examples(texts: Dataset, row: int, backend: Any, mask: str) -> Iterator[Exa
                 yield example
 
 
-def _with_a_gap(sentence: str, backend: Any) -> Example | None:
+def _with_a_gap(sentence: str, backend: Tokenizer) -> Example | None:
     """The sentence without one of its words that are a single token; None where there is none, or it is too long."""
     encoding = backend.encode(sentence, add_special_tokens=True)
-    words = {match.span() for match in WORD.finditer(sentence) if _is_asked_for(match.group())}
+    long_enough = (match for match in WORD.finditer(sentence) if len(match.group()) >= FEWEST_LETTERS)
+    words = {match.span() for match in long_enough if match.group().isalpha()}
     # Some tokens hold the space before a word.
     spans = [(end - len(sentence[start:end].lstrip()), end) for start, end in encoding.offsets]
     places = [(position, *span) for position, span in enumerate(spans) if span in words]
@@ -82,10 +85,6 @@ def _with_a_gap(sentence: str, backend: Any) -> Example | None:
     return Example(
         f"{sentence[:start]}[MASK]{sentence[end:]}", sentence[start:end], tuple(map(int, encoding.ids)), position
     )
-
-
-def _is_asked_for(word: str) -> bool:
-    return word.isalpha() and len(word) >= FEWEST_LETTERS
 
 
 def _rank(text: str) -> bytes:

@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,12 @@ from mlmx.data.hashing import batches, document_keys, hashed_order, utf8
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from tokenizers import Tokenizer
 
 log = logging.getLogger("mlmx")
+
+# Texts → their ids end to end, and how many each has.
+Encode = Callable[[list[str]], tuple[NDArray[np.integer[Any]], NDArray[np.integer[Any]]]]
 
 WORTH_BYTES = 2_000_000  # of text; the reference needs about half a second for them
 SAMPLE_DOCUMENTS = 300
@@ -48,7 +53,7 @@ ODD_TEXTS = (
 )
 
 
-def agreeing_ids(texts: Dataset, reference: Any) -> tuple[NDArray[np.int32], NDArray[np.int64], str] | None:
+def agreeing_ids(texts: Dataset, reference: Tokenizer) -> tuple[NDArray[np.int32], NDArray[np.int64], str] | None:
     """All documents' ids end to end, how many each has, and by what they were made; None where tokie is not for this.
 
     Args:
@@ -68,13 +73,13 @@ def agreeing_ids(texts: Dataset, reference: Any) -> tuple[NDArray[np.int32], NDA
         reason = f"it differs from tokenizers on {wrong[:40]!r}"
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic inside tokie is no Exception
+    except BaseException as error:  # noqa: BLE001 (a panic inside tokie is no Exception)
         reason = f"{type(error).__name__}: {error}"
     log.info("tokie is not used for these texts, tokenizers is: %s", reason)
     return None
 
 
-def _load(reference: Any) -> Any:
+def _load(reference: Tokenizer) -> Encode:
     tokie: Any = importlib.import_module("tokie")
     with tempfile.TemporaryDirectory(prefix="mlmx-tokie-") as folder:
         path = Path(folder) / "tokenizer.json"
@@ -82,7 +87,8 @@ def _load(reference: Any) -> Any:
         tokenizer = tokie.Tokenizer.from_json(str(path))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return tokenizer.encode_batch_flat
+    encode: Encode = tokenizer.encode_batch_flat
+    return encode
 
 
 def _sample(texts: Dataset) -> list[str]:
@@ -93,7 +99,7 @@ def _sample(texts: Dataset) -> list[str]:
     return chosen[: max(1, int((before < SAMPLE_CHARACTERS).sum()))]
 
 
-def _stumbling_stones(texts: Dataset, reference: Any) -> list[str]:
+def _stumbling_stones(texts: Dataset, reference: Tokenizer) -> list[str]:
     """Odd texts, special tokens written out in text, and each unusual character of the corpus in three places."""
     characters: set[str] = set()
     for batch in batches(texts):
@@ -103,7 +109,7 @@ def _stumbling_stones(texts: Dataset, reference: Any) -> list[str]:
     return [*ODD_TEXTS, *written, *(f"a{c}b {c} x{c}" for c in sorted(characters))]
 
 
-def _first_difference(encode: Any, reference: Any, probes: list[str]) -> str | None:
+def _first_difference(encode: Encode, reference: Tokenizer, probes: list[str]) -> str | None:
     ids, lengths = encode(probes)
     if len(lengths) != len(probes):
         return probes[0]

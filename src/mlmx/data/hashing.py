@@ -6,7 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,19 +14,20 @@ from numpy.typing import NDArray
 from mlmx.data.rng import mix
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 # Enough for the tokenizers' threads to share, few enough for what they hand back to stay small.
 DOCUMENTS_PER_BATCH = 2000
 
 
-def batches(texts: Dataset) -> Iterator[Any]:
+def batches(texts: Dataset) -> Iterator[pa.Array]:
     """The texts in order as arrow string arrays of at most 2,000 rows."""
     for rows in texts.with_format("arrow").iter(DOCUMENTS_PER_BATCH):
         yield rows["text"].combine_chunks()
 
 
-def utf8(batch: Any) -> tuple[NDArray[np.int64], memoryview]:
+def utf8(batch: pa.Array) -> tuple[NDArray[np.int64], memoryview]:
     """An arrow string array as it lies in memory: text i is ``bytes[offsets[i]:offsets[i + 1]]`` (UTF-8)."""
     _, edges, data = batch.buffers()
     width = np.int64 if str(batch.type) == "large_string" else np.int32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from mlmx.data.tokens import Tokens, entry_name, entry_of, take_whole, tokenize,
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 # Letters and digits, with apostrophes inside: no usual tokenizer makes a piece that reaches beyond such a word.
 WORD = re.compile(r"\w+(?:['’]\w+)*")
@@ -152,59 +153,40 @@ class HeldoutChunks(Chunks):
         return [self[index] for index in indices]
 
 
-@dataclass(frozen=True)
-class MarkedTokens:
-    """The tokens of held-out documents, and of which words the bits per byte are measured.
-
-    Attributes:
-        chosen: bool[N], tokens of chosen words.
-        word_bytes: int64[D], UTF-8 bytes of each document's chosen words.
-    """
-
-    tokens: Tokens
-    chosen: NDArray[np.bool_]
-    word_bytes: NDArray[np.int64]
-
-
-def heldout_chunks(texts: Dataset, tokenizer: Any, chunk_size: int, cache: TokenCache | None = None) -> HeldoutChunks:
+def heldout_chunks(
+    texts: Dataset, tokenizer: PreTrainedTokenizerBase, chunk_size: int, cache: TokenCache | None = None
+) -> HeldoutChunks:
     """The held-out documents as rows of at most ``chunk_size`` tokens, nothing dropped."""
-    marked = mark_words(texts, tokenizer) if cache is None else kept_words(texts, tokenizer, cache)
-    rows = document(marked.tokens, chunk_size)
+    make = partial(mark_words, texts, tokenizer)
+    entry = make() if cache is None else cache.get(entry_name("heldout", texts, tokenizer), make)
+    tokens = tokens_of(entry)
+    rows = document(tokens, chunk_size)
     rows = rows.select(np.argsort(-rows.lengths, kind="stable"))
     return HeldoutChunks(
         **{name: getattr(rows, name) for name in rows.__dataclass_fields__},
         keys=document_keys(texts),
-        rows_of=np.searchsorted(marked.tokens.offsets, rows.starts, side="right") - 1,
-        chosen=marked.chosen,
-        word_bytes=marked.word_bytes,
+        rows_of=np.searchsorted(tokens.offsets, rows.starts, side="right") - 1,
+        chosen=entry.arrays["chosen"],
+        word_bytes=entry.arrays["word_bytes"],
     )
 
 
-def kept_words(texts: Dataset, tokenizer: Any, cache: TokenCache) -> MarkedTokens:
-    """As `mark_words` makes them, out of the cache where it has them."""
-
-    def make() -> Entry:
-        made = mark_words(texts, tokenizer)
-        return entry_of(made.tokens, chosen=made.chosen, word_bytes=made.word_bytes)
-
-    entry = cache.get(entry_name("heldout", texts, tokenizer), make)
-    return MarkedTokens(tokens_of(entry), entry.arrays["chosen"], entry.arrays["word_bytes"])
-
-
-def mark_words(texts: Dataset, tokenizer: Any) -> MarkedTokens:
-    """Tokens of words chosen by (document, character span), and the words' bytes per document.
+def mark_words(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Entry:
+    """The texts' tokens, those of words chosen by (document, character span), and these words' bytes per document.
 
     A word is a run of letters and digits ("don't" is one); whether it is chosen is drawn from its document's key and
     its first character's position, so the choice knows no tokenizer. A token that touches a chosen word is
     scored with it.
+
+    Returns:
+        Tokens as the cache keeps them, and ``chosen`` and ``word_bytes`` of `HeldoutChunks`.
     """
     tokens, keys = tokenize(texts, tokenizer), document_keys(texts)
     chosen = np.zeros(len(tokens.ids), np.bool_)
     word_bytes = np.zeros(len(texts), np.int64)
-    backend = take_whole(tokenizer)
-    if backend is None:
-        return MarkedTokens(tokens, chosen, word_bytes)  # no offsets, no words; bits per byte is then not reported
-    number = 0
+    backend, number = take_whole(tokenizer), 0
+    if backend is None:  # no offsets, no words; bits per byte is then not reported
+        return entry_of(tokens, chosen=chosen, word_bytes=word_bytes)
     for batch in batches(texts):
         documents = batch.to_pylist()
         for text, encoding in zip(documents, backend.encode_batch(documents, add_special_tokens=True), strict=True):
@@ -213,7 +195,7 @@ def mark_words(texts: Dataset, tokenizer: Any) -> MarkedTokens:
             own = slice(tokens.offsets[number], tokens.offsets[number + 1])
             chosen[own] = _touching(np.array(encoding.offsets, np.int64).reshape(-1, 2), picked)
             number += 1
-    return MarkedTokens(tokens, chosen, word_bytes)
+    return entry_of(tokens, chosen=chosen, word_bytes=word_bytes)
 
 
 def _picked_words(text: str, key: np.uint64) -> NDArray[np.int64]:

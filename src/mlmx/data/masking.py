@@ -27,6 +27,7 @@ from mlmx.data.rng import Words, bits_at, mix, random_halves, sample_keys, unifo
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -170,7 +171,7 @@ class Vocabulary:
     pad_id: int
 
 
-def vocabulary(tokenizer: Any) -> Vocabulary:
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     """Masking's view of a ``PreTrainedTokenizerBase``.
 
     Raises:
@@ -342,7 +343,7 @@ def batch(ids: Ids, at: Ids, seen: Ids | int, real: Bools) -> dict[str, torch.Te
 
 def masker(
     strategy: partial[Any],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     mlm_probability: float,
     seed: int,
     shares: tuple[float, float] = (0.8, 0.1),

@@ -21,6 +21,7 @@ from mlmx.data.rng import bits_at, random_bits, uniform
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
 RATE = 0.15
 SHARES = (0.8, 0.1)
@@ -80,7 +81,7 @@ def own(rows: Sequence[Mapping[str, Any]], real: Bools) -> Bools:
     return (positions >= first) & (positions < last)
 
 
-def protocol_id(rows: HeldoutChunks, tokenizer: Any) -> str:
+def protocol_id(rows: HeldoutChunks, tokenizer: PreTrainedTokenizerBase) -> str:
     """What ``heldout/*`` was measured on: documents, their tokens, rate, shares and the version of the draws.
 
     Only runs of one id scored the same targets; runs of different ids are never ranked together.
@@ -96,7 +97,7 @@ def protocol_id(rows: HeldoutChunks, tokenizer: Any) -> str:
     return "heldout-" + hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
 
 
-def protocol_parts(rows: HeldoutChunks, tokenizer: Any) -> dict[str, Any]:
+def protocol_parts(rows: HeldoutChunks, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What `protocol_id` is made of, part by part, so that two ids can be told apart in words."""
     return {
         "documents": hashlib.sha256(np.sort(rows.keys).astype("<u8").tobytes()).hexdigest()[:12],

@@ -14,6 +14,8 @@ from mlmx.data.hashing import content_sha256, document_keys
 from mlmx.data.heldout import HeldoutChunks, Split
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from mlmx.data.tokens import Tokens
 
 CHUNK_SIZES = (64, 128, 256, 512)
@@ -22,7 +24,7 @@ CHUNK_SIZES = (64, 128, 256, 512)
 def data_report(
     source: str,
     texts: Split,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     chunking: Callable[[Tokens, int], Chunks],
     chunks: Chunks,
     splits: dict[str, Chunks],
@@ -31,7 +33,7 @@ def data_report(
     """``data.json``: for the corpus, each split of it and the held-out documents, counts and hashes.
 
     ``sha256`` is of the int32 little-endian bytes of ``input_ids``, rows in order; ``content_sha256`` of the texts, see
-    `content.content_sha256`.
+    `hashing.content_sha256`.
     ``dropped_tokens`` are those of the corpus that fill no chunk; a split drops none of its own.
     """
     parts = {"corpus": chunks, **splits}

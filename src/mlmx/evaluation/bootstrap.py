@@ -87,7 +87,6 @@ class Difference:
     mean: float
     low: float
     high: float
-    documents: int
 
     @property
     def is_told_apart(self) -> bool:
@@ -105,24 +104,22 @@ class Resampled:
     Attributes:
         samples: float64[draws, R], mean loss per target.
         means: float64[R], that of all documents as they are.
-        documents: number of documents.
     """
 
     samples: NDArray[np.float64]
     means: NDArray[np.float64]
-    documents: int
 
-    def interval(self, run: int, level: float = LEVEL) -> tuple[float, float]:
+    def interval(self, run: int) -> tuple[float, float]:
         """That of the loss of one run, over documents."""
-        return _quantiles(self.samples[:, run], level)
+        return _quantiles(self.samples[:, run])
 
-    def difference(self, one: int, other: int, level: float = LEVEL) -> Difference:
+    def difference(self, one: int, other: int) -> Difference:
         """How much more loss ``one`` has than ``other``."""
-        low, high = _quantiles(self.samples[:, one] - self.samples[:, other], level)
-        return Difference(float(self.means[one] - self.means[other]), low, high, self.documents)
+        low, high = _quantiles(self.samples[:, one] - self.samples[:, other])
+        return Difference(float(self.means[one] - self.means[other]), low, high)
 
 
-def resampled(runs: Sequence[DocumentSums], *, draws: int = DRAWS, seed: int = SEED) -> Resampled:
+def resampled(runs: Sequence[DocumentSums], *, draws: int = DRAWS) -> Resampled:
     """Bootstrap samples of runs that scored the same targets.
 
     Raises:
@@ -135,17 +132,17 @@ def resampled(runs: Sequence[DocumentSums], *, draws: int = DRAWS, seed: int = S
     )
     losses = [np.ascontiguousarray(run.totals["loss"], np.float64) for run in runs]
     samples = []
-    for times in _drawn(first, draws, seed):
+    for times in _drawn(first, draws):
         # A product for each run: one for all rounds a run's sums by its place among them, and equal runs would differ.
         sums = np.stack([times @ of_run for of_run in losses], axis=1)
         samples.append(sums / np.maximum(times @ first.tokens, 1)[:, None])
     means = np.array([of_run.sum() for of_run in losses]) / max(int(first.tokens.sum()), 1)
-    return Resampled(np.concatenate(samples), means, len(first.keys))
+    return Resampled(np.concatenate(samples), means)
 
 
-def _drawn(documents: DocumentSums, draws: int, seed: int) -> Iterator[NDArray[np.float64]]:
+def _drawn(documents: DocumentSums, draws: int) -> Iterator[NDArray[np.float64]]:
     """How often each document is in each of the next draws, float64[some, D]; few enough for the memory."""
-    rng, number = np.random.default_rng(seed), len(documents.keys)
+    rng, number = np.random.default_rng(SEED), len(documents.keys)
     at_once = max(1, MOST_AT_ONCE // max(number, 1))
     for start in range(0, draws, at_once):
         some = min(at_once, draws - start)
@@ -153,7 +150,7 @@ def _drawn(documents: DocumentSums, draws: int, seed: int) -> Iterator[NDArray[n
         yield np.bincount(places.ravel(), minlength=some * number).reshape(some, number).astype(np.float64)
 
 
-def _quantiles(samples: NDArray[np.float64], level: float) -> tuple[float, float]:
-    tail = (1 - level) / 2
+def _quantiles(samples: NDArray[np.float64]) -> tuple[float, float]:
+    tail = (1 - LEVEL) / 2
     low, high = np.quantile(samples, [tail, 1 - tail])
     return float(low), float(high)

@@ -84,7 +84,7 @@ class Measure:
 
     def within_memory(self, scored: Callable[[], Found]) -> Found:
         """What ``scored`` gives, with as many rows at once as fit."""
-        from mlmx.kernels.out_of_memory import brief, is_out_of_memory, release
+        from mlmx.kernels.out_of_memory import brief, is_out_of_memory, release  # noqa: PLC0415 (imports torch)
 
         while True:
             try:

@@ -81,7 +81,9 @@ def _on_tensors(function: Callable[..., Any], logits: torch.Tensor, labels: torc
     return torch.from_numpy(_values(function, logits.float().numpy(force=True), labels.numpy(force=True)))
 
 
-def _values(function: Callable[..., Any], logits: Any, labels: Any) -> NDArray[np.float64]:
+def _values(
+    function: Callable[..., Any], logits: NDArray[np.float32], labels: NDArray[np.int64]
+) -> NDArray[np.float64]:
     """What a plugin's function gives for float32[M, V] and int64[M]."""
     for array in (logits, labels):
         array.flags.writeable = False  # other metrics get the very same

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlmx.config.labels import IGNORE_INDEX
+from mlmx.data.chunks import Chunks
 from mlmx.data.heldout import HeldoutChunks
 from mlmx.evaluation.bootstrap import DocumentSums, Sums
 from mlmx.evaluation.metrics import METRICS, Metric, all_metrics
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Batch = dict[str, "torch.Tensor"]
+Rows = Chunks | Sequence[Mapping[str, Any]]
 Collate = Callable[[Sequence[Any]], Batch]
 # Of the targets of a batch: the row of each, int64[M], its column, int64[M], and each metric's value, float64[M].
 Targets = tuple[NDArray[np.int64], NDArray[np.int64], dict[str, "torch.Tensor"]]
@@ -50,7 +52,7 @@ def perplexity(mean_loss: float) -> float:
         return math.inf
 
 
-def score(model: PreTrainedModel, rows: Any, collate: Collate, batch_size: int) -> Sums:
+def score(model: PreTrainedModel, rows: Rows, collate: Collate, batch_size: int) -> Sums:
     """Add up the targets of all rows."""
     sums = Sums()
     with exactly(model):
@@ -102,7 +104,7 @@ def bits_per_byte(words: DocumentSums, word_bytes: NDArray[np.int64]) -> float:
 
 
 def targets(
-    model: PreTrainedModel, rows: Any, collate: Collate, batch_size: int, metrics: Mapping[str, Metric]
+    model: PreTrainedModel, rows: Rows, collate: Collate, batch_size: int, metrics: Mapping[str, Metric]
 ) -> Iterator[Targets]:
     """Metrics at each target of rows in their order, ``batch_size`` at a time; to be used inside `exactly`."""
     for first in range(0, len(rows), batch_size):
@@ -140,9 +142,9 @@ def exactly(model: PreTrainedModel) -> Iterator[None]:
 
     On the CPU with the kernels that training uses.
     """
-    import torch
+    import torch  # noqa: PLC0415 (slow to import)
 
-    from mlmx.kernels.cpu import CpuKernels
+    from mlmx.kernels.cpu import CpuKernels  # noqa: PLC0415 (imports torch)
 
     kernels = CpuKernels() if model.device.type == "cpu" else contextlib.nullcontext()
     was_training = model.training
@@ -159,7 +161,7 @@ def exactly(model: PreTrainedModel) -> Iterator[None]:
 @contextlib.contextmanager
 def full_fp32() -> Iterator[None]:
     """No TF32 inside the block: a score is the same whether or not training uses it."""
-    import torch
+    import torch  # noqa: PLC0415 (slow to import)
 
     cudnn: Any = torch.backends.cudnn
     products, convolutions = torch.get_float32_matmul_precision(), cudnn.conv.fp32_precision

@@ -14,20 +14,13 @@ from mlmx.config.options import table
 from mlmx.config.plugins import call
 from mlmx.config.sources import find_package_file, require_reachable
 from mlmx.config.trust import TrustedCode, require_trusted_model, trusted_code
+from mlmx.models import loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Position ids of these architectures begin after the padding id: 514 positions hold 512 tokens.
-OFFSET_POSITIONS = (
-    "roberta",
-    "xlm-roberta",
-    "camembert",
-    "mpnet",
-    "xlm-roberta-xl",
-    "data2vec-text",
-    "ibert",
-)
+OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl", "data2vec-text", "ibert")
 # Beyond these a request is a slip, and making the model would end the machine before the run.
 MOST_LAYERS, MOST_WEIGHTS = 1_000, 100_000_000_000
 # These bias attention by distance and have no longest input.
@@ -151,10 +144,7 @@ def scratch(
         f"model: layers={layers}, hidden_size={hidden_size}, max_length={max_length} make a model of {weights:.1e} "
         f"weights; at most {MOST_LAYERS:,} layers and {MOST_WEIGHTS:.0e} weights are made",
     )
-    require(
-        hidden_size % heads == 0,
-        f"model.hidden_size={hidden_size}: must be a multiple of model.heads={heads}",
-    )
+    require(hidden_size % heads == 0, f"model.hidden_size={hidden_size}: must be a multiple of model.heads={heads}")
     fresh = {
         "model_type": "distilbert",
         "n_layers": layers,
@@ -187,8 +177,9 @@ def encoder_of(model: Callable[..., Encoder]) -> Encoder:
 def require_fit(encoder: Encoder, chunk_size: int) -> None:
     """Refuse a chunk longer than the model's positions."""
     if encoder.max_length is not None and chunk_size > encoder.max_length:
+        where = "in " if encoder.is_local else ""
         raise RequestError(
-            f"chunk_size={chunk_size}: {_name(encoder)} holds at most {encoder.max_length} tokens; "
+            f"chunk_size={chunk_size}: the model {where}{encoder.path} holds at most {encoder.max_length} tokens; "
             f"choose 3 to {encoder.max_length}, or another model"
         )
 
@@ -206,13 +197,11 @@ def load_tokenizer(encoder: Encoder, chunk_size: int) -> PreTrainedTokenizerBase
     Raises:
         RequestError: not reachable, not a masked LM, no mask token, or too long a chunk.
     """
-    from transformers import AutoModelForMaskedLM
-
-    from mlmx.models import loading
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
     tokenizer: PreTrainedTokenizerBase
     config, tokenizer = loading.config_and_tokenizer(encoder.path, encoder.revision, encoder.code)
-    is_masked_lm = encoder.fresh is not None or type(config) in AutoModelForMaskedLM._model_mapping
+    is_masked_lm = encoder.fresh is not None or type(config) in MODEL_FOR_MASKED_LM_MAPPING
     if encoder.code is not None:
         is_masked_lm = is_masked_lm or "AutoModelForMaskedLM" in (getattr(config, "auto_map", None) or {})
     require(
@@ -243,8 +232,6 @@ def load_model(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, seed: int) 
     from transformers import set_seed
     from transformers.utils import logging as library_log
 
-    from mlmx.models import loading
-
     quiet: Any = library_log
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
@@ -263,7 +250,3 @@ def longest_input(config: dict[str, Any]) -> int | None:
     if kind in OFFSET_POSITIONS:
         return positions - int(config.get("pad_token_id") or 0) - 1
     return positions
-
-
-def _name(encoder: Encoder) -> str:
-    return f"the model in {encoder.path}" if encoder.is_local else f"the model {encoder.path}"

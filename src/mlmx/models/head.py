@@ -8,12 +8,15 @@ Loss and gradients are those of the full head.
 from __future__ import annotations
 
 import logging
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from mlmx.config.labels import IGNORE_INDEX
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutput
 
 log = logging.getLogger("mlmx")
 
@@ -46,9 +49,11 @@ def masked_logits(
         room: return this many rows whatever M is, the surplus not scored: shapes that never change need no word from
             the device, and what is made for a shape is made once. Logits are NaN where M exceeds it.
     """
-    import torch
+    import torch  # noqa: PLC0415 (slow to import)
 
-    own = unwrapped(model)
+    own: Any = model  # the transformers model inside DDP or torch.compile wrappers
+    while hasattr(own, "module") or hasattr(own, "_orig_mod"):
+        own = own.module if hasattr(own, "module") else own._orig_mod  # noqa: SLF001 (torch.compile has no public one)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     labels = batch["labels"].flatten()
     chosen = labels.ne(IGNORE_INDEX)
@@ -78,7 +83,7 @@ def _rows(states: torch.Tensor, positions: torch.Tensor, lost: torch.Tensor | No
 class _gathering:  # noqa: N801 (a context manager, used as a word of the language)
     """Inside the block a module, or what follows the encoder, gets the rows at ``positions``: [B, T, D] → [1, M, D]."""
 
-    def __init__(self, own: Any, positions: torch.Tensor, lost: torch.Tensor | None) -> None:
+    def __init__(self, own: PreTrainedModel, positions: torch.Tensor, lost: torch.Tensor | None) -> None:
         self.encoder, self.before = own.base_model, _place(own)
         self.positions, self.lost = positions, lost
 
@@ -91,10 +96,11 @@ class _gathering:  # noqa: N801 (a context manager, used as a word of the langua
     def __exit__(self, *exception: object) -> None:
         self.handle.remove()
 
-    def _gather_inputs(self, _module: Any, states: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def _gather_inputs(self, _module: torch.nn.Module, states: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return tuple(self._gathered(each) for each in states)
 
-    def _gather_output(self, _module: Any, _inputs: Any, output: Any) -> Any:
+    def _gather_output(self, _module: torch.nn.Module, _inputs: object, output: BaseModelOutput) -> BaseModelOutput:
+        assert output.last_hidden_state is not None
         output.last_hidden_state = self._gathered(output.last_hidden_state)
         return output
 
@@ -102,7 +108,7 @@ class _gathering:  # noqa: N801 (a context manager, used as a word of the langua
         return _rows(states, self.positions, self.lost).unsqueeze(0)
 
 
-def _place(own: Any) -> torch.nn.Module | None:
+def _place(own: PreTrainedModel) -> torch.nn.Module | None:
     """The module before which to gather, None for behind the encoder."""
     place: torch.nn.Module = own.base_model
     path = GATHERED_BEFORE[own.config.model_type]
@@ -115,21 +121,10 @@ def _place(own: Any) -> torch.nn.Module | None:
     return place
 
 
-_said: set[str] = set()
-
-
+@cache  # said once
 def _say_full_head(kind: str) -> None:
-    if kind not in _said:
-        _said.add(kind)
-        log.info(
-            "head     %s is not in the table of masked-positions heads: all positions are projected, with the same "
-            "numbers and more time",
-            kind,
-        )
-
-
-def unwrapped(model: Any) -> Any:
-    """The transformers model inside DDP or ``torch.compile`` wrappers."""
-    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
-        model = model.module if hasattr(model, "module") else model._orig_mod
-    return model
+    log.info(
+        "head     %s is not in the table of masked-positions heads: all positions are projected, with the same "
+        "numbers and more time",
+        kind,
+    )

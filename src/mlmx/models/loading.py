@@ -24,18 +24,14 @@ def config_and_tokenizer(path: str, revision: str | None, code: TrustedCode | No
     Raises:
         RequestError: not there, not readable, or with code of its own that is not trusted.
     """
-    return _config_and_tokenizer(path, revision, code, _version(path))
-
-
-def _version(path: str) -> tuple[int, ...]:
-    """When the files of a local folder were last written; nothing for a hub repository."""
     folder = Path(path).expanduser()
-    return tuple(sorted(file.stat().st_mtime_ns for file in folder.iterdir())) if folder.is_dir() else ()
+    changed = sorted(file.stat().st_mtime_ns for file in folder.iterdir()) if folder.is_dir() else ()
+    return _config_and_tokenizer(path, revision, code, tuple(changed))
 
 
 @lru_cache(maxsize=2)  # the jobs of a sweep mostly share a tokenizer
 def _config_and_tokenizer(
-    path: str, revision: str | None, code: TrustedCode | None, version: tuple[int, ...]
+    path: str, revision: str | None, code: TrustedCode | None, changed: tuple[int, ...]
 ) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoTokenizer
 
@@ -55,30 +51,25 @@ def _config_and_tokenizer(
 def saved_model(path: str, revision: str | None, code: TrustedCode | None) -> PreTrainedModel:
     """The masked LM of a folder or hub repository, in fp32."""
     from transformers import AutoModelForMaskedLM
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     kind: Any = AutoModelForMaskedLM
     config = None
     try:
         if code is not None:
             config, _ = config_and_tokenizer(path, revision, code)
-            kind = _class_of(config, code)
+            # The class of the trusted commit where it names one, wherever the weights lie.
+            named = (getattr(config, "auto_map", None) or {}).get("AutoModelForMaskedLM")
+            if named is not None:
+                kind = get_class_from_dynamic_module(
+                    named, code.repo, revision=code.revision, code_revision=code.revision
+                )
         loaded: PreTrainedModel = kind.from_pretrained(
             path, config=config, revision=revision, dtype="float32", use_safetensors=True, trust_remote_code=False
         )
     except Exception as error:
         raise _refusal(path, revision, "its weights cannot be loaded", error) from error
     return loaded
-
-
-def _class_of(config: Any, code: TrustedCode) -> Any:
-    """The model's class: of the trusted commit where it names one, wherever the weights lie."""
-    from transformers import AutoModelForMaskedLM
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-    named = (getattr(config, "auto_map", None) or {}).get("AutoModelForMaskedLM")
-    if named is None:
-        return AutoModelForMaskedLM
-    return get_class_from_dynamic_module(named, code.repo, revision=code.revision, code_revision=code.revision)
 
 
 def fresh_model(settings: dict[str, Any]) -> PreTrainedModel:
