@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib import colormaps, rc_context
@@ -51,7 +51,9 @@ LOG_FROM = 8.0  # times from the least to the most from which an axis is logarit
 literally = functools.partial(rc_context, {"text.parse_math": False})  # names and values may hold a $
 
 
-def new_figure(width: float = 7.5, height: float = 4.6, dpi: float = DPI, layout: Any = "constrained") -> Figure:
+def new_figure(
+    width: float = 7.5, height: float = 4.6, dpi: float = DPI, layout: Literal["constrained"] | None = "constrained"
+) -> Figure:
     """A figure of that many inches, made without pyplot and its state."""
     figure = Figure(figsize=(width, height), dpi=dpi, layout=layout)
     FigureCanvasAgg(figure)
@@ -167,16 +169,16 @@ class Dial:
     ticks: list[Any]
     is_log: bool
 
-    def share(self, value: Any) -> float:
+    def share(self, value: object) -> float:
         """How far along the axis a value lies, from 0 to 1."""
         low, high, place = (self._scaled(one) for one in (self.values[0], self.values[-1], value))
         return 0.5 if high == low else (place - low) / (high - low)
 
-    def text(self, value: Any) -> str:
+    def text(self, value: object) -> str:
         """A value as it is marked."""
         return shortened(value_text(value), 18)
 
-    def _scaled(self, value: Any) -> float:
+    def _scaled(self, value: object) -> float:
         return math.log10(self.at(value)) if self.is_log else self.at(value)
 
 
@@ -186,7 +188,7 @@ def _keys(table: Table, rows: Sequence[Row]) -> list[str]:
     return [key for key in known if len({_key(row.varies[key]) for row in rows}) > 1]
 
 
-def _key(value: Any) -> Any:
+def _key(value: object) -> float | str:
     return value if isinstance(value, (int, float, str)) else repr(value)
 
 

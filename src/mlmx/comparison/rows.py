@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import yaml  # type: ignore[import-untyped]
+from omegaconf._utils import get_yaml_loader
+
+from mlmx.evaluation.bootstrap import DocumentSums
 from mlmx.runs import identity, process, records
 from mlmx.runs.metrics_file import rows_of
 from mlmx.runs.records import MlflowRecord, Result, SplitRecord, Status, numbers
 from mlmx.runs.run import HELDOUT_FILE, Run
-
-if TYPE_CHECKING:
-    from mlmx.evaluation.bootstrap import DocumentSums
 
 CURVES = ("heldout/loss", "eval/loss")  # what is drawn over epochs
 RESOLVED = ("precision", "processes")  # inputs of a run that say more than its config does
@@ -137,8 +138,6 @@ def settings_of(run: Run) -> dict[str, Any]:
 
 
 def _config(run: Run, notes: list[str]) -> dict[str, Any]:
-    import yaml  # type: ignore[import-untyped]
-
     path = run.folder / "config.yaml"
     try:
         if not path.is_file():
@@ -155,10 +154,8 @@ def _config(run: Run, notes: list[str]) -> dict[str, Any]:
 
 
 @cache
-def _yaml_loader() -> Any:
+def _yaml_loader() -> Callable[[str], yaml.SafeLoader]:
     """Reads plain values only, and takes for numbers what OmegaConf does; in C, ten times as fast, if possible."""
-    import yaml
-    from omegaconf._utils import get_yaml_loader
 
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
         yaml_implicit_resolvers = get_yaml_loader().yaml_implicit_resolvers
@@ -228,15 +225,13 @@ def _telling_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def documents_of(row: Row) -> DocumentSums | None:
     """The sums per held-out document behind a run's ``heldout/loss``; None where there are none, or of another time."""
-    from mlmx.evaluation.bootstrap import DocumentSums
-
     path = row.run.folder / HELDOUT_FILE
     try:
         if path.stat().st_size > MOST_HELDOUT_BYTES:
             return None
         found = DocumentSums.load(path)
         mean = found.sums().totals["loss"] / found.sums().tokens
-    except Exception:  # of many kinds, from zip's and numpy's
+    except Exception:  # noqa: BLE001 (of many kinds, from zip's and numpy's)
         return None
     return found if math.isclose(mean, row.value("heldout/loss"), rel_tol=1e-6) else None
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlmx.comparison.ranking import OWN, YARDSTICK, Group, Table
 from mlmx.comparison.rows import Row, shown
@@ -109,7 +109,7 @@ def _status_text(row: Row) -> str:
     return ", ".join(filter(None, (row.status, ended_early)))
 
 
-def value_text(value: Any) -> str:
+def value_text(value: object) -> str:
     """A dial's value; of a long one the middle is left out."""
     if isinstance(value, float):
         text = f"{value:g}"

@@ -93,8 +93,8 @@ def training_arguments(
         RequestError: an unknown field (with the nearest right one), a wrong type, a value the library or this
             machine refuses.
     """
-    import torch
-    import transformers
+    import torch  # noqa: PLC0415 (slow)
+    import transformers  # noqa: PLC0415 (slow)
 
     given = _checked_fields(options, inspect.signature(transformers.TrainingArguments).parameters)
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
@@ -132,7 +132,7 @@ def training_arguments(
     except (ValueError, TypeError, ImportError, OSError, ArithmeticError) as error:
         raise RequestError(f"trainer: transformers.TrainingArguments refuses this: {error}") from error
     # One process seeing several GPUs would silently become DataParallel, which splits batches and losses.
-    made._n_gpu = min(1, made.n_gpu)
+    made._n_gpu = min(1, made.n_gpu)  # noqa: SLF001 (no other sets it)
     use_tf32(on_cuda and bool(made.tf32))
     return made
 
@@ -143,7 +143,7 @@ def use_tf32(wanted: bool) -> None:
     Torch has an old and a new switch for it, and every reader of the old one, `torch.compile` among them, fails where
     they differ. The library turns the new one alone, for all devices, and leaves it so for the next job of a sweep.
     """
-    import torch
+    import torch  # noqa: PLC0415 (slow)
 
     backends: Any = torch.backends
     backends.fp32_precision = "ieee"
@@ -178,7 +178,7 @@ def optimizer_bytes(arguments: TrainingArguments, weight_bytes: int) -> int:
     return MOMENTS.get(_value(arguments.optim), 2) * weight_bytes
 
 
-def _value(option: Any) -> str:
+def _value(option: object) -> str:
     return str(getattr(option, "value", option))
 
 
@@ -203,7 +203,7 @@ def resolve_precision(precision: str, on_cpu: bool) -> str:
     Raises:
         RequestError: fp16 without a CUDA device.
     """
-    import torch
+    import torch  # noqa: PLC0415 (slow)
 
     if on_cpu:
         native = any(
@@ -220,7 +220,7 @@ def resolve_precision(precision: str, on_cpu: bool) -> str:
     return precision
 
 
-def _is_checkable(annotation: Any) -> bool:
+def _is_checkable(annotation: object) -> bool:
     """Fields typed by the library's own enums are left to its own checks."""
     parts = getattr(annotation, "__args__", (annotation,))
     return all(part in (int, float, str, bool, dict, type(None)) for part in parts)

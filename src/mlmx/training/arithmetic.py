@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -77,10 +77,18 @@ class Corrected:
         return -(-int(labels.ne(IGNORE_INDEX).sum()) // ROWS) * ROWS
 
 
+class Rows(Protocol):
+    """Chunks, ``{"input_ids": int[T], …}`` each."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
 class InputIds(torch.utils.data.Dataset[dict[str, Any]]):
     """Rows as the stock collator expects them: ``{"input_ids": int64[T], "attention_mask": int64[T]}``."""
 
-    def __init__(self, chunks: Any) -> None:
+    def __init__(self, chunks: Rows) -> None:
         self.chunks = chunks
         self.epoch = 0
 
