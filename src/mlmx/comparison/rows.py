@@ -98,11 +98,21 @@ def read(run: Run, failure: str = "") -> Row:
     notes = [failure] if failure else []
     found = records.read(Result, run.folder, notes)
     result, splits = found or Result(), records.read_splits(run.folder, notes)
-    inputs, config = _inputs(run, notes), _config(run, notes)
+    inputs, config = _inputs(run, notes), settings_of(run, notes)
     dials = _dials(config, inputs, notes)
     curves, last = _points(run, notes)
     seconds = result.seconds.get("total")
-    status = Status.FAILED if failure and found is None else _status(run, found)
+    if found is None:
+        status = Status.FAILED if failure else Status.UNKNOWN
+    elif result.status == Status.RUNNING and not process.is_alive(run):
+        status = Status.KILLED  # what a process that is gone could not say
+    else:
+        status = result.status
+    heldout = splits.get("heldout", SplitRecord())
+    parts = {**heldout.protocol_parts, "source": heldout.source, "number": heldout.documents}
+    # What eval/* asks: the chunks, and the masks on them.
+    chunks = splits.get("eval", SplitRecord()).sha256
+    masks = {key: value for key, value in dials.items() if key in ("mlm_probability", "seed") or "masking." in key}
     return Row(
         run=run,
         name=shown(str(config.get("run_name") or "")),
@@ -116,8 +126,8 @@ def read(run: Run, failure: str = "") -> Row:
         pruned=result.pruned,
         dials=dials,
         choices=(records.read(MlflowRecord, run.folder) or MlflowRecord()).params,  # as MLflow gets them
-        parts=_parts(splits),
-        validation=_validation(splits, dials),
+        parts={key: value for key, value in parts.items() if value not in (None, "", 0)},
+        validation={"chunks": chunks, **masks} if chunks else {},
         note=shown("; ".join(notes)),
         run_id=result.run_id,
         curves=curves,
@@ -132,12 +142,8 @@ def _inputs(run: Run, notes: list[str]) -> dict[str, Any]:
         return {}
 
 
-def settings_of(run: Run) -> dict[str, Any]:
-    """The config as it was written, whatever its keys; empty where it is unreadable."""
-    return _config(run, [])
-
-
-def _config(run: Run, notes: list[str]) -> dict[str, Any]:
+def settings_of(run: Run, notes: list[str]) -> dict[str, Any]:
+    """The config as it was written, whatever its keys; empty where it is unreadable, which is noted."""
     path = run.folder / "config.yaml"
     try:
         if not path.is_file():
@@ -170,27 +176,6 @@ def _dials(config: Mapping[str, Any], inputs: Mapping[str, Any], notes: list[str
         notes.append("config.yaml cannot be read")
         return {}
     return found | {key: inputs[key] for key in RESOLVED if found and key in inputs}
-
-
-def _status(run: Run, result: Result | None) -> Status:
-    """As the folder says; of a process that is gone, what it could not say."""
-    if result is None:
-        return Status.UNKNOWN
-    return Status.KILLED if result.status == Status.RUNNING and not process.is_alive(run) else result.status
-
-
-def _parts(splits: Mapping[str, SplitRecord]) -> dict[str, Any]:
-    """What the protocol was made of."""
-    heldout = splits.get("heldout", SplitRecord())
-    found = {**heldout.protocol_parts, "source": heldout.source, "number": heldout.documents}
-    return {key: value for key, value in found.items() if value not in (None, "", 0)}
-
-
-def _validation(splits: Mapping[str, SplitRecord], dials: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``eval/*`` asks: the chunks, and the masks on them."""
-    chunks = splits.get("eval", SplitRecord()).sha256
-    masks = {key: value for key, value in dials.items() if key in ("mlm_probability", "seed") or "masking." in key}
-    return {"chunks": chunks, **masks} if chunks else {}
 
 
 def _points(run: Run, notes: list[str]) -> tuple[dict[str, Points], dict[str, float]]:
