@@ -59,7 +59,7 @@ SET_BY = {
 AT_LEAST = {"gradient_accumulation_steps": 1, "per_device_eval_batch_size": 1, "dataloader_num_workers": 0}
 AT_MOST = {"dataloader_num_workers": 256, "dataloader_prefetch_factor": 1_000}
 MOST = 2**31 - 1  # of any number; no NaN is at most this
-
+PLAIN = (int, float, str, bool, dict, type(None))
 
 # Numbers an optimizer keeps for each weight, where it is not two; adafactor's are sums over rows and columns.
 MOMENTS = {"sgd": 0, "adafactor": 0, "adagrad": 1, "rmsprop": 1}
@@ -189,7 +189,9 @@ def _checked_fields(options: Mapping[str, Any], signature: Mapping[str, inspect.
         near = did_you_mean(key, [name for name in signature if name not in SET_BY])
         require(key in signature, f"trainer.{key}: no field of transformers.TrainingArguments{near}")
         wanted = signature[key].annotation
-        given[key] = convert(f"trainer.{key}", value, wanted) if _is_checkable(wanted) else value
+        # Fields typed by the library's own enums are left to its own checks.
+        plain = all(part in PLAIN for part in getattr(wanted, "__args__", (wanted,)))
+        given[key] = convert(f"trainer.{key}", value, wanted) if plain else value
         least, most = AT_LEAST.get(key), AT_MOST.get(key, MOST)
         require(least is None or given[key] >= least, f"trainer.{key}={value}: must be at least {least}")
         if isinstance(given[key], (int, float)):
@@ -218,9 +220,3 @@ def resolve_precision(precision: str, on_cpu: bool) -> str:
     if precision == "auto":
         return "bf16" if native else "fp32"
     return precision
-
-
-def _is_checkable(annotation: object) -> bool:
-    """Fields typed by the library's own enums are left to its own checks."""
-    parts = getattr(annotation, "__args__", (annotation,))
-    return all(part in (int, float, str, bool, dict, type(None)) for part in parts)

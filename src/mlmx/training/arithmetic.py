@@ -58,7 +58,13 @@ class Corrected:
             num_items: targets of the whole effective batch; None for those of this one.
             share: rows of this one, of how many in a whole batch.
         """
-        logits, labels = self.masked_logits(model, inputs, self._room(inputs["labels"], *share))
+        # Rows of few shapes, since kernels are made for each; on a GPU of one, so that nothing waits for the device and
+        # compiled code is made once.
+        if self.most_targets:
+            rows = -(-self.most_targets * share[0] // share[1])
+        else:
+            rows = -(-int(inputs["labels"].ne(IGNORE_INDEX).sum()) // ROWS) * ROWS
+        logits, labels = self.masked_logits(model, inputs, rows)
         total = cross_entropy(logits.float(), labels, reduction="sum")
         count = labels.ne(IGNORE_INDEX).sum() if num_items is None else num_items
         # max: an effective batch without targets has loss 0, not NaN.
@@ -66,15 +72,6 @@ class Corrected:
         if self.args.average_tokens_across_devices:
             loss = loss * self.args.world_size  # DDP averages gradients: undo it
         return loss, logits
-
-    def _room(self, labels: torch.Tensor, rows: int, of: int) -> int:
-        """Rows of logits for a batch's targets: of few shapes, since kernels are made for each.
-
-        On a GPU it is one, so that nothing waits for the device and compiled code is made once.
-        """
-        if self.most_targets:
-            return -(-self.most_targets * rows // of)
-        return -(-int(labels.ne(IGNORE_INDEX).sum()) // ROWS) * ROWS
 
 
 class Rows(Protocol):

@@ -51,12 +51,10 @@ class Throughput(TrainerCallback):
         self.flops = 0.0
 
     def state(self) -> dict[str, Any]:
-        """As plain values."""
         waited = time.perf_counter() - (self.began or time.perf_counter())
         return {"tokens": self.tokens, "seconds": self.seconds, "marked": self.marked, "waited": waited}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Count on from what `state` gave."""
         self.tokens, self.seconds, self.marked = state["tokens"], state["seconds"], tuple(state["marked"])
         self.began = time.perf_counter() - state["waited"]
 
@@ -128,10 +126,8 @@ class Reporter(TrainerCallback):
     def __init__(
         self, recorder: Recorder, throughput: Throughput, is_main: bool, stop_early: StopEarly | None = None
     ) -> None:
-        self.recorder = recorder
-        self.throughput = throughput
-        self.is_main = is_main
-        self.stop_early = stop_early
+        self.recorder, self.throughput = recorder, throughput
+        self.is_main, self.stop_early = is_main, stop_early
         self.repeats_until = -1
 
     def record(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
@@ -179,11 +175,9 @@ class Progress(TrainerCallback):
     """
 
     def __init__(self, throughput: Throughput, loss: Callable[[], torch.Tensor]) -> None:
-        self.throughput = throughput
-        self.loss = loss
+        self.throughput, self.loss = throughput, loss
         self.bar: Bar | None = None
-        self.looked = 0.0
-        self.start = 0, 0.0
+        self.looked, self.start = 0.0, (0, 0.0)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object

@@ -186,10 +186,6 @@ class Checkpoints:
         best = checkpoints.best_step({step: scores[step] for step in there if step in scores})
         return None if best is None else there[best]
 
-    def newest(self) -> Path | None:
-        """The newest whole one."""
-        return checkpoints.newest_whole(self.folder)
-
 
 def read(folder: Path) -> dict[str, Any]:
     """The state of each part of a training in a checkpoint."""

@@ -133,7 +133,7 @@ class Trainer(transformers.Trainer):
             finally:
                 self.left.value = 1
                 self.progress.close()
-            checkpoint = self.checkpoints.newest() if is_main else None
+            checkpoint = checkpoints.newest_whole(self.checkpoints.folder) if is_main else None
             if is_main and checkpoint is None:
                 raise WorkError(
                     "a step failed, and there is no whole checkpoint to go back to; choose a lower lr or on_nan=skip"
@@ -286,23 +286,20 @@ class Trainer(transformers.Trainer):
             contextlib.nullcontext() if self.args.world_size > 1 else signals.at_once(),
         ):
             found = super().evaluate() if self.corrected is None else {}
-            found |= self._own_scores()
+            model, rows = cast(PreTrainedModel, self.model), None
+            with in_full_precision(model):
+                scores = self.scores(model)
+                if self.fills is not None and self.reporter.is_main and self._ends_epoch:
+                    rows = self.fills(model)
+            self.log(dict(scores))
+            if rows:
+                self.reporter.recorder.fills(self.state.global_step, self.state.epoch or 0.0, rows)
+            for name, score in scores.items():  # by the names the library knows metrics by: eval/loss → eval_loss
+                found[("" if name.startswith("eval/") else "eval_") + name.replace("/", "_")] = score
             if self.corrected is not None:
                 self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         self.scored_step = self.state.global_step
         return found
-
-    def _own_scores(self) -> dict[str, float]:
-        """Our scores, logged, by the names the library knows metrics by: ``eval/loss`` → ``eval_loss``."""
-        model, rows = cast(PreTrainedModel, self.model), None
-        with in_full_precision(model):
-            found = self.scores(model)
-            if self.fills is not None and self.reporter.is_main and self._ends_epoch:
-                rows = self.fills(model)
-        self.log(dict(found))
-        if rows:
-            self.reporter.recorder.fills(self.state.global_step, self.state.epoch or 0.0, rows)
-        return {("" if name.startswith("eval/") else "eval_") + name.replace("/", "_"): v for name, v in found.items()}
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Trial) -> bool:
         # To the library any number is better that compares so, also that of a model whose loss is not finite.
