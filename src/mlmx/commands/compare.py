@@ -159,7 +159,7 @@ def experiments() -> dict[str, list[Run]]:
 
 def experiment_of(run: Run) -> str:
     """The MLflow experiment a run was recorded in; empty where there is none, or nobody can tell."""
-    tracking = settings_of(run).get("tracking")
+    tracking = settings_of(run, []).get("tracking")
     return str(tracking.get("experiment") or "") if isinstance(tracking, dict) else ""
 
 

@@ -10,10 +10,10 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib import colormaps, rc_context
@@ -51,7 +51,9 @@ LOG_FROM = 8.0  # times from the least to the most from which an axis is logarit
 literally = functools.partial(rc_context, {"text.parse_math": False})  # names and values may hold a $
 
 
-def new_figure(width: float = 7.5, height: float = 4.6, dpi: float = DPI, layout: Any = "constrained") -> Figure:
+def new_figure(
+    width: float = 7.5, height: float = 4.6, dpi: float = DPI, layout: Literal["constrained"] | None = "constrained"
+) -> Figure:
     """A figure of that many inches, made without pyplot and its state."""
     figure = Figure(figsize=(width, height), dpi=dpi, layout=layout)
     FigureCanvasAgg(figure)
@@ -141,7 +143,9 @@ def plot_table(table: Table, folder: Path) -> list[Path]:
     if any(len(points) > 1 for _, points in curves):
         made["curves.png"] = _learning_curves(table, curves)
     rows = [row for row in table.groups[0].rows if row.dials or row.varies] if table.groups else []
-    dials = [_dial(key, rows) for key in _keys(table, rows)[:MOST_DIALS]]
+    known = [key for key in keys_shown(table)[0] if all(key in row.varies for row in rows)]
+    varying = [key for key in known if len({_key(row.varies[key]) for row in rows}) > 1]
+    dials = [_dial(key, rows) for key in varying[:MOST_DIALS]]
     if len(rows) > 1 and dials:
         made["parallel.png"] = _parallel(table, rows, dials)
         for dial in dials:
@@ -167,26 +171,19 @@ class Dial:
     ticks: list[Any]
     is_log: bool
 
-    def share(self, value: Any) -> float:
+    def share(self, value: object) -> float:
         """How far along the axis a value lies, from 0 to 1."""
-        low, high, place = (self._scaled(one) for one in (self.values[0], self.values[-1], value))
+        low, high, place = map(self.at, (self.values[0], self.values[-1], value))
+        if self.is_log:
+            low, high, place = map(math.log10, (low, high, place))
         return 0.5 if high == low else (place - low) / (high - low)
 
-    def text(self, value: Any) -> str:
+    def text(self, value: object) -> str:
         """A value as it is marked."""
         return shortened(value_text(value), 18)
 
-    def _scaled(self, value: Any) -> float:
-        return math.log10(self.at(value)) if self.is_log else self.at(value)
 
-
-def _keys(table: Table, rows: Sequence[Row]) -> list[str]:
-    """Dials that vary among these rows and are known of all of them."""
-    known = [key for key in keys_shown(table)[0] if all(key in row.varies for row in rows)]
-    return [key for key in known if len({_key(row.varies[key]) for row in rows}) > 1]
-
-
-def _key(value: Any) -> Any:
+def _key(value: object) -> float | str:
     return value if isinstance(value, (int, float, str)) else repr(value)
 
 
@@ -217,27 +214,20 @@ def _learning_curves(table: Table, curves: Curves) -> Figure:
     panels = [curves, *filter(None, [without_step_0(curves)])]
     figure = new_figure(7.5 if len(panels) == 1 else 11.5)
     scale, by_loss = _loss_colours([points[-1][1] for _, points in curves])
-    colours = dict(zip((row.name for row, _ in curves), COLOURS if len(curves) <= MANY else by_loss, strict=False))
+    few = len(curves) <= MANY
+    colours = dict(zip((row.name for row, _ in curves), COLOURS if few else by_loss, strict=False))
     labels = [(EPOCH, f"{table.curve} (nats per masked token)"), ("epoch (without step 0)", "")]
     for number, (panel, (x, y)) in enumerate(zip(panels, labels, strict=False), start=1):
         axes = styled(figure.add_subplot(1, len(panels), number), x, y)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        _plot_curves(axes, table, panel, colours)
+        for row, points in reversed(panel):  # the best on top, those that have not finished dotted
+            width = 2.4 if table.standing(row) == "best" else 1.5 if few else 1.0
+            style, marker, colour = "-" if row.status == "FINISHED" else ":", "o" if few else None, colours[row.name]
+            axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=width, marker=marker, markersize=3.5)
     _name_ends(axes, table, panel, colours)
-    if len(curves) > MANY:
+    if not few:
         figure.colorbar(scale, ax=figure.axes, label=f"last {table.curve}", fraction=0.03, pad=0.02)
     return figure
-
-
-def _plot_curves(axes: Axes, table: Table, curves: Curves, colours: Mapping[str, Any]) -> None:
-    """The curves, the best on top, those that have not finished dotted."""
-    few = len(colours) <= MANY
-    for row, points in reversed(curves):
-        width = 2.4 if table.standing(row) == "best" else 1.5 if few else 1.0
-        style = "-" if row.status == "FINISHED" else ":"
-        marker = "o" if few else None
-        colour = colours[row.name]
-        axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=width, marker=marker, markersize=3.5)
 
 
 def _name_ends(axes: Axes, table: Table, curves: Curves, colours: Mapping[str, Any]) -> None:
@@ -316,7 +306,10 @@ def _against(table: Table, rows: Sequence[Row], dial: Dial, others: Sequence[Dia
     axes = styled(figure.add_subplot(), dial.key, table.judge)
     # Where every run has a value of its own, as in a search, a colour for each would tell nothing.
     coloured = next((other for other in others if len(other.values) <= min(MANY, len(rows) - 1)), None)
-    for alike in _alike(rows, others):
+    joined: dict[str, list[Row]] = {}
+    for row in rows:
+        joined.setdefault(repr([_key(row.varies[other.key]) for other in others]), []).append(row)
+    for alike in joined.values():
         alike.sort(key=lambda row: dial.at(row.varies[dial.key]))
         xs = [dial.at(row.varies[dial.key]) for row in alike]
         ys = [row.value(table.judge) for row in alike]
@@ -324,8 +317,15 @@ def _against(table: Table, rows: Sequence[Row], dial: Dial, others: Sequence[Dia
         if coloured is not None:
             colour = COLOURS[[_key(v) for v in coloured.values].index(_key(alike[0].varies[coloured.key]))]
         axes.plot(xs, ys, "-o", color=colour, linewidth=1.3, markersize=5, alpha=0.9)
-    _bars(axes, table, rows, dial)
     best = table.groups[0].best
+    told = [(row, table.differences[row.name]) for row in rows if row.name in table.differences]
+    if told and table.judge == YARDSTICK:
+        # On the run's point hangs the interval of its difference to the best: runs are told apart by that, and not by
+        # the much wider intervals of each loss alone.
+        base = best.value(table.judge)
+        ends = [(dial.at(row.varies[dial.key]), base + found.low, base + found.high) for row, found in told]
+        label = "95 % of the difference\nto the best"
+        axes.vlines(*zip(*ends, strict=True), color=GREY, linewidth=1.2, zorder=1, label=label)
     place = dial.at(best.varies[dial.key]), best.value(table.judge)
     axes.plot(*place, "o", markersize=12, markerfacecolor="none", markeredgecolor=INK, label="best")
     if coloured is not None:
@@ -336,32 +336,12 @@ def _against(table: Table, rows: Sequence[Row], dial: Dial, others: Sequence[Dia
     return figure
 
 
-def _alike(rows: Sequence[Row], others: Sequence[Dial]) -> Iterator[list[Row]]:
-    """Runs that share the values of all other dials."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(repr([_key(row.varies[other.key]) for other in others]), []).append(row)
-    yield from found.values()
-
-
-def _bars(axes: Axes, table: Table, rows: Sequence[Row], dial: Dial) -> None:
-    """Where the difference to the best has an interval, it hangs on the run's point: runs are told apart by that, and
-    not by the much wider intervals of each loss alone."""
-    told = [(row, table.differences[row.name]) for row in rows if row.name in table.differences]
-    if told and table.judge == YARDSTICK:
-        base = table.groups[0].best.value(table.judge)
-        ends = [(dial.at(row.varies[dial.key]), base + found.low, base + found.high) for row, found in told]
-        label = "95 % of the difference\nto the best"
-        axes.vlines(*zip(*ends, strict=True), color=GREY, linewidth=1.2, zorder=1, label=label)
-
-
 def _along(axes: Axes, dial: Dial) -> None:
     if dial.is_log:
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
-    ticks = [dial.at(value) for value in dial.ticks]
-    texts = [dial.text(value) for value in dial.ticks]
+    ticks, texts = [dial.at(value) for value in dial.ticks], [dial.text(value) for value in dial.ticks]
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     marks = sorted(zip(map(dial.share, dial.ticks), map(len, texts), strict=True))
     crowded = any(

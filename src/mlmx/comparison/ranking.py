@@ -8,16 +8,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from mlmx.comparison.rows import Row, documents_of, rows_for
 from mlmx.config.errors import RequestError, did_you_mean
+from mlmx.evaluation.bootstrap import Difference, DocumentSums, resampled
 from mlmx.evaluation.metrics import higher_is_better
 from mlmx.runs import identity
 from mlmx.runs.run import Run
-
-if TYPE_CHECKING:
-    from mlmx.evaluation.bootstrap import Difference, DocumentSums
 
 YARDSTICK, ACROSS_TOKENIZERS, OWN = "heldout/loss", "heldout/bits_per_byte", "eval/loss"
 # What two protocols, or two sets of validation chunks, may differ in; the first that differs explains those after it.
@@ -202,7 +200,7 @@ def _measured_on(row: Row, judge: str) -> tuple[str, dict[str, Any]] | None:
     return (row.protocol, row.parts) if row.protocol else None
 
 
-def _digest(values: Any) -> str:
+def _digest(values: object) -> str:
     return json.dumps(values, sort_keys=True, default=str)
 
 
@@ -255,7 +253,6 @@ def _measured(rows: Sequence[Row], judge: str) -> tuple[list[Row], Samples]:
     """Rows with their intervals, and bootstrap samples of those that scored the same targets."""
     if judge == OWN:
         return list(rows), {}
-    from mlmx.evaluation.bootstrap import resampled
 
     same: list[list[tuple[Row, DocumentSums]]] = []
     for row in rows:

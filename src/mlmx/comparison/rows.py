@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import yaml  # type: ignore[import-untyped]
+from omegaconf._utils import get_yaml_loader
+
+from mlmx.evaluation.bootstrap import DocumentSums
 from mlmx.runs import identity, process, records
 from mlmx.runs.metrics_file import rows_of
 from mlmx.runs.records import MlflowRecord, Result, SplitRecord, Status, numbers
 from mlmx.runs.run import HELDOUT_FILE, Run
-
-if TYPE_CHECKING:
-    from mlmx.evaluation.bootstrap import DocumentSums
 
 CURVES = ("heldout/loss", "eval/loss")  # what is drawn over epochs
 RESOLVED = ("precision", "processes")  # inputs of a run that say more than its config does
@@ -97,11 +98,21 @@ def read(run: Run, failure: str = "") -> Row:
     notes = [failure] if failure else []
     found = records.read(Result, run.folder, notes)
     result, splits = found or Result(), records.read_splits(run.folder, notes)
-    inputs, config = _inputs(run, notes), _config(run, notes)
+    inputs, config = _inputs(run, notes), settings_of(run, notes)
     dials = _dials(config, inputs, notes)
     curves, last = _points(run, notes)
     seconds = result.seconds.get("total")
-    status = Status.FAILED if failure and found is None else _status(run, found)
+    if found is None:
+        status = Status.FAILED if failure else Status.UNKNOWN
+    elif result.status == Status.RUNNING and not process.is_alive(run):
+        status = Status.KILLED  # what a process that is gone could not say
+    else:
+        status = result.status
+    heldout = splits.get("heldout", SplitRecord())
+    parts = {**heldout.protocol_parts, "source": heldout.source, "number": heldout.documents}
+    # What eval/* asks: the chunks, and the masks on them.
+    chunks = splits.get("eval", SplitRecord()).sha256
+    masks = {key: value for key, value in dials.items() if key in ("mlm_probability", "seed") or "masking." in key}
     return Row(
         run=run,
         name=shown(str(config.get("run_name") or "")),
@@ -115,8 +126,8 @@ def read(run: Run, failure: str = "") -> Row:
         pruned=result.pruned,
         dials=dials,
         choices=(records.read(MlflowRecord, run.folder) or MlflowRecord()).params,  # as MLflow gets them
-        parts=_parts(splits),
-        validation=_validation(splits, dials),
+        parts={key: value for key, value in parts.items() if value not in (None, "", 0)},
+        validation={"chunks": chunks, **masks} if chunks else {},
         note=shown("; ".join(notes)),
         run_id=result.run_id,
         curves=curves,
@@ -131,14 +142,8 @@ def _inputs(run: Run, notes: list[str]) -> dict[str, Any]:
         return {}
 
 
-def settings_of(run: Run) -> dict[str, Any]:
-    """The config as it was written, whatever its keys; empty where it is unreadable."""
-    return _config(run, [])
-
-
-def _config(run: Run, notes: list[str]) -> dict[str, Any]:
-    import yaml  # type: ignore[import-untyped]
-
+def settings_of(run: Run, notes: list[str]) -> dict[str, Any]:
+    """The config as it was written, whatever its keys; empty where it is unreadable, which is noted."""
     path = run.folder / "config.yaml"
     try:
         if not path.is_file():
@@ -155,10 +160,8 @@ def _config(run: Run, notes: list[str]) -> dict[str, Any]:
 
 
 @cache
-def _yaml_loader() -> Any:
+def _yaml_loader() -> Callable[[str], yaml.SafeLoader]:
     """Reads plain values only, and takes for numbers what OmegaConf does; in C, ten times as fast, if possible."""
-    import yaml
-    from omegaconf._utils import get_yaml_loader
 
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
         yaml_implicit_resolvers = get_yaml_loader().yaml_implicit_resolvers
@@ -173,27 +176,6 @@ def _dials(config: Mapping[str, Any], inputs: Mapping[str, Any], notes: list[str
         notes.append("config.yaml cannot be read")
         return {}
     return found | {key: inputs[key] for key in RESOLVED if found and key in inputs}
-
-
-def _status(run: Run, result: Result | None) -> Status:
-    """As the folder says; of a process that is gone, what it could not say."""
-    if result is None:
-        return Status.UNKNOWN
-    return Status.KILLED if result.status == Status.RUNNING and not process.is_alive(run) else result.status
-
-
-def _parts(splits: Mapping[str, SplitRecord]) -> dict[str, Any]:
-    """What the protocol was made of."""
-    heldout = splits.get("heldout", SplitRecord())
-    found = {**heldout.protocol_parts, "source": heldout.source, "number": heldout.documents}
-    return {key: value for key, value in found.items() if value not in (None, "", 0)}
-
-
-def _validation(splits: Mapping[str, SplitRecord], dials: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``eval/*`` asks: the chunks, and the masks on them."""
-    chunks = splits.get("eval", SplitRecord()).sha256
-    masks = {key: value for key, value in dials.items() if key in ("mlm_probability", "seed") or "masking." in key}
-    return {"chunks": chunks, **masks} if chunks else {}
 
 
 def _points(run: Run, notes: list[str]) -> tuple[dict[str, Points], dict[str, float]]:
@@ -228,15 +210,13 @@ def _telling_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def documents_of(row: Row) -> DocumentSums | None:
     """The sums per held-out document behind a run's ``heldout/loss``; None where there are none, or of another time."""
-    from mlmx.evaluation.bootstrap import DocumentSums
-
     path = row.run.folder / HELDOUT_FILE
     try:
         if path.stat().st_size > MOST_HELDOUT_BYTES:
             return None
         found = DocumentSums.load(path)
         mean = found.sums().totals["loss"] / found.sums().tokens
-    except Exception:  # of many kinds, from zip's and numpy's
+    except Exception:  # noqa: BLE001 (of many kinds, from zip's and numpy's)
         return None
     return found if math.isclose(mean, row.value("heldout/loss"), rel_tol=1e-6) else None
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlmx.comparison.ranking import OWN, YARDSTICK, Group, Table
 from mlmx.comparison.rows import Row, shown
@@ -82,34 +82,31 @@ class Column:
 
 def columns(table: Table) -> list[Column]:
     """The columns, all of them."""
+
+    def dial(key: str, row: Row) -> str:
+        return value_text(row.varies[key]) if key in row.varies else NOTHING
+
+    def metric(name: str, row: Row) -> str:
+        return number_text(row.metrics.get(name), name)
+
+    def interval(row: Row) -> str:
+        return f"{row.interval[0]:.4f} … {row.interval[1]:.4f}" if row.interval else NOTHING
+
+    def status(row: Row) -> str:
+        ended_early = "pruned" if row.pruned else "resumable" if row.resumable and row.status != "FINISHED" else ""
+        return f"{row.status}, {ended_early}" if ended_early else str(row.status)
+
     found = [Column("run", lambda row: row.name, is_words=True)]
-    found += [Column(shown(key), partial(_dial_text, key), is_words=True) for key in keys_shown(table)[0]]
+    found += [Column(shown(key), partial(dial, key), is_words=True) for key in keys_shown(table)[0]]
     for name in metrics_shown(table):
-        found.append(Column(shown(METRICS.get(name, name)), partial(_metric_text, name)))
+        found.append(Column(shown(METRICS.get(name, name)), partial(metric, name)))
         if name == YARDSTICK:
-            found += [Column(INTERVAL, _interval_text)] if any(row.interval for row in table.rows) else []
+            found += [Column(INTERVAL, interval)] if any(row.interval for row in table.rows) else []
             found += [Column(DIFFERENCE, partial(_difference_text, table), is_words=True)] if table.differences else []
-    return [*found, Column("status", _status_text, is_words=True)]
+    return [*found, Column("status", status, is_words=True)]
 
 
-def _dial_text(key: str, row: Row) -> str:
-    return value_text(row.varies[key]) if key in row.varies else NOTHING
-
-
-def _metric_text(name: str, row: Row) -> str:
-    return number_text(row.metrics.get(name), name)
-
-
-def _interval_text(row: Row) -> str:
-    return f"{row.interval[0]:.4f} … {row.interval[1]:.4f}" if row.interval else NOTHING
-
-
-def _status_text(row: Row) -> str:
-    ended_early = "pruned" if row.pruned else "resumable" if row.resumable and row.status != "FINISHED" else ""
-    return ", ".join(filter(None, (row.status, ended_early)))
-
-
-def value_text(value: Any) -> str:
+def value_text(value: object) -> str:
     """A dial's value; of a long one the middle is left out."""
     if isinstance(value, float):
         text = f"{value:g}"

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ TILE = 3 << 19  # elements: three tensors of them fit into a cache of some megab
 MOST = 255 / 256  # of the elements can be dropped here
 ZEROS = memoryview(bytes(TILE))  # to encrypt
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
-ONEDNN = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
 
 
 class CpuKernels(TorchFunctionMode):
@@ -39,8 +39,12 @@ class CpuKernels(TorchFunctionMode):
     """
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if func is functional.dropout:
             return _dropout(*args, **kwargs)
@@ -98,6 +102,19 @@ def _is_ours(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16)
 
 
+class Kept(Protocol):
+    """What a forward pass keeps for its backward pass: torch's, and attributes of ours."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    kept: list[Tensor]
+    p: float
+    scale: float
+    heads: int
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
 class Draws:
     """Random bytes by the tile, and for each of its rows the threshold below which a byte means "dropped"."""
 
@@ -130,14 +147,14 @@ class _Dropout(torch.autograd.Function):
     """x[…, D] → x · kept / (1 - p)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+    def forward(ctx: Kept, x: Tensor, p: float) -> Tensor:
         draws, x = Draws(p), x.contiguous()
         drawn = [draws.draw(tile.shape) for tile in _rows(x)]
         ctx.kept, ctx.scale = [bytes_.ge_(thresholds) for bytes_, thresholds in drawn], 1 / (1 - p)
         return _scaled(x, ctx.kept, ctx.scale)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Kept, *grads: Tensor) -> tuple[Tensor, None]:
         return _scaled(grads[0].contiguous(), ctx.kept, ctx.scale), None
 
 
@@ -163,7 +180,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, p: float, scale: float
+        ctx: Kept, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, p: float, scale: float
     ) -> Tensor:
         query, key, value, heads = *map(_by_head, (query, key, value)), query.shape[1]
         draws = Draws(p)
@@ -184,12 +201,12 @@ class _Attention(torch.autograd.Function):
         return _by_sample(out, heads)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Kept, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, signed = ctx.saved_tensors
         grad, upscale = _by_head(grads[0]), 1 / (1 - ctx.p)
         d_query, d_key, d_value = map(torch.empty_like, (query, key, value))
         threshold = torch.ops.aten.threshold_backward.grad_input
-        softmax_backward = torch.ops.aten._softmax_backward_data.out
+        softmax_backward = torch.ops.aten._softmax_backward_data.out  # noqa: SLF001 (no public one writes in place)
         with torch.autocast("cpu", enabled=False):
             for at, work, probabilities in _tiles(signed, ctx.heads):
                 _product(_positive(signed[at], out=work).mT, grad[at], upscale, out=d_value[at])
@@ -240,13 +257,14 @@ class _Linear(torch.autograd.Function):
     """x wᵀ + b."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Kept, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        projected: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        product = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001 (torch asks oneDNN by no other name)
+        projected: Tensor = product(x, weight, bias, "none", [], "")
         return projected
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Kept, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         rows = grads[0].reshape(-1, grads[0].shape[-1])

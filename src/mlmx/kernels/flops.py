@@ -5,14 +5,17 @@ from __future__ import annotations
 import statistics
 import time
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MEASURED_SECONDS = 1.0  # a processor that only imitates a precision takes that and more for one product
 
 
-def flops_per_token(model: Any, chunk_size: int, masked_share: float = 1.0) -> float:
+def flops_per_token(model: PreTrainedModel, chunk_size: int, masked_share: float = 1.0) -> float:
     """Useful floating-point operations of a training step per token, forward and backward (Kaplan et al. 2020).
 
     6 × weights of the encoder's linear layers + 12 × layers × hidden size × chunk size for attention (q kᵀ and p v)

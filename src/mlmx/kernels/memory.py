@@ -7,7 +7,6 @@ import gc
 import mmap
 import sys
 import threading
-from typing import Any
 
 # Of malloc.h. Blocks up to the first are taken from the heap, and the heap is given back above the second.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -33,14 +32,14 @@ def keep_freed() -> bool:
     return bool(kept)
 
 
-def _ask_for_huge_pages(libc: Any) -> None:
+def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
     """Have the heap grow in pages of 2 MB, where the system lends them on request, as most do.
 
     Every step streams through weights, gradients and moments, a page of 4 kB after the other. The C library would do
     it by itself (``glibc.malloc.hugetlb=1``) if that stood in the environment before Python starts. Only addresses are
     taken up here and given back, no memory; where addresses are rationed, nothing is.
     """
-    import resource
+    import resource  # noqa: PLC0415 (not everywhere)
 
     if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
         return
@@ -64,7 +63,7 @@ def give_back() -> None:
         _asked.clear()  # what the heap takes up from here on is new
 
 
-def _libc() -> Any:
+def _libc() -> ctypes.CDLL | None:
     """glibc, or None where there is another C library."""
     if not sys.platform.startswith("linux"):
         return None

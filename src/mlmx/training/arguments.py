@@ -59,7 +59,7 @@ SET_BY = {
 AT_LEAST = {"gradient_accumulation_steps": 1, "per_device_eval_batch_size": 1, "dataloader_num_workers": 0}
 AT_MOST = {"dataloader_num_workers": 256, "dataloader_prefetch_factor": 1_000}
 MOST = 2**31 - 1  # of any number; no NaN is at most this
-
+PLAIN = (int, float, str, bool, dict, type(None))
 
 # Numbers an optimizer keeps for each weight, where it is not two; adafactor's are sums over rows and columns.
 MOMENTS = {"sgd": 0, "adafactor": 0, "adagrad": 1, "rmsprop": 1}
@@ -93,8 +93,8 @@ def training_arguments(
         RequestError: an unknown field (with the nearest right one), a wrong type, a value the library or this
             machine refuses.
     """
-    import torch
-    import transformers
+    import torch  # noqa: PLC0415 (slow)
+    import transformers  # noqa: PLC0415 (slow)
 
     given = _checked_fields(options, inspect.signature(transformers.TrainingArguments).parameters)
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
@@ -132,7 +132,7 @@ def training_arguments(
     except (ValueError, TypeError, ImportError, OSError, ArithmeticError) as error:
         raise RequestError(f"trainer: transformers.TrainingArguments refuses this: {error}") from error
     # One process seeing several GPUs would silently become DataParallel, which splits batches and losses.
-    made._n_gpu = min(1, made.n_gpu)
+    made._n_gpu = min(1, made.n_gpu)  # noqa: SLF001 (no other sets it)
     use_tf32(on_cuda and bool(made.tf32))
     return made
 
@@ -143,7 +143,7 @@ def use_tf32(wanted: bool) -> None:
     Torch has an old and a new switch for it, and every reader of the old one, `torch.compile` among them, fails where
     they differ. The library turns the new one alone, for all devices, and leaves it so for the next job of a sweep.
     """
-    import torch
+    import torch  # noqa: PLC0415 (slow)
 
     backends: Any = torch.backends
     backends.fp32_precision = "ieee"
@@ -178,7 +178,7 @@ def optimizer_bytes(arguments: TrainingArguments, weight_bytes: int) -> int:
     return MOMENTS.get(_value(arguments.optim), 2) * weight_bytes
 
 
-def _value(option: Any) -> str:
+def _value(option: object) -> str:
     return str(getattr(option, "value", option))
 
 
@@ -189,7 +189,9 @@ def _checked_fields(options: Mapping[str, Any], signature: Mapping[str, inspect.
         near = did_you_mean(key, [name for name in signature if name not in SET_BY])
         require(key in signature, f"trainer.{key}: no field of transformers.TrainingArguments{near}")
         wanted = signature[key].annotation
-        given[key] = convert(f"trainer.{key}", value, wanted) if _is_checkable(wanted) else value
+        # Fields typed by the library's own enums are left to its own checks.
+        plain = all(part in PLAIN for part in getattr(wanted, "__args__", (wanted,)))
+        given[key] = convert(f"trainer.{key}", value, wanted) if plain else value
         least, most = AT_LEAST.get(key), AT_MOST.get(key, MOST)
         require(least is None or given[key] >= least, f"trainer.{key}={value}: must be at least {least}")
         if isinstance(given[key], (int, float)):
@@ -203,7 +205,7 @@ def resolve_precision(precision: str, on_cpu: bool) -> str:
     Raises:
         RequestError: fp16 without a CUDA device.
     """
-    import torch
+    import torch  # noqa: PLC0415 (slow)
 
     if on_cpu:
         native = any(
@@ -218,9 +220,3 @@ def resolve_precision(precision: str, on_cpu: bool) -> str:
     if precision == "auto":
         return "bf16" if native else "fp32"
     return precision
-
-
-def _is_checkable(annotation: Any) -> bool:
-    """Fields typed by the library's own enums are left to its own checks."""
-    parts = getattr(annotation, "__args__", (annotation,))
-    return all(part in (int, float, str, bool, dict, type(None)) for part in parts)

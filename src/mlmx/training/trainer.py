@@ -4,59 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import math
+import multiprocessing
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 from transformers import DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from mlmx.config.errors import WorkError
 from mlmx.config.schema import KEEP_ALL
 from mlmx.kernels import gradients
 from mlmx.kernels.out_of_memory import Batch, brief, is_out_of_memory, parts
 from mlmx.runs import checkpoints, signals
-from mlmx.training.arithmetic import Corrected, InputIds, MaskedLogits, in_full_precision
+from mlmx.training.arithmetic import Corrected, InputIds, MaskedLogits, Rows, in_full_precision
 from mlmx.training.callbacks import Beginning, Progress, Recorder, Reporter, StopEarly, Throughput
 from mlmx.training.failures import Mishaps, RollBack, Window
 from mlmx.training.state import FLAGS, Checkpoints, OptimizerState, Owed, Part, Sums, load_random_states, read
-from mlmx.training.workers import Workers
+from mlmx.training.workers import outlive_signals
+
+if TYPE_CHECKING:
+    import optuna
+
+    Trial = optuna.Trial | dict[str, Any] | None
 
 Scores = Callable[[PreTrainedModel], dict[str, float]]
 Fills = Callable[[PreTrainedModel], list[dict[str, Any]]]
-
-# What this room leans on and no library promises to keep: private attributes, and private methods with the parameters
-# that they are given here, in this order.
-PRIVATE = (
-    (transformers.Trainer, "_run_epoch()"),
-    (transformers.Trainer, "_clip_grad_norm(model)"),
-    (transformers.Trainer, "_get_grad_norm(model, grad_norm)"),
-    (
-        transformers.Trainer,
-        "_maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time)",
-    ),
-    (transformers.Trainer, "_determine_best_metric(metrics, trial)"),
-    (transformers.Trainer, "_save(output_dir, state_dict)"),
-    (transformers.Trainer, "_save_checkpoint(model, trial)"),
-    (transformers.Trainer, "_load_from_checkpoint(resume_from_checkpoint, model)"),
-    (transformers.Trainer, "_load_optimizer_and_scheduler(checkpoint)"),
-    (transformers.Trainer, "_load_scaler(checkpoint)"),
-    (transformers.Trainer, "_load_rng_state(checkpoint)"),
-    (transformers.Trainer, "_tr_loss"),
-    (transformers.Trainer, "_total_loss_scalar"),
-    (transformers.Trainer, "_globalstep_last_logged"),
-    (TrainingArguments, "_n_gpu"),
-    (Accelerator, "_original_forward"),
-    (torch.optim.lr_scheduler.LambdaLR, "_last_lr"),
-    (torch.cpu, "_is_avx512_bf16_supported()"),
-    (torch.cpu, "_is_amx_tile_supported()"),
-)
+Mask = Callable[[list[dict[str, Any]]], dict[str, Any]]
+Norm = torch.Tensor | float | None
 
 
 class Trainer(transformers.Trainer):
@@ -82,9 +63,9 @@ class Trainer(transformers.Trainer):
         *,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        train_chunks: Any,
-        eval_chunks: Any,
-        mask: Any,
+        train_chunks: Rows,
+        eval_chunks: Rows,
+        mask: Mask,
         mlm_probability: float,
         masked_logits: MaskedLogits,
         most_targets: int | None = None,
@@ -124,7 +105,7 @@ class Trainer(transformers.Trainer):
             "optimizer": OptimizerState(self),
         }
         self.loaded: dict[str, Any] = {}
-        self.workers = Workers()
+        self.left = multiprocessing.RawValue("b", 0)  # by this training, its workers have to know
         self.reporter = Reporter(recorder, self.throughput, self.is_world_process_zero(), stop_early)
         self.progress = Progress(self.throughput, lambda: self.window.loss)
         self.remove_callback(transformers.PrinterCallback)
@@ -133,16 +114,16 @@ class Trainer(transformers.Trainer):
 
     # ----------------------------------------------------------------------------------- the loop
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Path | str | bool | None = None, *_: object, **__: object) -> TrainOutput:
         """From the checkpoint, or from the beginning; where a step asks for it, again from the newest checkpoint."""
         checkpoint, is_main = resume_from_checkpoint, self.reporter.is_main
         while True:
             if self.args.world_size > 1:  # the first process has the run's folder, and says
                 [checkpoint] = broadcast_object_list([checkpoint])
             self.args.eval_on_start = checkpoint is None
+            self.left.value = 0
             try:
-                with self.workers.needed():
-                    return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+                return super().train(None if checkpoint is None else str(checkpoint))
             except RollBack:
                 self.reporter.repeats_until = self.state.global_step + 1
                 # leave the step, and what a process that resumes would make anew
@@ -150,18 +131,21 @@ class Trainer(transformers.Trainer):
                 self.optimizer = self.lr_scheduler = None
                 self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
             finally:
+                self.left.value = 1
                 self.progress.close()
-            checkpoint = self.checkpoints.newest() if is_main else None
+            checkpoint = checkpoints.newest_whole(self.checkpoints.folder) if is_main else None
             if is_main and checkpoint is None:
                 raise WorkError(
                     "a step failed, and there is no whole checkpoint to go back to; choose a lower lr or on_nan=skip"
                 )
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader[Any]:
-        self.workers.prepare(loader := super().get_train_dataloader())
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
+        inner.worker_init_fn = partial(outlive_signals, inner.worker_init_fn, self.left)
         return loader
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: object, **kwargs: object) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed behind its last step
             self.control.should_training_stop = True
             return
@@ -172,7 +156,9 @@ class Trainer(transformers.Trainer):
 
     # ------------------------------------------- a step: its micro-batches, their loss and gradient
 
-    def training_step(self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(
+        self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         self.throughput.count(inputs, self.args.world_size)
         if not self.window.batches:
             self.window = Window(self._tr_loss.clone(), torch.zeros_like(self._tr_loss))
@@ -196,8 +182,12 @@ class Trainer(transformers.Trainer):
         return torch.stack(losses).sum()
 
     def compute_loss(
-        self, model: torch.nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+        self,
+        model: torch.nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         if self.corrected is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         share = self.mishaps.rows_at_once, self.mishaps.batch_size
@@ -214,17 +204,18 @@ class Trainer(transformers.Trainer):
     def _norm_is_ours(self) -> bool:
         return self.corrected is not None and self.args.device.type == "cpu" and self.accelerator.scaler is None
 
-    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
         if self._norm_is_ours:
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
             return gradients.clip(model.parameters(), self.args.max_grad_norm, optimizer)
-        return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        norm: torch.Tensor = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        return norm
 
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Norm = None) -> Norm:
         """Asked for once a step: after the last backward pass, before the optimizer. None of a step that fails."""
         if grad_norm is None and self._norm_is_ours:
             grad_norm = gradients.total_norm(model.parameters())
-        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        norm: Norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         loss = self.accelerator.reduce(self.window.loss, reduction="mean")  # one loss and verdict for all processes
         judged = [loss] if norm is None or self.accelerator.scaler is not None else [loss, norm]
         finite = torch.stack([torch.as_tensor(one, device=loss.device).float() for one in judged]).isfinite().all()
@@ -248,17 +239,28 @@ class Trainer(transformers.Trainer):
 
     # ------------------------------------------- the end of a step: its log, scores and checkpoint
 
-    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *others: Any, **kwargs: Any) -> None:
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: torch.Tensor,
+        grad_norm: Norm,
+        model: torch.nn.Module,
+        trial: Trial,
+        epoch: float,
+        ignore_keys_for_eval: list[str] | None,
+        start_time: float,
+        learning_rate: float | None = None,
+    ) -> None:
         """As the library's, called when a step has ended and again when its epoch has; here a signal is obeyed."""
         saved_at = self.checkpoints.saved_at
-        self.owed.note(self.state.global_step, self._ends_epoch, grad_norm, kwargs.get("learning_rate"))
+        self.owed.note(self.state.global_step, self._ends_epoch, grad_norm, learning_rate)
         stop, late = self._agreed(signals.noted(), self.checkpoints.is_late())
         if stop:
             self._save_interim()
             signals.raise_noted()
             raise SystemExit(143)  # the signal came to another process of this training
         try:
-            super()._maybe_log_save_evaluate(tr_loss, grad_norm, *others, **kwargs)
+            others = model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, *others)
         except signals.Interrupted:
             self._save_interim()
             raise
@@ -276,33 +278,30 @@ class Trainer(transformers.Trainer):
         votes = torch.tensor([float(wish) for wish in wishes], device=self.args.device)
         return [bool(vote) for vote in self.accelerator.reduce(votes, "sum")]
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, *_: object, **__: object) -> dict[str, float]:
         # A score must not move what is trained: before the first step the random state is put back.
         # Scoring can be left at any moment, but not by one of several processes.
         with (
             torch.random.fork_rng(enabled=self.state.global_step == 0),
             contextlib.nullcontext() if self.args.world_size > 1 else signals.at_once(),
         ):
-            found = super().evaluate(*args, **kwargs) if self.corrected is None else {}
-            found |= self._own_scores()
+            found = super().evaluate() if self.corrected is None else {}
+            model, rows = cast(PreTrainedModel, self.model), None
+            with in_full_precision(model):
+                scores = self.scores(model)
+                if self.fills is not None and self.reporter.is_main and self._ends_epoch:
+                    rows = self.fills(model)
+            self.log(dict(scores))
+            if rows:
+                self.reporter.recorder.fills(self.state.global_step, self.state.epoch or 0.0, rows)
+            for name, score in scores.items():  # by the names the library knows metrics by: eval/loss → eval_loss
+                found[("" if name.startswith("eval/") else "eval_") + name.replace("/", "_")] = score
             if self.corrected is not None:
                 self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         self.scored_step = self.state.global_step
         return found
 
-    def _own_scores(self) -> dict[str, float]:
-        """Our scores, logged, by the names the library knows metrics by: ``eval/loss`` → ``eval_loss``."""
-        model, rows = cast(PreTrainedModel, self.model), None
-        with in_full_precision(model):
-            found = self.scores(model)
-            if self.fills is not None and self.reporter.is_main and self._ends_epoch:
-                rows = self.fills(model)
-        self.log(dict(found))
-        if rows:
-            self.reporter.recorder.fills(self.state.global_step, self.state.epoch or 0.0, rows)
-        return {("" if name.startswith("eval/") else "eval_") + name.replace("/", "_"): v for name, v in found.items()}
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Trial) -> bool:
         # To the library any number is better that compares so, also that of a model whose loss is not finite.
         losses = [value for name, value in metrics.items() if name.endswith("loss")]
         return all(map(math.isfinite, losses)) and super()._determine_best_metric(metrics, trial)
@@ -319,7 +318,7 @@ class Trainer(transformers.Trainer):
     def _save_interim(self) -> None:
         self._save_checkpoint(cast(torch.nn.Module, self.model), None, interim=True)
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any, interim: bool = False) -> None:
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Trial, interim: bool = False) -> None:
         # Asked for and done: what a checkpoint owes is what comes after it.
         asked, self.control.should_save = self.control.should_save, self.control.should_save and interim
         self.store_flos()

@@ -1,41 +1,22 @@
-"""Processes that load batches, and signals that come to all of them."""
+"""Signals that come to every process of a run, also to those that load its batches."""
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from ctypes import c_byte
 
 from mlmx.runs.signals import SIGNALS
 
 
-class Workers:
-    """Those of a training's loader: they outlive a signal to every process, since they are needed to end a step."""
+def outlive_signals(begin: Callable[[int], None] | None, left: c_byte, worker: int) -> None:
+    """Set up a worker, which is needed to end a step: its loader ends it, or a signal once training was left.
 
-    def __init__(self) -> None:
-        self.left = multiprocessing.RawValue("b", 0)  # shared with them
-
-    def prepare(self, loader: Any) -> None:
-        """Those that this loader will start, or the one that accelerate has wrapped."""
-        inner = getattr(loader, "base_dataloader", loader)
-        inner.worker_init_fn = partial(_outlive_signals, inner.worker_init_fn, self.left)
-
-    @contextlib.contextmanager
-    def needed(self) -> Iterator[None]:
-        """Around a training: behind it, a signal ends them."""
-        self.left.value = 0
-        try:
-            yield
-        finally:
-            self.left.value = 1
-
-
-def _outlive_signals(begin: Callable[[int], None] | None, left: Any, worker: int) -> None:
-    """Set up a worker: what ends it is its loader, or a signal once training was left."""
+    Args:
+        begin: what sets it up besides.
+        left: not 0 once it was; shared with the worker.
+    """
 
     def arrived(number: int, frame: object) -> None:
         if left.value:
