@@ -17,13 +17,17 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlmx.config import whole
 from mlmx.config.schema import BEST_AND_LAST, KEEP_ALL
 from mlmx.runs import disk
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 log = logging.getLogger("mlmx")
+Plain = dict[str, Any] | float | str | None  # as JSON
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
 
@@ -145,7 +149,7 @@ def _unused(path: Path) -> Path:
 # ------------------------------------------------------------------------------- states as JSON and tensors
 
 
-def flattened(state: Any, tensors: dict[str, Any], path: str = "") -> Any:
+def flattened(state: object, tensors: dict[str, Tensor], path: str = "") -> Plain:
     """A nested state as JSON, its tensors put into ``tensors`` under the paths that stand in their places.
 
     >>> taken = {}
@@ -155,7 +159,7 @@ def flattened(state: Any, tensors: dict[str, Any], path: str = "") -> Any:
     Raises:
         TypeError: a value that is neither tensor nor plain.
     """
-    import numpy as np
+    import numpy as np  # noqa: PLC0415 (slow, and torch alone needs it)
     import torch
 
     if isinstance(state, (torch.Tensor, np.ndarray)):
@@ -171,7 +175,7 @@ def flattened(state: Any, tensors: dict[str, Any], path: str = "") -> Any:
     raise TypeError(f"{path.lstrip('.')}: a {type(state).__name__} cannot be kept in a checkpoint")
 
 
-def restored(kept: Any, tensors: dict[str, Any]) -> Any:
+def restored(kept: Any, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401 (JSON, and whatever was kept)
     """The state that `flattened` made this of."""
     if not isinstance(kept, dict):
         return kept

@@ -26,8 +26,8 @@ def explain(error: BaseException, command: str) -> tuple[int, str]:
 
 
 def _explain(error: BaseException, command: str) -> tuple[int, str]:
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
+    from hydra.errors import HydraException  # noqa: PLC0415 (--help does not load Hydra)
+    from omegaconf.errors import OmegaConfBaseException  # noqa: PLC0415 (nor OmegaConf)
 
     where = "".join(f"{note}: " for note in getattr(error, "__notes__", []))
     if isinstance(error, RequestError):
@@ -57,7 +57,7 @@ def one_line(error: BaseException | str) -> str:
 
 def _composition(error: BaseException, command: str) -> str:
     """Hydra's composition errors in our words."""
-    from hydra.errors import MissingConfigException, OverrideParseException
+    from hydra.errors import MissingConfigException, OverrideParseException  # noqa: PLC0415 (as above)
 
     text = str(error)
     roots = [*CONFIGS[command].__dataclass_fields__, "experiment"]

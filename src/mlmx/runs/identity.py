@@ -60,7 +60,7 @@ def recorded_dials(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key.removeprefix("trainer.") not in TRAINER_WITHOUT_EFFECT}
 
 
-def _flat(path: str, value: Any) -> Iterable[tuple[str, Any]]:
+def _flat(path: str, value: object) -> Iterable[tuple[str, Any]]:
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
             yield from _flat(f"{path}.{key}" if path else str(key), inner)
@@ -111,7 +111,7 @@ def _covers(name: str, key: str) -> bool:
     return key == name or key.startswith(f"{name}.")
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:12]}…"
 

@@ -17,6 +17,7 @@ from functools import cache
 from importlib.metadata import distributions, version
 from pathlib import Path
 
+from mlmx import __version__
 from mlmx.config.redaction import redact
 from mlmx.runs.records import ProcessRecord
 from mlmx.runs.run import Run
@@ -33,10 +34,8 @@ PROCESS_TAGS = ("mlmx.host", "mlmx.boot_id", "mlmx.pid_namespace", "mlmx.pid", "
 
 def tags() -> dict[str, str]:
     """Tags of an MLflow run that say how to make it again."""
-    import mlmx
-
     return {
-        "mlmx.version": mlmx.__version__,
+        "mlmx.version": __version__,
         **process_tags(),
         **machine(),
         "mlmx.python": platform.python_version(),
@@ -73,13 +72,11 @@ def checkout() -> Path | None:
 @cache
 def code_version() -> str:
     """Version of mlmx and a hash of its source: a change that was not committed is another version, too."""
-    import mlmx
-
     package = Path(__file__).resolve().parents[1]
     sources = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         sources.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
-    return f"{mlmx.__version__}+{sources.hexdigest()[:12]}"
+    return f"{__version__}+{sources.hexdigest()[:12]}"
 
 
 def process() -> ProcessRecord:
@@ -106,7 +103,7 @@ def pid_started(pid: int) -> float | None:
     Counted from the machine's own beginning on Linux, where psutil adds that one to it, by a clock that may be set
     meanwhile; elsewhere since 1970.
     """
-    import psutil
+    import psutil  # noqa: PLC0415 (a refused configuration does not load it)
 
     try:
         found = psutil.Process(pid)
@@ -119,7 +116,7 @@ def pid_started(pid: int) -> float | None:
 
 def boot_time() -> float | None:
     """When this machine began, in seconds since 1970; None where the system does not tell."""
-    import psutil
+    import psutil  # noqa: PLC0415 (a refused configuration does not load it)
 
     try:
         return float(psutil.boot_time())
@@ -152,7 +149,7 @@ def _gpus() -> list[tuple[str, int]]:
 
 def memory_bytes() -> int | None:
     """Main memory that this process may use: the machine's, or what a container is given of it."""
-    import psutil
+    import psutil  # noqa: PLC0415 (a refused configuration does not load it)
 
     try:
         there = int(psutil.virtual_memory().total)
@@ -215,7 +212,7 @@ def _write(run: Run) -> None:
             other = path.is_file() and path.read_text(encoding="utf-8") != text  # than it was begun with
             if text:
                 run.write_text(resumed_name(name) if other else name, text)
-    except Exception as error:  # the run does not need them
+    except Exception as error:  # noqa: BLE001 (of whatever kind: the run does not need them)
         log.warning("%s: what it was made with could not be kept (%s)", run.folder, error)
 
 

@@ -48,7 +48,7 @@ class Status(StrEnum):
         return self in (Status.FINISHED, Status.FAILED, Status.KILLED)
 
 
-def numbers(values: Any) -> dict[str, float]:
+def numbers(values: object) -> dict[str, float]:
     """Of a mapping the entries that are numbers, by names that can be shown; empty where it is none.
 
     >>> numbers({"eval/loss": 2.5, "steps": 7, "note": "7", "ok": True})
@@ -58,7 +58,7 @@ def numbers(values: Any) -> dict[str, float]:
     return {name: value for name, value in found if _is_number(value) and isinstance(name, str) and name.isprintable()}
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
 
 
@@ -263,7 +263,7 @@ def write(record: Record, folder: Path) -> None:
     whole.write(folder / record.FILE, as_json(asdict(record)))
 
 
-def as_json(value: Any) -> str:
+def as_json(value: object) -> str:
     """A file's text: numbers stay what they are, secrets do not."""
     return json.dumps(redacted(value), indent=2, ensure_ascii=False) + "\n"
 

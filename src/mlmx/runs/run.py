@@ -89,7 +89,7 @@ class Run:
         found = reversed(all_of(self.checkpoints))
         return [folder for folder in found if (folder / MANIFEST).is_file() and not is_interim(folder)]
 
-    def write_json(self, name: str, value: Any) -> None:
+    def write_json(self, name: str, value: object) -> None:
         """As `write_text`. Numbers stay what they are, secrets do not."""
         self.write_text(name, as_json(value))
 

@@ -80,7 +80,7 @@ def _run_job(
         if folder is not None and signals.is_worker():  # the sweep may not have been asked to end, and has to know
             fail_job(folder, str(error))
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (whatever it was, the other jobs go on)
         error.add_note(f"job {number} of the sweep ({what})")
         _, line = explain(error, "train")
         fail_job(folder or sweep.free_folder(job.folder), line)

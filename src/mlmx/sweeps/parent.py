@@ -134,7 +134,7 @@ def _opened(plan: Plan) -> Mirror | None:
     try:
         _write_record(plan, "The jobs are running.")
         mirror.update()
-    except Exception as error:  # of many kinds, from MLflow's and its database's
+    except Exception as error:  # noqa: BLE001 (of many kinds, from MLflow's and its database's)
         why = reason(error, plan.store)
         log.warning("MLflow does not take the sweep (%s); it goes on without its parent there", why)
     return mirror
@@ -162,7 +162,7 @@ def _end(plan: Plan, status: Status, parent: Mirror | None) -> None:
         _written(plan, table)
         log.info("%s", plain(table))
         log.info("%s", _ending(plan, table, status))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (of whatever kind: it does not hide how the sweep ended)
         log.warning("%s: its table could not be made (%s)", plan.sweep.folder, brief(error))
         with contextlib.suppress(OSError):
             plan.sweep.note(status=status, ended=milliseconds())
@@ -175,7 +175,7 @@ def _end(plan: Plan, status: Status, parent: Mirror | None) -> None:
         parent.update()
         _send_best(parent, table)
         adopt(parent, plan.sweep)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (of many kinds, from MLflow's and its database's)
         log.warning("MLflow did not get how the sweep ended (%s); all of it is in %s", brief(error), plan.sweep.folder)
 
 

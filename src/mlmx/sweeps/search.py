@@ -9,9 +9,10 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 from omegaconf import DictConfig
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
+    from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
 
 STUDY_FILE, STUDY = "study.db", "mlmx"
@@ -48,12 +51,19 @@ def require_possible(sweeper: DictConfig) -> None:
     )
 
 
-def _study(folder: Path, **options: Any) -> Study:
+def _study(folder: Path, sampler: BaseSampler | None = None, pruner: BasePruner | None = None) -> Study:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # the jobs say what happens
     storage = f"sqlite:///{folder / STUDY_FILE}"
-    return optuna.create_study(study_name=STUDY, storage=storage, load_if_exists=True, direction="minimize", **options)
+    return optuna.create_study(
+        storage=storage,
+        sampler=sampler,
+        pruner=pruner,
+        study_name=STUDY,
+        direction="minimize",
+        load_if_exists=True,
+    )
 
 
 class Search:
@@ -102,7 +112,7 @@ class Search:
         """The job of a trial."""
         return [*self.fixed, *(f"{self.keys[name]}={value}" for name, value in trial.params.items())]
 
-    def tell(self, trial: Trial, value: Any) -> None:
+    def tell(self, trial: Trial, value: object) -> None:
         """What came out; a trial without a finite number failed, and that is all."""
         from optuna.trial import TrialState
 
@@ -137,14 +147,15 @@ def distribution(override: Override) -> BaseDistribution:
         raise RequestError(f"{line}: is no space to search ({error})") from error
 
 
-def _sampler(name: str, seed: int, startup_trials: int) -> Any:
+def _sampler(name: str, seed: int, startup_trials: int) -> BaseSampler:
     import optuna
 
     more = {"n_startup_trials": startup_trials} if name in ("tpe", "gp") else {}
-    return getattr(optuna.samplers, SAMPLERS[name])(seed=seed, **more)
+    sampler: BaseSampler = getattr(optuna.samplers, SAMPLERS[name])(seed=seed, **more)
+    return sampler
 
 
-def _pruner(name: str, startup_trials: int) -> Any:
+def _pruner(name: str, startup_trials: int) -> BasePruner:
     from optuna import pruners
 
     if name == "median":
@@ -178,7 +189,8 @@ def stop_early(
 def _trial(study: Study, number: int) -> Trial:
     from optuna import Trial
 
-    return Trial(study, study.get_trials(deepcopy=False)[number]._trial_id)
+    # Optuna has no public way to the trial of another process.
+    return Trial(study, study.get_trials(deepcopy=False)[number]._trial_id)  # noqa: SLF001 (see above)
 
 
 # ---------------------------------------------------------------------------------------------- plots
@@ -191,7 +203,7 @@ def plot(folder: Path, into: Path) -> list[Path]:
     study = _study(folder)
     if len(_trials(study, "COMPLETE")) < 2:
         return []
-    from mlmx.comparison import plots
+    from mlmx.comparison import plots  # noqa: PLC0415 (imports matplotlib)
 
     written = []
     for name, kind in {"history": _plot_history, "importance": _plot_importance, "epochs": _plot_epochs}.items():
@@ -221,8 +233,6 @@ def _plot_history(axes: Axes, study: Study, colours: Sequence[str]) -> None:
 
 
 def _plot_importance(axes: Axes, study: Study, colours: Sequence[str]) -> None:
-    import warnings
-
     from optuna.importance import get_param_importances
 
     with warnings.catch_warnings():

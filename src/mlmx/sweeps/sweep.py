@@ -46,7 +46,7 @@ class Sweep:
         """What ``sweep.json`` says."""
         return records.read(SweepRecord, self.folder) or SweepRecord()
 
-    def note(self, **facts: Any) -> None:
+    def note(self, **facts: Any) -> None:  # noqa: ANN401 (those of the record)
         """Put facts into ``sweep.json``."""
         records.write(replace(self.about(), **facts), self.folder)
 

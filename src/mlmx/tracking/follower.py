@@ -101,7 +101,7 @@ class Follower:
                 self._catch_up(ending)
                 self._say_back()
                 pause = SEND_EVERY_SECONDS
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 (of many kinds, from MLflow's and its database's)
                 self._say_away(error)
                 self.failed_to_end = ending
                 pause = RETRY_AFTER_SECONDS[min(self.failures, len(RETRY_AFTER_SECONDS)) - 1]
@@ -127,7 +127,7 @@ class Follower:
         for last in (False, True):
             try:
                 return deed()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 (of many kinds, from MLflow's and its database's)
                 assert self.mirror.mlflow is not None
                 self.mirror.mlflow.ping()
                 if last:

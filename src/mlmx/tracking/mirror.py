@@ -164,8 +164,8 @@ class Mirror:
             return self.mlflow, self.models
         self._read()
         client, experiment = self.connect()
-        from mlmx.tracking.logged_models import Models
-        from mlmx.tracking.mlflow_run import MlflowRun
+        from mlmx.tracking.logged_models import Models  # noqa: PLC0415 (imports MLflow)
+        from mlmx.tracking.mlflow_run import MlflowRun  # noqa: PLC0415 (imports MLflow)
 
         mlflow = MlflowRun(client, experiment, self.record, make)
         if not mlflow.made:
@@ -270,7 +270,7 @@ class Mirror:
         return {"files": missing}
 
     def _register(self, name: str, saved: Iterable[Saved], ended: int, _: MlflowRun, models: Models) -> dict[str, int]:
-        from mlmx.tracking.logged_models import register
+        from mlmx.tracking.logged_models import register  # noqa: PLC0415 (imports MLflow)
 
         return {"versions": register(models, name, saved, self.scores, ended)}
 

@@ -118,7 +118,7 @@ def _write_histories(client: MlflowClient, run: entities.Run, made: Run) -> None
     made.write_text("metrics.jsonl", "".join(lines))
 
 
-def _number(text: str) -> Any:
+def _number(text: str) -> int | float | str:
     """A param as the number it is written as, if it is one."""
     for kind in (int, float):
         try:

@@ -11,6 +11,8 @@ import os
 import re
 import shlex
 import sqlite3
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -91,7 +93,7 @@ def store_of(run: Run) -> Store | None:
     """Where a run of this or an earlier day is recorded besides its folder; None where nowhere, or nobody can tell."""
     try:
         return bound_store(run.config().tracking)
-    except Exception:  # of another version, torn, or gone meanwhile
+    except Exception:  # noqa: BLE001 (of many kinds: it is of another version, torn, or gone meanwhile)
         return None
 
 
@@ -203,9 +205,6 @@ def trouble(store: Store) -> str | None:
 
 def _silence(uri: str) -> str | None:
     """Whether somebody answers there, whatever the answer."""
-    import urllib.error
-    import urllib.request
-
     try:
         urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=ANSWER_SECONDS).close()
         return None

@@ -52,7 +52,7 @@ class SystemMetrics:
 
 def sample() -> dict[str, float]:
     """The machine now; the processor since the last time."""
-    import psutil
+    import psutil  # noqa: PLC0415 (a refused configuration does not load it)
 
     memory = psutil.virtual_memory()
     return {
@@ -67,7 +67,7 @@ def sample() -> dict[str, float]:
 def _gpus() -> dict[str, float]:
     """Of each GPU what NVIDIA's library says, if a package that speaks to it (nvidia-ml-py) is there; else memory."""
     try:
-        import pynvml
+        import pynvml  # noqa: PLC0415 (which few have)
     except ImportError:
         return _gpu_memory()
     library: Any = pynvml

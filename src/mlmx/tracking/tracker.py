@@ -201,7 +201,7 @@ class Tracker:
     def _opened(self, run_id: str) -> None:
         self._write(run_id=run_id)
 
-    def _write(self, record: MlflowRecord | None = None, **result: Any) -> None:
+    def _write(self, record: MlflowRecord | None = None, **result: Any) -> None:  # noqa: ANN401 (fields of the result)
         """What has changed of mlflow.json and result.json."""
         with self.writing:
             self.result = replace(self.result, metrics=self.last, **result)
@@ -211,7 +211,7 @@ class Tracker:
             records.write(self.result, self.run.folder)
 
 
-def _settle(run: Run, store: Store, *_: Any) -> dict[str, int]:
+def _settle(run: Run, store: Store, *_: object) -> dict[str, int]:
     update(run, store)
     return {}
 
@@ -223,5 +223,5 @@ def add_metrics(store: Store | None, run: Run) -> None:
         return
     try:
         Mirror(run, store, lambda run_id: None).send_numbers()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (of many kinds, from MLflow's and its database's)
         log.warning("MLflow run %s did not get these numbers (%s)", record.run_id, reason(error, store))
