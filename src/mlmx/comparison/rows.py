@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from omegaconf._utils import get_yaml_loader
 
+from mlmx.config.own_files import yaml_loader
 from mlmx.evaluation.bootstrap import DocumentSums
 from mlmx.runs import identity, process, records
 from mlmx.runs.metrics_file import rows_of
@@ -150,23 +149,13 @@ def settings_of(run: Run, notes: list[str]) -> dict[str, Any]:
             return {}
         if path.stat().st_size > MOST_CONFIG_BYTES:
             raise ValueError("too large")
-        found = _yaml_loader()(path.read_text(encoding="utf-8")).get_single_data()
+        found = yaml_loader()(path.read_text(encoding="utf-8")).get_single_data()
         if not isinstance(found, dict):
             raise ValueError("no mapping")
         return {str(key): value for key, value in found.items()}
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         notes.append("config.yaml cannot be read")
         return {}
-
-
-@cache
-def _yaml_loader() -> Callable[[str], yaml.SafeLoader]:
-    """Reads plain values only, and takes for numbers what OmegaConf does; in C, ten times as fast, if possible."""
-
-    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-        yaml_implicit_resolvers = get_yaml_loader().yaml_implicit_resolvers
-
-    return Loader
 
 
 def _dials(config: Mapping[str, Any], inputs: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,19 @@ def kept(folder: Path) -> dict[str, str]:
 
 def shipped(name: str) -> dict[str, Any]:
     """The keys and values of ``conf/<name>.yaml``."""
-    values: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / f"{name}.yaml"))
-    return dict(values)
+    text = (conf_dir() / f"{name}.yaml").read_text(encoding="utf-8")
+    values: dict[str, Any] = yaml_loader()(text).get_single_data()
+    return values
+
+
+@cache
+def yaml_loader() -> Callable[[str], yaml.SafeLoader]:
+    """Reads plain values only, and takes for numbers what OmegaConf does; in C, ten times as fast, if possible."""
+
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+        yaml_implicit_resolvers = get_yaml_loader().yaml_implicit_resolvers
+
+    return Loader
 
 
 def fill_in(node: object, key: str, folders: Sequence[Path]) -> None:
