@@ -45,16 +45,16 @@ class Sums:
 
     def state(self) -> dict[str, Any]:
         """Of all processes together, so all of them have to ask."""
-        sums = vars(self.trainer)
-        gathered = nested_gather(sums["_tr_loss"], self.trainer.args.parallel_mode)  # type: ignore[no-untyped-call]
-        total, logged = sums["_total_loss_scalar"], sums["_globalstep_last_logged"]
+        trainer = self.trainer
+        gathered = nested_gather(trainer._tr_loss, trainer.args.parallel_mode)  # type: ignore[no-untyped-call]  # noqa: SLF001 (it has no public name)
+        total, logged = trainer._total_loss_scalar, trainer._globalstep_last_logged  # noqa: SLF001 (nor have these)
         return {"since_log": gathered.mean().item(), "total": total, "last_logged": logged}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """The library has just set its sums to 0."""
-        sums = vars(self.trainer)
-        sums["_tr_loss"] += state["since_log"]
-        sums["_total_loss_scalar"], sums["_globalstep_last_logged"] = state["total"], state["last_logged"]
+        self.trainer._tr_loss += state["since_log"]  # noqa: SLF001 (as above)
+        self.trainer._total_loss_scalar = state["total"]  # noqa: SLF001
+        self.trainer._globalstep_last_logged = state["last_logged"]  # noqa: SLF001
 
 
 @dataclass
