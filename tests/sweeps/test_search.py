@@ -140,7 +140,8 @@ def test_the_plots_of_a_search_show_what_it_did_and_touch_no_state(tmp_path: Pat
 
     assert search.plot(tmp_path, tmp_path) == [], "no search"
     before = dict(mpl.rcParams)
-    study = search._study(tmp_path, sampler=optuna.samplers.RandomSampler(seed=0))
+    study = search._study(tmp_path)
+    study.sampler = optuna.samplers.RandomSampler(seed=0)
     for number in range(4):
         trial = study.ask({"lr": FloatDistribution(1e-5, 1e-3, log=True), "$\\frac{$": CategoricalDistribution([1, 2])})
         if number % 2:

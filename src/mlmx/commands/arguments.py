@@ -32,7 +32,7 @@ GROUPS_ELSEWHERE = {"experiment": "tracking.experiment", "sweep": "sweep_folder"
 
 
 def parse(command: str, arguments: Sequence[str]) -> argparse.Namespace:
-    """Hydra's flags, and the overrides.
+    """Hydra's flags, the overrides, and as ``folders`` those of ``--config-dir`` or ``hydra.searchpath=``.
 
     Raises:
         RequestError: what Hydra does not know, would pass over, or would answer without naming what was given.
@@ -41,12 +41,17 @@ def parse(command: str, arguments: Sequence[str]) -> argparse.Namespace:
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
     parsed = parser.parse_intermixed_args(literal_texts(command, literal_files(command, arguments)))
-    parsed.overrides = [_without_secret(override) for override in parsed.overrides]
-    _refuse_secrets(command, parsed)
-    if command == "train":
-        parsed.overrides = [_resume_key(override) for override in parsed.overrides]
+    _take_out_secrets(command, parsed)
+    if command == "train":  # beside it stands resume.allow
+        parsed.overrides = [re.sub(r"\Aresume=", "resume.run=", override) for override in parsed.overrides]
     _require_well_formed(command, parsed)
-    _take_folders(parsed)
+    parsed.folders = [parsed.config_dir] if parsed.config_dir else []
+    for override in [one for one in parsed.overrides if one.startswith(f"{SEARCH}=")]:
+        with contextlib.suppress(Exception):  # of many kinds; composing says what is wrong
+            folders = OverridesParser.create().parse_override(override).value()
+            if isinstance(folders, list) and all(isinstance(folder, str) for folder in folders):
+                parsed.folders = folders
+                parsed.overrides.remove(override)
     return parsed
 
 
@@ -69,33 +74,38 @@ def take_trusted_code(command: str, arguments: Sequence[str]) -> tuple[TrustedCo
     return (trusted_code_of(command, values[0]) if values else None), others
 
 
-def _without_secret(override: str) -> str:
-    """A ``note`` is prose: a secret in it is replaced, and the run goes on. Anywhere else it is refused."""
-    key, equals, value = override.partition("=")
-    if key.lstrip("+") != "note" or redact(value) == value:
-        return override
-    print("mlmx: note: holds a secret, which is replaced by ***", file=sys.stderr)
-    return key + equals + redact(value)
+def _refuse(message: str) -> NoReturn:
+    raise RequestError(message)
 
 
-def _refuse_secrets(command: str, parsed: argparse.Namespace) -> None:
-    """In what Hydra or a launcher may write to a file: the overrides and the flags' values."""
+def _take_out_secrets(command: str, parsed: argparse.Namespace) -> None:
+    """What Hydra or a launcher may write to a file holds none: a ``note`` is prose, and a secret in it is replaced."""
     for name, value in vars(parsed).items():
         if isinstance(value, str):
             refuse_secrets({f"--{name.replace('_', '-')}": value})
-    for override in parsed.overrides:
-        key, _, value = override.partition("=")
-        if (command, key) != ("predict", "text"):  # shown again, written nowhere
+    for place, override in enumerate(parsed.overrides):
+        key, equals, value = override.partition("=")
+        if key.lstrip("+") == "note" and redact(value) != value:
+            print("mlmx: note: holds a secret, which is replaced by ***", file=sys.stderr)
+            parsed.overrides[place] = key + equals + redact(value)
+        elif (command, key) != ("predict", "text"):  # shown again, written nowhere
             refuse_secrets({key: value})
 
 
 def _require_well_formed(command: str, parsed: argparse.Namespace) -> None:
     """What Hydra would pass over or answer without naming what was given."""
-    _require_one_purpose(parsed)
+    purposes = [flag for flag in ("run", "multirun", "cfg", "info", "shell_completion") if vars(parsed)[flag]]
+    if len(purposes) > 1:
+        flags = ", ".join("--" + purpose.replace("_", "-") for purpose in purposes)
+        _refuse(f"{flags}: each asks for something else; give one of them")
+    if parsed.resolve and not parsed.cfg:
+        _refuse("--resolve: goes with --cfg job")
+    if parsed.experimental_rerun is not None:  # it would unpickle a file
+        _refuse(f"--experimental-rerun {parsed.experimental_rerun}: not taken here; a run's overrides.yaml repeats it")
     groups = [*group_names(CONFIGS[command]), "experiment"]
     for override in parsed.overrides:
-        _require_short_and_flat(override, literal=command == "predict" and override.startswith("text="))
         key, equals, value = override.partition("=")
+        _require_short_and_flat(override, literal=(command, key) == ("predict", "text"))
         if not override.startswith("~") and not (key and equals):
             _refuse(f"{override!r}: is no key=value (python -m mlmx {command} --help lists the keys)")
         if key in groups and value == "null":
@@ -103,22 +113,10 @@ def _require_well_formed(command: str, parsed: argparse.Namespace) -> None:
     for flag, value in (("--config-name", parsed.config_name), ("--config-path", parsed.config_path)):
         if value:
             _refuse(f"{flag} {value}: not taken here, {command} names its own config; --config-dir adds a folder to it")
-    if parsed.config_dir and any(o.startswith("hydra.searchpath=") for o in parsed.overrides):
+    if parsed.config_dir and any(o.startswith(f"{SEARCH}=") for o in parsed.overrides):
         _refuse(f"--config-dir {parsed.config_dir}: goes not with hydra.searchpath; give the folders by one of the two")
     if parsed.config_dir and not path_of("--config-dir", parsed.config_dir).is_dir():
         _refuse(f"--config-dir {parsed.config_dir}: no such folder (looked in {Path.cwd()})")
-
-
-def _require_one_purpose(parsed: argparse.Namespace) -> None:
-    """Of the flags that say what to do, one; and none that unpickles a file."""
-    purposes = [flag for flag in ("run", "multirun", "cfg", "info", "shell_completion") if vars(parsed)[flag]]
-    flags = ", ".join("--" + purpose.replace("_", "-") for purpose in purposes)
-    if len(purposes) > 1:
-        _refuse(f"{flags}: each asks for something else; give one of them")
-    if parsed.resolve and not parsed.cfg:
-        _refuse("--resolve: goes with --cfg job")
-    if parsed.experimental_rerun is not None:
-        _refuse(f"--experimental-rerun {parsed.experimental_rerun}: not taken here; a run's overrides.yaml repeats it")
 
 
 def _require_short_and_flat(override: str, literal: bool) -> None:
@@ -133,15 +131,6 @@ def _require_short_and_flat(override: str, literal: bool) -> None:
         level += (sign in "[{(") - (sign in "]})")
         deepest = max(deepest, level)
     require(deepest <= MOST_LEVELS, f"{override[:60]}…: is nested {deepest} levels deep and may be {MOST_LEVELS}")
-
-
-def _refuse(message: str) -> NoReturn:
-    raise RequestError(message)
-
-
-def _resume_key(override: str) -> str:
-    """``resume=last`` → ``resume.run=last``: beside it stands ``resume.allow``."""
-    return f"resume.run={override.removeprefix('resume=')}" if override.startswith("resume=") else override
 
 
 def literal_texts(command: str, arguments: list[str]) -> list[str]:
@@ -169,7 +158,12 @@ def literal_files(command: str, arguments: Sequence[str]) -> list[str]:
     """
     if command != "compare":
         return list(arguments)
-    _require_one_choice(arguments)
+    given = [one for one in arguments if one.partition("=")[0] in ("runs", "sweep", "experiment")]
+    names = {one.partition("=")[0] for one in given}
+    require(
+        len(names) <= 1 or "experiment" not in names,
+        f"{' and '.join(given)}: each says which runs to compare; give one of them",
+    )
     found: dict[str, list[str]] = {"out": [], "runs": []}
     others, left = [], iter(arguments)
     for argument in left:
@@ -187,30 +181,9 @@ def literal_files(command: str, arguments: Sequence[str]) -> list[str]:
     return [*others, *(f"{key}=[{','.join(map(quoted, values))}]" for key, values in found.items() if values)]
 
 
-def _require_one_choice(arguments: Sequence[str]) -> None:
-    """Refuse two answers to the question which runs are meant."""
-    given = [one for one in arguments if one.partition("=")[0] in ("runs", "sweep", "experiment")]
-    names = {one.partition("=")[0] for one in given}
-    require(
-        len(names) <= 1 or "experiment" not in names,
-        f"{' and '.join(given)}: each says which runs to compare; give one of them",
-    )
-
-
 def search_path(parsed: argparse.Namespace) -> list[str]:
     """The override by which Hydra finds what lies in the user's folders."""
     return [searched(parsed.folders)] if parsed.folders else []
-
-
-def _take_folders(parsed: argparse.Namespace) -> None:
-    """The folders of ``--config-dir`` or ``hydra.searchpath=``; where that is no list of texts, Hydra refuses it."""
-    parsed.folders = [parsed.config_dir] if parsed.config_dir else []
-    for override in [one for one in parsed.overrides if one.startswith(f"{SEARCH}=")]:
-        with contextlib.suppress(Exception):  # of many kinds; composing says what is wrong
-            folders = OverridesParser.create().parse_override(override).value()
-            if isinstance(folders, list) and all(isinstance(folder, str) for folder in folders):
-                parsed.folders = folders
-                parsed.overrides.remove(override)
 
 
 def sweep_overrides(whole: DictConfig, loader: ConfigLoader) -> list[Override]:
@@ -236,7 +209,17 @@ def jobs(overrides: Sequence[Override], grid: bool) -> list[list[str]]:
     if intervals:
         require(not grid, f"{intervals[0]}: an interval has no list of values; a search takes it: hydra/sweeper=optuna")
         return _ends(overrides)
-    _require_few(overrides)
+    number = 1
+    for override in filter(Override.is_sweep_override, overrides):
+        value = override.value()
+        # Not listed, and in order even where they are to be shuffled: there may be millions.
+        values = value.range() if isinstance(value, RangeSweep) else override.sweep_iterator()
+        number *= sum(1 for _ in itertools.islice(values, MOST_JOBS + 1))
+        require(number > 0, f"{override.input_line}: holds no value, so the sweep would make no run")
+        require(
+            number <= MOST_JOBS,
+            f"{override.input_line}: makes this a sweep of more than {MOST_JOBS:,} runs; sweep fewer values",
+        )
     return [list(job) for batch in BasicSweeper.split_arguments(list(overrides), None) for job in batch]
 
 
@@ -256,23 +239,3 @@ def _ends(overrides: Sequence[Override]) -> list[list[str]]:
         for job, value in zip(ends, (values[0], values[-1]), strict=True):
             job.append(value)
     return list(ends)
-
-
-def swept(overrides: Sequence[Override]) -> dict[str, str]:
-    """The keys of which a sweep tries several values, with what stands behind them: ``{"lr": "2e-5,5e-5"}``."""
-    return {o.key_or_group: str(o.input_line).partition("=")[2] for o in overrides if o.is_sweep_override()}
-
-
-def _require_few(overrides: Sequence[Override]) -> None:
-    """Refuse a sweep of no run, or of more runs than anyone means, without listing them."""
-    number = 1
-    for override in filter(Override.is_sweep_override, overrides):
-        value = override.value()
-        # In order even where they are to be shuffled, which would list them all.
-        swept = value.range() if isinstance(value, RangeSweep) else override.sweep_iterator()
-        number *= sum(1 for _ in itertools.islice(swept, MOST_JOBS + 1))
-        require(number > 0, f"{override.input_line}: holds no value, so the sweep would make no run")
-        require(
-            number <= MOST_JOBS,
-            f"{override.input_line}: makes this a sweep of more than {MOST_JOBS:,} runs; sweep fewer values",
-        )

@@ -11,20 +11,18 @@ import functools
 import importlib
 import itertools
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import hydra
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -51,9 +49,6 @@ from mlmx.kernels import threads
 from mlmx.runs.run import discard_empty, keep_own
 from mlmx.runs.signals import passed_on
 from mlmx.sweeps import search
-
-if TYPE_CHECKING:
-    from mlmx.sweeps.parent import Plan
 
 LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # the only one that runs jobs in this process
 SEARCH = "hydra_plugins.mlmx_optuna.sweeper.OptunaSweeper"
@@ -99,17 +94,16 @@ def run(command: str, parsed: argparse.Namespace, own: Files, is_right: Checked)
 
 
 def _composed(command: str, parsed: argparse.Namespace) -> DictConfig:
-    folders = arguments.search_path(parsed)
-    return composed(
-        lambda given: hydra.compose(command, [*given, *folders], return_hydra_config=True), parsed.overrides
-    )
+    def compose(given: list[str]) -> DictConfig:
+        return hydra.compose(command, [*given, *arguments.search_path(parsed)], return_hydra_config=True)
+
+    return composed(compose, parsed.overrides)
 
 
 def _take_up(parsed: argparse.Namespace) -> None:
     """Of ``train resume=…`` the command line that goes on with the run it means."""
-    own: Any = None
-    if resume.asked(parsed.overrides) == "auto":
-        own = _config("train", _composed("train", parsed))
+    is_auto = resume.asked(parsed.overrides) == "auto"
+    own: Any = _config("train", _composed("train", parsed)) if is_auto else None
     resume.take_up(parsed, own)
 
 
@@ -133,19 +127,21 @@ def _job(node: DictConfig, folder: Path, own: Files) -> Job:
     return Job(folder, tuple(overrides_of(node)), dict(node.runtime.choices), own)
 
 
-# ---------------------------------------------------------------------------------------------- sweeps
-
-
 def sweep(command: str, parsed: argparse.Namespace, own: Files, is_right: Checked) -> int:
     """Jobs as Hydra's sweeper asks for them, where its launcher runs them; those of ``train`` under their parent."""
     if command == "train":
         resume.take_up(parsed, None)
     loader = ComposedOnce(GlobalHydra.instance().config_loader().get_search_path())
-    whole = _composed_sweep(loader, command, parsed)
+
+    def compose(given: list[str]) -> DictConfig:
+        all_of_them = [*given, *arguments.search_path(parsed), "hydra.mode=MULTIRUN"]
+        return loader.load_configuration(command, all_of_them, RunMode.MULTIRUN, from_shell=False)
+
+    whole = composed(compose, parsed.overrides)
     require_confined(command, whole, multirun=True)
     refuse_secrets(OmegaConf.to_container(whole, resolve=False))  # the sweeper writes it to multirun.yaml
     asked = arguments.sweep_overrides(whole, loader)
-    configs = []
+    configs: list[Any] = []
     for number, overrides in enumerate(arguments.jobs(asked, is_grid(whole))):
         with _named(number, " ".join(one for one in overrides if one not in parsed.overrides)):
             found = composed(functools.partial(loader.load_sweep_config, whole), overrides)
@@ -160,28 +156,29 @@ def sweep(command: str, parsed: argparse.Namespace, own: Files, is_right: Checke
     from mlmx.sweeps import parent  # noqa: PLC0415 (imports matplotlib)
 
     own_files.require_no_secret(own)
-    plan = planned(parsed, whole, asked, configs, own)
+    if whole.hydra.sweeper._target_ == SEARCH:
+        search.require_possible(whole.hydra.sweeper)
+    swept = {one.key_or_group: str(one.input_line).partition("=")[2] for one in asked if one.is_sweep_override()}
+    fixed = [override for override in overrides_of(whole.hydra) if key_of(override) not in swept]
+    number = len(configs) if is_grid(whole) else 0
+    plan = parent.planned(configs[0], parsed.overrides, fixed, swept, number, folder_of(whole, "hydra.sweep.dir"), own)
+    folder = plan.sweep.folder
     with parent.recorded(plan), passed_on() if elsewhere else contextlib.nullcontext():
-        loader.folder = plan.sweep.folder
-        whole.hydra.sweep.dir = str(plan.sweep.folder)
-        if own:
-            keep_own(plan.sweep.folder, own)
-            _search_first(whole, plan.sweep.folder / own_files.FOLDER)
+        loader.folder = folder
+        whole.hydra.sweep.dir = str(folder)
+        if (
+            own
+        ):  # jobs that are composed in other processes are so from the sweep's copies, which nobody edits meanwhile
+            keep_own(folder, own)
+            others = [one for one in overrides_of(whole.hydra, "hydra") if key_of(one) != own_files.SEARCH]
+            copies = own_files.searched([str(folder / own_files.FOLDER), *whole.hydra.searchpath])
+            whole.hydra.overrides.hydra = [*others, copies]
         _launch(whole, loader)
     failed = parent.failures(plan.sweep)
     if failed:
         then = "; the same command again tries them anew" if plan.jobs else ""  # a search goes on to other values
         print(f"mlmx: {len(failed)} of {len(plan.sweep.jobs())} jobs failed{then}", file=sys.stderr)
     return 1 if failed else 0
-
-
-def _composed_sweep(loader: ComposedOnce, command: str, parsed: argparse.Namespace) -> DictConfig:
-    """What holds for a whole sweep; its overrides may have several values."""
-    more = [*arguments.search_path(parsed), "hydra.mode=MULTIRUN"]
-    return composed(
-        lambda given: loader.load_configuration(command, [*given, *more], RunMode.MULTIRUN, from_shell=False),
-        parsed.overrides,
-    )
 
 
 @contextlib.contextmanager
@@ -192,32 +189,6 @@ def _named(number: int, what: str) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"job {number} of the sweep" + (f" ({what})" if what else ""))
         raise
-
-
-def _search_first(whole: DictConfig, folder: Path) -> None:
-    """Jobs that are composed in other processes are so from the sweep's copies, which nobody edits meanwhile."""
-    override = own_files.searched([str(folder), *whole.hydra.searchpath])
-    others = [one for one in overrides_of(whole.hydra, "hydra") if not one.startswith(f"{own_files.SEARCH}=")]
-    whole.hydra.overrides.hydra = [*others, override]
-
-
-def planned(
-    parsed: argparse.Namespace, whole: DictConfig, asked: Sequence[Override], configs: Sequence[Config], own: Files
-) -> Plan:
-    """Where a sweep of ``train`` is to run, in a folder that is known before Hydra makes it."""
-    from mlmx.sweeps import parent  # noqa: PLC0415 (imports matplotlib)
-
-    if whole.hydra.sweeper._target_ == SEARCH:
-        search.require_possible(whole.hydra.sweeper)
-    swept = arguments.swept(asked)
-    fixed = [override for override in overrides_of(whole.hydra) if key_of(override) not in swept]
-    named = any(override.startswith("hydra.sweep.dir=") for override in parsed.overrides)
-    command = ["python", "-m", "mlmx", "train", "-m"]
-    folder, number = folder_of(whole, "hydra.sweep.dir"), len(configs) if is_grid(whole) else 0
-    assert isinstance(configs[0], TrainConfig)
-    plan = parent.planned(configs[0], "", fixed, swept, number, folder, named)
-    flags = ["--config-dir", str(plan.sweep.folder / own_files.FOLDER)] if own else []
-    return replace(plan, command=shlex.join([*command, *flags, *parsed.overrides]))
 
 
 def _launch(whole: DictConfig, loader: ComposedOnce) -> None:
@@ -242,12 +213,16 @@ def job(values: DictConfig) -> object:
     node: Any = HydraConfig.get()
     command, number, folder = str(node.job.config_name), int(node.job.num), str(node.runtime.output_dir)
     require_folder(command, "hydra.runtime.output_dir", folder)
-    sweep = Path(node.sweep.dir)
-    own = own_files.kept(sweep)
-    folders = [sweep / own_files.FOLDER] if own else own_files.folders_of(node)
-    config, one = to_config(command, values, folders), _job(node, Path(folder), own)
+    home, sweeper = Path(node.sweep.dir), node.sweeper
+    own = own_files.kept(home)
+    config = to_config(command, values, [home / own_files.FOLDER] if own else own_files.folders_of(node))
+    one = _job(node, Path(folder), own)
     if isinstance(config, TrainConfig):
-        return _train(config, replace(one, sweep=sweep), number, node.sweeper)
+        from mlmx.sweeps.job import run_job  # noqa: PLC0415 (imports numpy)
+
+        is_search = sweeper._target_ == SEARCH
+        stop = search.stop_early(home, number, sweeper.pruner, sweeper.startup_trials) if is_search else None
+        return run_job(config, replace(one, sweep=home), number, _module("train").train, stop)
     try:
         with _named(number, node.job.override_dirname):
             made: object = getattr(_module(command), command)(config, one)
@@ -256,19 +231,6 @@ def job(values: DictConfig) -> object:
         return error
     finally:
         discard_empty(one.folder)  # Hydra makes one for each job
-
-
-def _train(config: TrainConfig, one: Job, number: int, sweeper: DictConfig) -> float:
-    from mlmx.sweeps.job import run_job  # noqa: PLC0415 (imports numpy)
-
-    stop = None
-    if sweeper._target_ == SEARCH:
-        assert one.sweep is not None
-        stop = search.stop_early(one.sweep, number, sweeper.pruner, sweeper.startup_trials)
-    return run_job(config, one, number, _module("train").train, stop)
-
-
-# ------------------------------------------------------------------------------------------- what Hydra shows
 
 
 def show(command: str, parsed: argparse.Namespace) -> int:

@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,9 +52,7 @@ class Ready:
     measure: Measure
 
 
-def check(cfg: TrainConfig) -> None:
-    """Everything that can be judged before torch is imported and anything is written."""
-    check_training(cfg)
+check = check_training  # before torch is imported and anything is written
 
 
 def train(cfg: TrainConfig, job: Job, stop_early: StopEarly | None = None) -> float:
@@ -64,21 +61,17 @@ def train(cfg: TrainConfig, job: Job, stop_early: StopEarly | None = None) -> fl
     Args:
         stop_early: is given each epoch and its scores, and says whether that was enough.
     """
-    if os.environ.get("RANK", "0") != "0":
-        return follow(cfg, job)
-    dead = [run for run in process.mark_dead() if run.folder != job.folder]
-    return lead(cfg, job, dead, stop_early)
-
-
-def follow(cfg: TrainConfig, job: Job) -> float:
-    """The part of a further process of a distributed run (torchrun): it trains along and keeps no record."""
+    if os.environ.get("RANK", "0") == "0":
+        dead = [run for run in process.mark_dead() if run.folder != job.folder]
+        return _train(cfg, job, dead, stop_early)
+    # A further process of a distributed run (torchrun) trains along and keeps no record.
     if job.sweep is not None:
         discard_empty(job.folder)  # a launcher makes one
     with tempfile.TemporaryDirectory(prefix="mlmx-rank-") as folder:
-        return lead(replace(cfg, tracking={"name": "none"}, resume=Resume()), replace(job, folder=Path(folder)))
+        return _train(replace(cfg, tracking={"name": "none"}, resume=Resume()), replace(job, folder=Path(folder)))
 
 
-def lead(cfg: TrainConfig, job: Job, dead: Sequence[Run] = (), stop_early: StopEarly | None = None) -> float:
+def _train(cfg: TrainConfig, job: Job, dead: Sequence[Run] = (), stop_early: StopEarly | None = None) -> float:
     """A run with its record.
 
     Args:
@@ -93,15 +86,26 @@ def lead(cfg: TrainConfig, job: Job, dead: Sequence[Run] = (), stop_early: StopE
             until_its_end.enter_context(process.held(job.folder))
             run = opened(cfg, job, ready)
             cache.keep()
+        model, tokenizer, report = ready.model, ready.material.tokenizer, ready.material.report
         with log_to_file(run), recorded(run, parts.store, clock) as tracker, provenance.kept(run):
-            fills = partial(describe.fills, ready.model, ready.material.tokenizer, cfg.example)
-            announce(cfg, job, ready)
-            before = fills()  # before MLflow's thread wants Python as well, at each of its many small operations
-            start_record(cfg, job, ready, tracker)
+            log.info("%s", describe.introduction(cfg, job, report, ready.arguments, model))
+            log.info("%s", describe.masked_sample(ready.material.mask, ready.material.train_chunks, tokenizer))
+            # Before MLflow's thread wants Python as well, at each of its many small operations.
+            before = describe.fills(model, tokenizer, cfg.example)
+            tracker.start(
+                describe.run_name(cfg, job),
+                ready.measure.protocol,
+                describe.params(cfg, job, ready.arguments, model, report),
+                describe.tags(cfg, job, report, ready.measure.protocol) | provenance.tags(),
+                report,
+                cfg.register,
+                rotates=cfg.keep != KEEP_ALL or bool(ready.arguments.save_total_limit),
+            )
             tracker.settle([run for run in dead if store_of(run) == parts.store])
             fit(cfg, ready, run, tracker, stop_early)
             clock.lap("train")
-            log.info("before training  %s\nafter training   %s", before, fills())
+            after = describe.fills(model, tokenizer, cfg.example)
+            log.info("before training  %s\nafter training   %s", before, after)
             conclude(ready, run, tracker)
             draw_plots(run, describe.run_name(cfg, job))
         log.info("%s", describe.ending(run, tracker.last, clock.seconds, tracker.store))
@@ -114,7 +118,16 @@ def opened(cfg: TrainConfig, job: Job, ready: Ready) -> Run:
     Raises:
         RequestError: the folder holds another run, or what is asked for is not the run in it.
     """
-    inputs = inputs_of(ready)
+    report = ready.material.report
+    inputs = {  # what a run is made of beyond its dials
+        "data.train": report["train"]["sha256"],
+        "data.eval": report["eval"]["sha256"],
+        "data.heldout": ready.measure.protocol,
+        "tokenizer": tokenizer_sha256(ready.material.tokenizer),
+        "model.weights": weights_sha256(ready.model),
+        "precision": describe.precision(ready.arguments),
+        "processes": ready.arguments.world_size,
+    }
     if cfg.resume.run is None:
         return begin_run(job.folder, cfg, job.overrides, inputs, job.own)
     run = Run(job.folder)
@@ -135,20 +148,6 @@ def require_space(job: Job, ready: Ready, keep: str) -> None:
     needed = disk.needed_bytes(weights, optimizer_bytes(ready.arguments, weights), kept)
     there = disk.bytes_below(Run(job.folder).checkpoints)  # of a run that is gone on with
     disk.require_free(job.folder, needed - there, kept)
-
-
-def inputs_of(ready: Ready) -> dict[str, Any]:
-    """What a run is made of beyond its dials."""
-    report = ready.material.report
-    return {
-        "data.train": report["train"]["sha256"],
-        "data.eval": report["eval"]["sha256"],
-        "data.heldout": ready.measure.protocol,
-        "tokenizer": tokenizer_sha256(ready.material.tokenizer),
-        "model.weights": weights_sha256(ready.model),
-        "precision": describe.precision(ready.arguments),
-        "processes": ready.arguments.world_size,
-    }
 
 
 def make_ready(cfg: TrainConfig, job: Job, parts: Parts, clock: Clock, cache: TokenCache) -> Ready:
@@ -181,25 +180,6 @@ def make_ready(cfg: TrainConfig, job: Job, parts: Parts, clock: Clock, cache: To
     return Ready(arguments, material, loaded, measure)
 
 
-def announce(cfg: TrainConfig, job: Job, ready: Ready) -> None:
-    """Say what is about to happen."""
-    log.info("%s", describe.introduction(cfg, job, ready.material.report, ready.arguments, ready.model))
-    log.info("%s", describe.masked_sample(ready.material.mask, ready.material.train_chunks, ready.material.tokenizer))
-
-
-def start_record(cfg: TrainConfig, job: Job, ready: Ready, tracker: Tracker) -> None:
-    """Write to the run folder and to MLflow what is known before training."""
-    tracker.start(
-        describe.run_name(cfg, job),
-        ready.measure.protocol,
-        describe.params(cfg, job, ready.arguments, ready.model, ready.material.report),
-        describe.tags(cfg, job, ready.material.report, ready.measure.protocol) | provenance.tags(),
-        ready.material.report,
-        cfg.register,
-        rotates=cfg.keep != KEEP_ALL or bool(ready.arguments.save_total_limit),
-    )
-
-
 def fit(cfg: TrainConfig, ready: Ready, run: Run, tracker: Tracker, stop_early: StopEarly | None) -> None:
     """Train from the baseline to the last epoch and save the model."""
     from mlmx.training.trainer import Trainer, run_and_save  # noqa: PLC0415 (imports torch)
@@ -214,7 +194,8 @@ def fit(cfg: TrainConfig, ready: Ready, run: Run, tracker: Tracker, stop_early: 
         mask=ready.material.mask,
         mlm_probability=cfg.mlm_probability,
         masked_logits=head.masked_logits,
-        most_targets=most_targets(cfg, ready.material.mask.rates),
+        # More than a batch can have: the budget of each of its chunks, and a word or span beyond it.
+        most_targets=cfg.batch_size * (math.ceil(max(ready.material.mask.rates) * cfg.chunk_size) + LONGEST_UNIT),
         scores=ready.measure,
         fills=Fills(ready.material.examples, ready.material.tokenizer, ready.measure),
         recorder=tracker,
@@ -227,11 +208,6 @@ def fit(cfg: TrainConfig, ready: Ready, run: Run, tracker: Tracker, stop_early: 
     if checkpoint is not None:
         log.info("resume   from %s", checkpoint)
     run_and_save(trainer, run.model, checkpoint)
-
-
-def most_targets(cfg: TrainConfig, rates: Sequence[float]) -> int:
-    """More targets than a batch can have: the budget of each of its chunks, and a word or span beyond it."""
-    return cfg.batch_size * (math.ceil(max(rates) * cfg.chunk_size) + LONGEST_UNIT)
 
 
 def conclude(ready: Ready, run: Run, tracker: Tracker) -> None:
@@ -273,26 +249,20 @@ def recorded(run: Run, store: Store | None, clock: Clock) -> Iterator[Tracker]:
         raise
     finally:
         disk.release(run.folder)
-        end(tracker, status, clock, retry or status == "KILLED")
-
-
-def end(tracker: Tracker, status: str, clock: Clock, retry: bool) -> None:
-    """Write down how a run ended; what goes wrong with that does not hide what ended it.
-
-    Args:
-        retry: it can begin again if it has no checkpoint; what failed for a reason of its own would fail again.
-    """
-    resumable = status != "FINISHED" and (retry or bool(checkpoints.all_of(tracker.run.checkpoints)))
-    try:
-        numbers = tracker.first, tracker.last
-        tracker.annotate(describe.outcome(tracker.run, status, resumable, *numbers, tracker.store))
-        tracker.finish(status, clock.seconds, resumable)
-    except Exception as error:
-        if status == "FINISHED" and disk.is_full(error):
-            raise disk.disk_full(error, tracker.run.folder) from error
-        if status == "FINISHED":
-            raise
-        log.warning("%s: that it is %s could not be written (%s)", tracker.run.folder, status, error)
+        # What failed for a reason of its own would fail again, unless it goes on from a checkpoint.
+        has_begun = retry or status == "KILLED" or bool(checkpoints.all_of(run.checkpoints))
+        resumable = status != "FINISHED" and has_begun
+        try:
+            numbers = tracker.first, tracker.last
+            tracker.annotate(describe.outcome(run, status, resumable, *numbers, tracker.store))
+            tracker.finish(status, clock.seconds, resumable)
+        except Exception as error:
+            if status != "FINISHED":  # what goes wrong with that does not hide what ended it
+                log.warning("%s: that it is %s could not be written (%s)", run.folder, status, error)
+            elif disk.is_full(error):
+                raise disk.disk_full(error, run.folder) from error
+            else:
+                raise
 
 
 @dataclass

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlmx.config.compose import key_of
@@ -21,9 +22,9 @@ from mlmx.experiment import parts_of, texts_sha256
 from mlmx.runs import identity, process, provenance, records, signals
 from mlmx.runs.explain import explain
 from mlmx.runs.log import log_to
-from mlmx.runs.records import SplitRecord, Status
+from mlmx.runs.records import JobRecord, SplitRecord, Status
 from mlmx.runs.run import Run, discard_empty
-from mlmx.sweeps.sweep import Sweep, SweepJob, begin_job, fail_job
+from mlmx.sweeps.sweep import Sweep, SweepJob
 from mlmx.tracking.mirror import record_of
 
 if TYPE_CHECKING:
@@ -71,23 +72,27 @@ def _run_job(
         folder = before.folder if before is not None else sweep.free_folder(job.folder)
         if folder != job.folder:
             discard_empty(job.folder)
-        begin_job(folder, key, dials, identity.without_resume(job.overrides))
+        records.write(JobRecord(key, dials, list(identity.without_resume(job.overrides))), folder)
         resumed = Resume(str(folder)) if (folder / "config.yaml").is_file() else cfg.resume
         parent = record_of(Run(sweep.folder))
         job = replace(job, folder=folder, parent=parent.run_id if parent else None)
         return train(replace(cfg, resume=resumed), job, stop_early)
     except signals.Interrupted as error:
         if folder is not None and signals.is_worker():  # the sweep may not have been asked to end, and has to know
-            fail_job(folder, str(error))
+            _fail(folder, str(error))
         raise
     except Exception as error:  # noqa: BLE001 (whatever it was, the other jobs go on)
         error.add_note(f"job {number} of the sweep ({what})")
         _, line = explain(error, "train")
-        fail_job(folder or sweep.free_folder(job.folder), line)
+        _fail(folder or sweep.free_folder(job.folder), line)
         if os.environ.get("MLMX_DEBUG"):
             show_traceback(type(error), error, error.__traceback__)
         print(f"mlmx: {line}", file=sys.stderr)
         return math.nan
+
+
+def _fail(folder: Path, error: str) -> None:
+    records.write(replace(records.read(JobRecord, folder) or JobRecord(), error=error), folder)
 
 
 def earlier(sweep: Sweep, cfg: TrainConfig, key: str) -> SweepJob | None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +17,9 @@ from pathlib import Path
 from mlmx.comparison import page, plots
 from mlmx.comparison.ranking import Table, tabulate
 from mlmx.comparison.text import csv_text, markdown, plain
+from mlmx.config import own_files
 from mlmx.config.errors import RequestError, brief, require
+from mlmx.config.own_files import Files
 from mlmx.config.redaction import redact, redacted
 from mlmx.config.schema import TrainConfig
 from mlmx.experiment import parts_of
@@ -53,15 +57,22 @@ class Plan:
 
 
 def planned(
-    cfg: TrainConfig, command: str, fixed: Sequence[str], swept: Mapping[str, str], jobs: int, folder: Path, named: bool
+    cfg: TrainConfig,
+    given: Sequence[str],
+    fixed: Sequence[str],
+    swept: Mapping[str, str],
+    jobs: int,
+    folder: Path,
+    own: Files,
 ) -> Plan:
-    """Where a sweep is to run.
+    """Where a sweep is to run, in a folder that is known before Hydra makes it.
 
     Args:
         cfg: that of any of its jobs.
+        given: the overrides as they stood on the command line.
         fixed: the overrides that are the same for all jobs, those of Hydra's node left out.
         folder: Hydra's.
-        named: the command named the folder.
+        own: YAML of the user's own, of which the sweep keeps copies.
 
     Raises:
         RequestError: the named folder holds another sweep, or a run.
@@ -69,6 +80,7 @@ def planned(
     without_effect = tuple(f"{key}{end}" for key in identity.WITHOUT_EFFECT for end in ("=", "."))
     same = sorted(override for override in fixed if not override.lstrip("+").startswith(without_effect))
     key = identity.fingerprint({"fixed": same, "swept": sorted(swept)})
+    named = any(override.startswith("hydra.sweep.dir=") for override in given)
     known = [Sweep(folder)] if named else list(reversed(all_sweeps()))
     before = next((sweep for sweep in known if sweep.about().identity == key), None)
     if before is not None and (cfg.sweep.reuse or named):
@@ -77,6 +89,8 @@ def planned(
     elif (folder / SweepRecord.FILE).exists() or (folder / "config.yaml").exists():
         raise RequestError(f"hydra.sweep.dir={folder}: holds another sweep or run; choose another folder")
     name = f"{cfg.run_name or 'sweep'} · {' × '.join(swept) or 'one job'}"
+    flags = ["--config-dir", str(folder / own_files.FOLDER)] if own else []
+    command = shlex.join(["python", "-m", "mlmx", "train", "-m", *flags, *given])
     return Plan(Sweep(folder), name, command, key, swept, jobs, cfg.note, parts_of(cfg).store)
 
 
@@ -87,14 +101,20 @@ def recorded(plan: Plan) -> Iterator[None]:
     Raises:
         RequestError: another process is at this sweep.
     """
-    with log_to(), process.held(plan.sweep.folder):
+    folder = plan.sweep.folder
+    with log_to(), process.held(folder):
         mark_dead()
-        again = (plan.sweep.folder / SweepRecord.FILE).exists()
+        again = (folder / SweepRecord.FILE).exists()
         started = plan.sweep.about().started or milliseconds()
         facts = {"name": plan.name, "command": plan.command, "identity": plan.identity, "started": started}
         counts = {"swept": dict(plan.swept), "jobs": max(plan.jobs, len(plan.sweep.folders()))}
         plan.sweep.note(**facts, **counts, status=Status.RUNNING, ended=None)
-        log.info("%s", _introduction(plan, again))
+        what = f"{plan.jobs} jobs" if plan.jobs else "a search"
+        log.info("sweep    %s over %s\nfolder   %s", what, ", ".join(plan.swept) or "nothing", folder)
+        if again:
+            states = Counter(str(run.status).lower() for run in plan.sweep.runs())
+            listed = ", ".join(f"{number} {state}" for state, number in states.items()) or "nothing yet"
+            log.info("again    of an earlier issue: %s; sweep.reuse=false begins anew", listed)
         parent = _opened(plan)
         status = Status.FAILED
         try:
@@ -111,19 +131,6 @@ def recorded(plan: Plan) -> Iterator[None]:
 def failures(sweep: Sweep) -> dict[Path, str]:
     """Why jobs failed, by folder."""
     return {job.folder: job.about.error or "failed" for job in sweep.jobs() if job.failed}
-
-
-def _introduction(plan: Plan, again: bool) -> str:
-    what = f"{plan.jobs} jobs" if plan.jobs else "a search"
-    lines = [f"sweep    {what} over {', '.join(plan.swept) or 'nothing'}", f"folder   {plan.sweep.folder}"]
-    if again:
-        states = [str(run.status).lower() for run in plan.sweep.runs()]
-        listed = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) or "nothing yet"
-        lines.append(f"again    of an earlier issue: {listed}; sweep.reuse=false begins anew")
-    return "\n".join(lines)
-
-
-# -------------------------------------------------------------------------------------------- the parent
 
 
 def _opened(plan: Plan) -> Mirror | None:
@@ -147,47 +154,58 @@ def _write_record(plan: Plan, state: str, table: Table | None = None, ended: int
     record = record_of(home) or MlflowRecord(plan.name, own, started=milliseconds())
     swept = {"mlmx.command": plan.command, "mlmx.swept": ", ".join(plan.swept)}
     tags = record.tags | provenance.process_tags() | swept
+    note = [f"`{plan.command}`", *([plan.note] if plan.note else []), state]
     if table is not None and table.best is not None:
-        tags |= {"mlmx.best": str(table.best.run.result().run_id), "mlmx.best_name": table.best.name}
-    record = renoted(replace(record, tags=redacted(tags), ended=ended), redact(_note(plan, state, table)))
+        run_id = table.best.run.result().run_id
+        tags |= {"mlmx.best": str(run_id), "mlmx.best_name": table.best.name}
+        note.append(f"Best: {table.best.name}" + (f" (run `{run_id}`)" if run_id else ""))
+    if table is not None:
+        note.append(markdown(table))
+    note.append("The same command again keeps what is done and goes on with the rest.")
+    record = renoted(replace(record, tags=redacted(tags), ended=ended), redact("\n\n".join(note)))
     records.write(record, home.folder)
 
 
 def _end(plan: Plan, status: Status, parent: Mirror | None) -> None:
     """Table, charts, best job and status, in the folder and in MLflow; what goes wrong does not hide how it ended."""
+    home, table, best = Run(plan.sweep.folder), None, None
     try:
         table = tabulate(plan.sweep.runs(), keys=list(plan.swept), failures=failures(plan.sweep))
-        best = str(table.best.run.folder) if table.best else None
-        plan.sweep.note(status=status, ended=milliseconds(), best=best)
-        _written(plan, table)
+        best = table.best
+        plan.sweep.note(status=status, ended=milliseconds(), best=str(best.run.folder) if best else None)
+        with writing(home.folder):
+            home.plots.mkdir(exist_ok=True)
+            drawn = [*plots.plot_table(table, home.plots), *search.plot(home.folder, home.plots)]
+            home.write_text("table.md", markdown(table))
+            home.write_text("table.csv", csv_text(table))
+            home.write_text("report.html", page.report(table, plan.name, drawn))
         log.info("%s", plain(table))
-        log.info("%s", _ending(plan, table, status))
+        log.info("sweep    %s: %d jobs in %s", status.lower(), len(table.rows), home.folder)
+        if best is not None:
+            log.info("best     %s: %s", best.name, best.run.folder)
+        if status != Status.FINISHED:
+            log.info("go on    give the same command again: what is done is kept")
+        log.info("compare  python -m mlmx compare sweep=%s", home.folder)
     except Exception as error:  # noqa: BLE001 (of whatever kind: it does not hide how the sweep ended)
-        log.warning("%s: its table could not be made (%s)", plan.sweep.folder, brief(error))
+        log.warning("%s: its table could not be made (%s)", home.folder, brief(error))
         with contextlib.suppress(OSError):
             plan.sweep.note(status=status, ended=milliseconds())
-        table = None
+        table = best = None
     if parent is None:
         return
     try:
         _write_record(plan, f"Ended {status}.", table, ended=milliseconds())
         parent.changed = True
         parent.update()
-        _send_best(parent, table)
+        assert parent.mlflow is not None
+        mlflow = parent.mlflow
+        for name in ("heldout/loss", "eval/loss"):  # of the best job, as the parent's own
+            if best is not None and name in best.metrics:
+                key = f"best/{name.replace('/', '_')}"
+                mlflow.client.log_metric(mlflow.run_id, key, best.metrics[name])
         adopt(parent, plan.sweep)
     except Exception as error:  # noqa: BLE001 (of many kinds, from MLflow's and its database's)
-        log.warning("MLflow did not get how the sweep ended (%s); all of it is in %s", brief(error), plan.sweep.folder)
-
-
-def _written(plan: Plan, table: Table) -> None:
-    folder = plan.sweep.folder
-    home = Run(folder)
-    with writing(folder):
-        home.plots.mkdir(exist_ok=True)
-        drawn = [*plots.plot_table(table, home.plots), *search.plot(folder, home.plots)]
-        home.write_text("table.md", markdown(table))
-        home.write_text("table.csv", csv_text(table))
-        home.write_text("report.html", page.report(table, plan.name, drawn))
+        log.warning("MLflow did not get how the sweep ended (%s); all of it is in %s", brief(error), home.folder)
 
 
 def adopt(parent: Mirror, sweep: Sweep) -> None:
@@ -206,35 +224,3 @@ def adopt(parent: Mirror, sweep: Sweep) -> None:
         with process.unless_held(run.folder) as is_free:
             if is_free:
                 update(run, parent.store)
-
-
-def _send_best(parent: Mirror, table: Table | None) -> None:
-    """The losses of the best job, as the parent's own."""
-    assert parent.mlflow is not None
-    for name in ("heldout/loss", "eval/loss"):
-        if table is not None and table.best is not None and name in table.best.metrics:
-            best = table.best.metrics[name]
-            parent.mlflow.client.log_metric(parent.mlflow.run_id, f"best/{name.replace('/', '_')}", best)
-
-
-# ---------------------------------------------------------------------------------------------- speech
-
-
-def _note(plan: Plan, state: str, table: Table | None) -> str:
-    lines = [f"`{plan.command}`", *([plan.note] if plan.note else []), state]
-    if table is not None and table.best is not None:
-        run_id = table.best.run.result().run_id
-        lines.append(f"Best: {table.best.name}" + (f" (run `{run_id}`)" if run_id else ""))
-    if table is not None:
-        lines.append(markdown(table))
-    return "\n\n".join([*lines, "The same command again keeps what is done and goes on with the rest."])
-
-
-def _ending(plan: Plan, table: Table, status: Status) -> str:
-    lines = [f"sweep    {status.lower()}: {len(table.rows)} jobs in {plan.sweep.folder}"]
-    if table.best is not None:
-        lines.append(f"best     {table.best.name}: {table.best.run.folder}")
-    if status != Status.FINISHED:
-        lines.append("go on    give the same command again: what is done is kept")
-    lines.append(f"compare  python -m mlmx compare sweep={plan.sweep.folder}")
-    return "\n".join(lines)

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
     from optuna.pruners import BasePruner
-    from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
 
 STUDY_FILE, STUDY = "study.db", "mlmx"
@@ -34,11 +33,7 @@ KILLED, PRUNED = "killed", "pruned"  # attributes of a trial
 
 
 def require_possible(sweeper: DictConfig) -> None:
-    """Refuse options of ``hydra.sweeper`` that no search can be made with.
-
-    Raises:
-        RequestError: which, and what is allowed.
-    """
+    """Refuse options of ``hydra.sweeper`` that no search can be made with."""
     for name, known in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
         value = str(sweeper[name])
         listed = f"choose one of {', '.join(known)}{did_you_mean(value, known)}"
@@ -51,19 +46,12 @@ def require_possible(sweeper: DictConfig) -> None:
     )
 
 
-def _study(folder: Path, sampler: BaseSampler | None = None, pruner: BasePruner | None = None) -> Study:
+def _study(folder: Path) -> Study:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # the jobs say what happens
     storage = f"sqlite:///{folder / STUDY_FILE}"
-    return optuna.create_study(
-        storage=storage,
-        sampler=sampler,
-        pruner=pruner,
-        study_name=STUDY,
-        direction="minimize",
-        load_if_exists=True,
-    )
+    return optuna.create_study(storage=storage, study_name=STUDY, direction="minimize", load_if_exists=True)
 
 
 class Search:
@@ -78,23 +66,21 @@ class Search:
     def __init__(
         self, folder: Path, overrides: Sequence[Override], sampler: str, pruner: str, startup_trials: int, seed: int
     ) -> None:
+        import optuna
+
         self.space = {str(o.key_or_group): distribution(o) for o in overrides if o.is_sweep_override()}
         self.keys = {str(o.key_or_group): o.get_key_element() for o in overrides}
         self.fixed = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
         require(bool(self.space), "hydra/sweeper=optuna: nothing to search; give a dial several values or an interval")
         self.study = _study(folder)
         drawn = len(self.study.get_trials(deepcopy=False))
-        self.study.sampler = _sampler(sampler, seed + drawn, startup_trials)
+        more = {"n_startup_trials": startup_trials} if sampler in ("tpe", "gp") else {}
+        self.study.sampler = getattr(optuna.samplers, SAMPLERS[sampler])(seed=seed + drawn, **more)
         self.study.pruner = _pruner(pruner, startup_trials)
-        self._try_again()
-
-    def _try_again(self) -> None:
-        """Trials of a process that was killed are tried again first, with the same values."""
-        from optuna.trial import TrialState
-
-        for trial in self.study.get_trials(states=(TrialState.RUNNING,)):
+        # Those of a process that was killed are tried again first, with the same values.
+        for trial in _trials(self.study, "RUNNING"):
             _trial(self.study, trial.number).set_user_attr(KILLED, True)
-            self.study.tell(trial.number, state=TrialState.FAIL)
+            self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
             self.study.enqueue_trial(trial.params)
 
     def made(self) -> int:
@@ -147,14 +133,6 @@ def distribution(override: Override) -> BaseDistribution:
         raise RequestError(f"{line}: is no space to search ({error})") from error
 
 
-def _sampler(name: str, seed: int, startup_trials: int) -> BaseSampler:
-    import optuna
-
-    more = {"n_startup_trials": startup_trials} if name in ("tpe", "gp") else {}
-    sampler: BaseSampler = getattr(optuna.samplers, SAMPLERS[name])(seed=seed, **more)
-    return sampler
-
-
 def _pruner(name: str, startup_trials: int) -> BasePruner:
     from optuna import pruners
 
@@ -163,14 +141,12 @@ def _pruner(name: str, startup_trials: int) -> BasePruner:
     return pruners.HyperbandPruner() if name == "hyperband" else pruners.NopPruner()
 
 
-# ------------------------------------------------------------------------------------- within a job
-
-
 def stop_early(
     folder: Path, number: int, pruner: str, startup_trials: int
 ) -> Callable[[float, Mapping[str, float]], bool]:
     """Reports a trial's scores, epoch by epoch, to the study below ``folder`` and asks whether it is to go on."""
-    study = _study(folder, pruner=_pruner(pruner, startup_trials))
+    study = _study(folder)
+    study.pruner = _pruner(pruner, startup_trials)
     trial = _trial(study, number)
 
     def reported(epoch: float, scores: Mapping[str, float]) -> bool:
@@ -178,8 +154,7 @@ def stop_early(
         if epoch <= 0 or not math.isfinite(value):
             return False
         trial.report(value, round(epoch))
-        stop = bool(trial.should_prune())
-        if stop:
+        if stop := trial.should_prune():
             trial.set_user_attr(PRUNED, True)
         return stop
 
@@ -191,9 +166,6 @@ def _trial(study: Study, number: int) -> Trial:
 
     # Optuna has no public way to the trial of another process.
     return Trial(study, study.get_trials(deepcopy=False)[number]._trial_id)  # noqa: SLF001 (see above)
-
-
-# ---------------------------------------------------------------------------------------------- plots
 
 
 def plot(folder: Path, into: Path) -> list[Path]:

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,37 +80,17 @@ class Sweep:
                 return self.folder / str(number)
 
 
-def begin_job(folder: Path, key: str, dials: str, overrides: Iterable[str]) -> None:
-    """Write ``job.json``."""
-    records.write(JobRecord(key, dials, list(overrides)), folder)
-
-
-def fail_job(folder: Path, error: str) -> None:
-    """Write into ``job.json`` why the job failed."""
-    records.write(replace(records.read(JobRecord, folder) or JobRecord(), error=error), folder)
-
-
 def all_sweeps() -> list[Sweep]:
     """Every sweep below outputs/train, oldest first."""
     found = [Sweep(folder) for folder in folders_with(SweepRecord.FILE, outputs_dir() / "train")]
     return sorted(found, key=lambda sweep: (sweep.about().started, str(sweep.folder)))
 
 
-def mark_dead() -> list[Sweep]:
-    """Write KILLED where a sweep says RUNNING and its process is no more; returns these sweeps, oldest first."""
-    return [sweep for sweep in all_sweeps() if _is_running(sweep) and _mark(sweep)]
-
-
-def _is_running(sweep: Sweep) -> bool:
-    return sweep.about().status == Status.RUNNING
-
-
-def _mark(sweep: Sweep) -> bool:
-    if process.is_alive(Run(sweep.folder), running=True):
-        return False
-    with process.unless_held(sweep.folder) as is_free:
-        if not is_free or not _is_running(sweep):  # gone on with, or ended, since it was looked at
-            return False
-        with contextlib.suppress(OSError):
-            sweep.note(status=Status.KILLED)
-    return True
+def mark_dead() -> None:
+    """Write KILLED where a sweep says RUNNING and its process is no more."""
+    for sweep in all_sweeps():
+        if sweep.about().status != Status.RUNNING or process.is_alive(Run(sweep.folder), running=True):
+            continue
+        with process.unless_held(sweep.folder) as is_free, contextlib.suppress(OSError):
+            if is_free and sweep.about().status == Status.RUNNING:  # not gone on with, or ended, since it was looked at
+                sweep.note(status=Status.KILLED)
