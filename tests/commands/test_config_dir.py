@@ -74,7 +74,7 @@ def interrupted(own: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 def test_a_run_goes_on_without_the_folder_it_was_made_with(interrupted: Run, capfd: pytest.CaptureFixture[str]):
     made = interrupted.config()
-    assert doctor.how_to_go_on(interrupted).endswith(f"mlmx train resume={interrupted.folder}")
+    assert doctor.describe(interrupted, found_dead=False).endswith(f"mlmx train resume={interrupted.folder}")
     assert main(["train", f"resume={interrupted.folder}"]) == 0, capfd.readouterr().err
     assert interrupted.status == "FINISHED"
     assert interrupted.config() == made

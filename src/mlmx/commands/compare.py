@@ -19,7 +19,7 @@ from mlmx.config.paths import outputs_dir
 from mlmx.config.schema import CompareConfig, Job
 from mlmx.runs.log import log_to
 from mlmx.runs.records import Result, Status, SweepRecord
-from mlmx.runs.run import Run, all_runs, run_named
+from mlmx.runs.run import Run, all_runs, any_run
 from mlmx.sweeps.sweep import Sweep, all_sweeps
 from mlmx.tracking.read import fetch
 from mlmx.tracking.store import Store, bound_store
@@ -54,9 +54,6 @@ def compare(cfg: CompareConfig, job: Job) -> None:
             log.info("written  %s", out)
 
 
-# ------------------------------------------------------------------------------------ which runs
-
-
 @contextlib.contextmanager
 def found(cfg: CompareConfig) -> Iterator[tuple[str, list[Run]]]:
     """What is compared, in words, and its runs; those of an MLflow store lie in a folder for as long as the block."""
@@ -89,81 +86,47 @@ def chosen(cfg: CompareConfig) -> tuple[str, list[Run]]:
     Raises:
         RequestError: no such run, sweep or experiment, or nothing to compare yet.
     """
+    top = outputs_dir() / "train"
     if cfg.runs:
-        return "those named", [named(wanted) for wanted in cfg.runs]
-    experiment = cfg.tracking.get("experiment")
-    if experiment:
-        return f"experiment {experiment}", of_experiment(str(experiment))
-    everything = all_sweeps() if cfg.sweep_folder in (None, LAST) else [Sweep(folder_of(str(cfg.sweep_folder)))]
-    if everything:
-        those = everything[-1].runs()
-        require(bool(those), f"{everything[-1].folder}: none of this sweep's jobs has begun")
-        return f"the sweep in {everything[-1].folder}", those
+        return "those named", [any_run(wanted, "runs") for wanted in cfg.runs]
+    if experiment := cfg.tracking.get("experiment"):
+        return of_experiment(str(experiment))
+    if cfg.sweep_folder in (None, LAST):
+        sweeps = all_sweeps()
+        if not sweeps:
+            require(cfg.sweep_folder is None, f"sweep=last: there is no sweep below {top}; make one by train -m")
+            return of_experiment()
+        sweep = sweeps[-1]
+    else:
+        folder = path_of("sweep", str(cfg.sweep_folder))
+        # The sweep.json of one may never have been written.
+        is_sweep = (folder / SweepRecord.FILE).is_file() or (folder.is_dir() and bool(Sweep(folder).runs()))
+        require(is_sweep, f"sweep={cfg.sweep_folder}: no sweep's folder; give one below {top}, or runs=[…]")
+        sweep = Sweep(folder.resolve())
+    those_begun = sweep.runs()
+    require(bool(those_begun), f"{sweep.folder}: none of this sweep's jobs has begun")
+    return f"the sweep in {sweep.folder}", those_begun
+
+
+def of_experiment(name: str = "") -> tuple[str, list[Run]]:
+    """The runs here of an MLflow experiment; without a name the finished ones of that of the newest finished run."""
+    top, by_name = outputs_dir() / "train", dict[str, list[Run]]()
+    runs = [run for run in all_runs() if name or run.status == Status.FINISHED]
+    for run in runs:
+        tracking = settings_of(run, []).get("tracking")
+        own = str(tracking.get("experiment") or "") if isinstance(tracking, dict) else ""
+        by_name.setdefault(own, []).append(run)
+    if not name:
+        require(bool(runs), f"no sweep and no finished run below {top}; train some first, or name them: runs=[…]")
+        name, those = next((name, those) for name, those in by_name.items() if runs[-1] in those)
+        return f"experiment {name}" if name else "no experiment", those
+    known = [known for known in by_name if known]
     require(
-        cfg.sweep_folder is None, f"sweep=last: there is no sweep below {outputs_dir() / 'train'}; make one by train -m"
-    )
-    return of_last_experiment()
-
-
-def named(wanted: str) -> Run:
-    """A run by its folder or MLflow run id, or the last one."""
-    run = run_named(wanted, "runs")
-    if run is not None:
-        return run
-    everything = all_runs()
-    require(bool(everything), f"runs=last: no run below {outputs_dir() / 'train'}; train one first")
-    return everything[-1]
-
-
-def folder_of(sweep: str) -> Path:
-    """The folder of a sweep, also of one whose ``sweep.json`` was never written."""
-    folder = path_of("sweep", sweep)
-    jobs = folder.is_dir() and Sweep(folder).runs()
-    require(
-        bool(jobs) or (folder / SweepRecord.FILE).is_file(),
-        f"sweep={sweep}: no sweep's folder; give one below {outputs_dir() / 'train'}, or runs=[…]",
-    )
-    return folder.resolve()
-
-
-def of_experiment(name: str) -> list[Run]:
-    """The runs here that were recorded in an MLflow experiment."""
-    by_experiment = experiments()
-    known = [known for known in by_experiment if known]
-    require(
-        name in by_experiment,
-        f"experiment={name}: no run below {outputs_dir() / 'train'} is of this experiment{did_you_mean(name, known)} "
+        name in by_name,
+        f"experiment={name}: no run below {top} is of this experiment{did_you_mean(name, known)} "
         f"(known: {', '.join(known) or 'none'}); for one of a server add tracking=server tracking.uri=…",
     )
-    return by_experiment[name]
-
-
-def of_last_experiment() -> tuple[str, list[Run]]:
-    """Without a sweep: the finished runs of the experiment that the newest finished run is of."""
-    finished = [run for run in all_runs() if run.status == Status.FINISHED]
-    require(
-        bool(finished),
-        f"no sweep and no finished run below {outputs_dir() / 'train'}; train some first, or name them: runs=[…]",
-    )
-    name = experiment_of(finished[-1])
-    return f"experiment {name}" if name else "no experiment", [r for r in finished if experiment_of(r) == name]
-
-
-def experiments() -> dict[str, list[Run]]:
-    """The runs of each experiment, oldest first; those without one under an empty name."""
-    by_name: dict[str, list[Run]] = {}
-    for run in all_runs():
-        by_name.setdefault(experiment_of(run), []).append(run)
-    return by_name
-
-
-def experiment_of(run: Run) -> str:
-    """The MLflow experiment a run was recorded in; empty where there is none, or nobody can tell."""
-    tracking = settings_of(run, []).get("tracking")
-    return str(tracking.get("experiment") or "") if isinstance(tracking, dict) else ""
-
-
-# --------------------------------------------------------------------------------------- showing
+    return f"experiment {name}", by_name[name]
 
 
 def show(table: Table, title: str) -> None:
@@ -184,31 +147,27 @@ def show(table: Table, title: str) -> None:
 
 
 def write(table: Table, path: Path, title: str) -> None:
-    """One file, by its suffix; what was there is replaced at once, or not at all."""
+    """One file, by its suffix; what was there is replaced at once, or not at all.
+
+    Raises:
+        RequestError: there is nothing to draw.
+    """
     kind = path.suffix.lower()
     if kind == ".csv":
         contents = csv_text(table).encode()
     elif kind == ".md":
         contents = f"# {title}\n\n{markdown(table)}".encode()
     else:
-        contents = drawn(table, path, title)
+        from mlmx.comparison import page, plots  # noqa: PLC0415 (imports matplotlib)
+
+        with tempfile.TemporaryDirectory(prefix="mlmx-charts-") as folder:
+            files = plots.plot_table(table, Path(folder))
+            if kind == ".html":
+                contents = page.report(table, title, files).encode()
+            else:
+                wanted = {file.name: file for file in files}
+                chart = wanted.get(path.name.lower()) or wanted.get("curves.png")
+                require(chart is not None, f"out={path}: these runs have nothing to draw; they have no losses yet")
+                assert chart is not None
+                contents = chart.read_bytes()
     whole.write(path, contents)
-
-
-def drawn(table: Table, path: Path, title: str) -> bytes:
-    """A chart, or the page that holds all of them.
-
-    Raises:
-        RequestError: there is nothing to draw.
-    """
-    from mlmx.comparison import page, plots  # noqa: PLC0415 (imports matplotlib)
-
-    with tempfile.TemporaryDirectory(prefix="mlmx-charts-") as folder:
-        files = plots.plot_table(table, Path(folder))
-        if path.suffix.lower() == ".html":
-            return page.report(table, title, files).encode()
-        wanted = {file.name: file for file in files}
-        chart = wanted.get(path.name.lower()) or wanted.get("curves.png")
-        if chart is None:
-            raise RequestError(f"out={path}: these runs have nothing to draw; they have no losses yet")
-        return chart.read_bytes()

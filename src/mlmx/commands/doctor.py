@@ -7,7 +7,6 @@ import shlex
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,6 @@ from mlmx.config.schema import DoctorConfig, Job
 from mlmx.runs import checkpoints, process, provenance
 from mlmx.runs.disk import RESERVE_FILE
 from mlmx.runs.log import log_to
-from mlmx.runs.process import heard_seconds_ago, is_alive, process_of
 from mlmx.runs.records import ProcessRecord, Status, SweepRecord, parsed
 from mlmx.runs.run import Run, all_runs
 from mlmx.sweeps.sweep import Sweep, all_sweeps, mark_dead
@@ -48,9 +46,13 @@ def doctor(cfg: DoctorConfig, job: Job) -> None:
         listed = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
         log.info("runs     %s below %s", listed or "none", outputs_dir() / "train")
         for run in found:
-            if run.status != Status.FINISHED:
-                log.info("%s", describe(run, run in dead))
-                clear(run)
+            if run.status == Status.FINISHED:
+                continue
+            log.info("%s", describe(run, run in dead))
+            with process.unless_held(run.folder) as is_free:
+                if is_free and not process.is_alive(run):
+                    for path in sorted(path for pattern in HALF_WRITTEN for path in run.folder.glob(pattern)):
+                        _remove(path)
         for sweep in all_sweeps():
             about = sweep.about()
             if about.status in (Status.KILLED, Status.FAILED):
@@ -61,62 +63,38 @@ def doctor(cfg: DoctorConfig, job: Job) -> None:
 
 
 def describe(run: Run, found_dead: bool) -> str:
-    """A line on a run that has not finished: whether it lives, or how to go on with it."""
-    who, status = process_of(run), str(run.status).lower()
-    process = f"process {who.pid} on {who.host}" if who.pid and who.host else "its process"
-    if is_alive(run):
-        heard = f"since {who.started}, last heard {heard_seconds_ago(run):.0f} s ago"
-        return f"{status:<9}{run.folder}: {process} is at it {heard}"
-    truth = f"{process} is gone, marked KILLED; " if found_dead else ""
-    return f"{status:<9}{run.folder}: {truth}{how_to_go_on(run)}"
-
-
-def how_to_go_on(run: Run) -> str:
-    """The command, and where it takes the run up; a checkpoint is verified when it is loaded, not here."""
-    if not (run.folder / "config.yaml").is_file():
-        return "it had not begun; nothing is lost with its folder"
-    sealed = (
-        folder.name for folder in checkpoints.all_of(run.checkpoints) if (folder / checkpoints.MANIFEST).is_file()
-    )
-    begin = next(sealed, "its start, for it has no checkpoint")
-    return f"go on from {begin}: python -m mlmx train resume={shlex.quote(str(run.folder))}"
-
-
-# ----------------------------------------------------------------------------------------- clearing up
-
-
-def clear(run: Run) -> None:
-    """Remove what a process that was killed while writing left behind."""
-    with process.unless_held(run.folder) as is_free:
-        if is_free and not is_alive(run):
-            _remove(path for pattern in HALF_WRITTEN for path in run.folder.glob(pattern))
+    """A line on a run that has not finished: whether it lives, or the command that goes on with it, and from where."""
+    who, status = process.process_of(run), str(run.status).lower()
+    at_it = f"process {who.pid} on {who.host}" if who.pid and who.host else "its process"
+    if process.is_alive(run):
+        heard = f"since {who.started}, last heard {process.heard_seconds_ago(run):.0f} s ago"
+        return f"{status:<9}{run.folder}: {at_it} is at it {heard}"
+    then = "it had not begun; nothing is lost with its folder"
+    if (run.folder / "config.yaml").is_file():
+        # A checkpoint is verified when it is loaded, not here.
+        saved = (at.name for at in checkpoints.all_of(run.checkpoints) if (at / checkpoints.MANIFEST).is_file())
+        begin = next(saved, "its start, for it has no checkpoint")
+        then = f"go on from {begin}: python -m mlmx train resume={shlex.quote(str(run.folder))}"
+    if found_dead:
+        then = f"{at_it} is gone, marked KILLED; {then}"
+    return f"{status:<9}{run.folder}: {then}"
 
 
 def clear_cache(folder: Path) -> None:
     """Remove half-written tokens; those of the last minutes may still be being written."""
     quiet = time.time() - process.SILENCE_SECONDS
-    _remove(path for path in folder.glob(HALF_WRITTEN_TOKENS) if max(map(_written, _with_all(path))) < quiet)
+    for half in sorted(folder.glob(HALF_WRITTEN_TOKENS)):
+        if max(path.stat().st_mtime for path in (half, *half.rglob("*"))) < quiet:
+            _remove(half)
 
 
-def _with_all(path: Path) -> Iterator[Path]:
-    yield path
-    yield from path.rglob("*")
-
-
-def _written(path: Path) -> float:
-    return path.stat().st_mtime
-
-
-def _remove(paths: Iterable[Path]) -> None:
-    for path in sorted(paths):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-        log.info("removed  %s", path)
-
-
-# --------------------------------------------------------------------------------------------- MLflow
+def _remove(path: Path) -> None:
+    """What a process that was killed while writing left behind."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+    log.info("removed  %s", path)
 
 
 def settle(store: Store | None) -> None:
@@ -138,24 +116,19 @@ def settle(store: Store | None) -> None:
 
 def _settle(one: MlflowRun, store: Store, client: MlflowClient) -> None:
     home = Run(Path(one.data.tags.get("mlmx.folder", "")))
-    is_sweep = (home.folder / SweepRecord.FILE).is_file()
-    if is_of(one, home):
+    run_id, started = one.info.run_id, one.info.start_time
+    record = record_of(home)
+    # A process may have been killed before it knew the id.
+    if record is not None and (record.run_id == run_id or (record.run_id is None and record.started == started)):
+        is_sweep = (home.folder / SweepRecord.FILE).is_file()
         status = Sweep(home.folder).about().status if is_sweep else home.status
         if status is not None and status.is_end:
             update(home, store)
-            what = f"{'sweep' if is_sweep else 'run'} {one.info.run_id}"
-            log.info("mlflow   %s of %s said RUNNING, is %s now", what, home.folder, status)
+            what = "sweep" if is_sweep else "run"
+            log.info("mlflow   %s %s of %s said RUNNING, is %s now", what, run_id, home.folder, status)
     elif is_over(one):
-        client.set_terminated(one.info.run_id, "KILLED")
-        log.info("mlflow   run %s said RUNNING, is KILLED now; its process and its folder are gone", one.info.run_id)
-
-
-def is_of(one: MlflowRun, home: Run) -> bool:
-    """Whether an MLflow run is that of a folder, whose process may have been killed before it knew the id."""
-    record = record_of(home)
-    if record is None:
-        return False
-    return record.run_id == one.info.run_id or (record.run_id is None and record.started == one.info.start_time)
+        client.set_terminated(run_id, "KILLED")
+        log.info("mlflow   run %s said RUNNING, is KILLED now; its process and its folder are gone", run_id)
 
 
 def is_over(one: MlflowRun) -> bool:
@@ -166,7 +139,7 @@ def is_over(one: MlflowRun) -> bool:
         return False
     if process.is_gone(who, here):
         return True
-    if who.boot_id is None:  # of a system that does not tell
-        started = provenance.boot_time()
-        return started is not None and one.info.start_time / 1000 < started
-    return who.boot_id != here.boot_id
+    if who.boot_id is not None:
+        return who.boot_id != here.boot_id
+    booted = provenance.boot_time()  # of a system that does not tell which boot it was
+    return booted is not None and one.info.start_time / 1000 < booted

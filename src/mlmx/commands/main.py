@@ -64,12 +64,9 @@ def _main(arguments: list[str]) -> int:
         print(f"mlmx: {shown}: unknown command{hint} (commands: {', '.join(COMMANDS)})", file=sys.stderr)
         return 2
     if any(flag in HELP_FLAGS for flag in rest):
-        print(_command_help(command, _config_dirs(rest)))
+        print(_command_help(command, rest))
         return 0
     return _guarded(command, rest)
-
-
-# ------------------------------------------------------------------------------------------ help
 
 
 def _program_help() -> str:
@@ -86,15 +83,19 @@ def _program_help() -> str:
     )
 
 
-def _command_help(command: str, extra_dirs: list[Path]) -> str:
+def _command_help(command: str, arguments: Sequence[str]) -> str:
     """The annotated YAML of the command and the options of its groups, read as text."""
+    folders = [conf_dir()]
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, _, value = argument.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            folders.append(Path(value or following))
     lines = (conf_dir() / f"{command}.yaml").read_text(encoding="utf-8").split("\n")
     dials = "\n".join(lines[: lines.index("hydra:")]).rstrip() if "hydra:" in lines else "\n".join(lines)
     groups = [line.split("- ")[1].split(":")[0] for line in lines if line.startswith("  - ") and ": " in line]
     rows = []
     for group in groups:
-        folders = [folder / group for folder in (conf_dir(), *extra_dirs)]
-        names = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+        names = sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
         if names:
             rows.append(f"  {group:<11}{', '.join(names)}")
     chosen = "groups (group=option; group.key=value sets one of its options):\n" + "\n".join(rows) + "\n\n"
@@ -103,19 +104,6 @@ def _command_help(command: str, extra_dirs: list[Path]) -> str:
         f"usage: python -m mlmx {command} [key=value ...] [-m] [--cfg job] [--config-dir DIR] [--hydra-help]\n\n"
         f"{chosen if rows else ''}keys and defaults (conf/{command}.yaml):\n\n{dials}"
     )
-
-
-def _config_dirs(arguments: Sequence[str]) -> list[Path]:
-    found = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        if argument in ("--config-dir", "-cd"):
-            found.append(Path(following))
-        elif argument.startswith("--config-dir="):
-            found.append(Path(argument.partition("=")[2]))
-    return found
-
-
-# ------------------------------------------------------------------------------------- execution
 
 
 def _guarded(command: str, arguments: list[str]) -> int:

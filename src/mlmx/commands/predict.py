@@ -9,40 +9,40 @@ from mlmx.config.schema import Job, PredictConfig
 from mlmx.config.trust import trusted_code
 from mlmx.models.encoders import Encoder, load_model, load_tokenizer, pretrained, trained_from
 from mlmx.models.fill import fill_masks
-from mlmx.runs.run import Run, find_run
+from mlmx.runs.run import find_run
 
 
 def check(cfg: PredictConfig) -> None:
     """The run is there and finished, and every text holds a mask."""
-    encoder_of(find_run(cfg.run))
+    encoder_of(cfg)
     require(
         bool(cfg.text) or not (sys.stdin and sys.stdin.isatty()), 'text: missing; give text="This is a great [MASK]."'
     )
-    for text in cfg.text:
+    require_masks(cfg.text)
+
+
+def require_masks(texts: list[str]) -> None:
+    """Every text holds a mask."""
+    for text in texts:
         require("[MASK]" in text or "<mask>" in text, f"text={text!r}: holds no [MASK] to fill")
 
 
-def lines_of_stdin() -> list[str]:
-    """What stands on standard input, a text a line; nothing where it is closed."""
-    try:
-        return [line.strip() for line in sys.stdin or () if line.strip()]
-    except UnicodeDecodeError as error:
-        raise RequestError(f"text: standard input is no UTF-8 ({error})") from error
-
-
-def encoder_of(run: Run) -> Encoder:
+def encoder_of(cfg: PredictConfig) -> Encoder:
     """The run's model."""
+    run = find_run(cfg.run)
     encoder = pretrained(path=str(run.model))
     return encoder if trusted_code() is None else trained_from(encoder, run.config().model)
 
 
 def predict(cfg: PredictConfig, job: Job) -> None:
     """Print the likeliest tokens for each mask of each text; texts may come on standard input, one a line."""
-    texts = cfg.text or lines_of_stdin()
+    try:
+        texts = cfg.text or [line.strip() for line in sys.stdin or () if line.strip()]
+    except UnicodeDecodeError as error:
+        raise RequestError(f"text: standard input is no UTF-8 ({error})") from error
     require(bool(texts), "text: standard input holds no line; give text=… or lines with a [MASK]")
-    for text in texts:
-        require("[MASK]" in text or "<mask>" in text, f"text={text!r}: holds no [MASK] to fill")
-    encoder = encoder_of(find_run(cfg.run))
+    require_masks(texts)
+    encoder = encoder_of(cfg)
     tokenizer = load_tokenizer(encoder, chunk_size=3)
     loaded = load_model(encoder, tokenizer, seed=0)
     for text in texts:

@@ -8,6 +8,7 @@ folder.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 
 from omegaconf import OmegaConf
@@ -81,20 +82,12 @@ def _own(given: list[str], composed: TrainConfig | None) -> Run | None:
     if folders:
         run = Run(path_of("hydra.run.dir", folders[-1]).resolve())
         return run if is_unfinished(run) else None
-    if composed is None:
-        return None
-    wanted = identity.dials(composed)
-    for run in reversed(all_runs()):
-        if is_unfinished(run) and _dials(run) == wanted:
-            return run
+    wanted = None if composed is None else identity.dials(composed)
+    for run in reversed(all_runs() if wanted else []):
+        with contextlib.suppress(OSError, RequestError):  # damaged, or gone meanwhile
+            if is_unfinished(run) and identity.dials(run.config()) == wanted:
+                return run
     return None
-
-
-def _dials(run: Run) -> dict[str, object] | None:
-    try:
-        return identity.dials(run.config())
-    except (OSError, RequestError):  # damaged, or gone meanwhile
-        return None
 
 
 def unfinished(wanted: str, extend: bool) -> Run:

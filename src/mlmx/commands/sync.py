@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 
 from mlmx.config.errors import RequestError, WorkError, require
-from mlmx.config.paths import outputs_dir
 from mlmx.config.schema import Job, SyncConfig
 from mlmx.runs import process
 from mlmx.runs.log import log_to
-from mlmx.runs.run import Run, all_runs, run_named
+from mlmx.runs.run import Run, all_runs, any_run
 from mlmx.tracking.mirror import update
 from mlmx.tracking.store import Store, bound_store, reason, store_of
 
@@ -20,7 +19,7 @@ def check(cfg: SyncConfig) -> None:
     """There is something to send, and somewhere to send it."""
     for run in meant(cfg):
         require(
-            cfg.run == "all" or target(cfg, run) is not None,
+            cfg.run == "all" or bool(bound_store(cfg.tracking) if cfg.tracking else store_of(run)),
             f"run={cfg.run}: was made with tracking=none; say where to send it: tracking=local, or tracking=server "
             "tracking.uri=…",
         )
@@ -34,20 +33,11 @@ def meant(cfg: SyncConfig) -> list[Run]:
     """
     if cfg.run == "all":
         return [run for run in all_runs() if not process.is_alive(run)]
-    run = run_named(cfg.run)
-    if run is None:
-        everything = all_runs()
-        require(bool(everything), f"run=last: no run below {outputs_dir() / 'train'}; train one first")
-        run = everything[-1]
+    run = any_run(cfg.run)
     require(
         not process.is_alive(run), f"run={cfg.run}: is being trained and sends its numbers itself; sync it when it ends"
     )
     return [run]
-
-
-def target(cfg: SyncConfig, run: Run) -> Store | None:
-    """The store that was asked for, or the run's own; None where it has none."""
-    return bound_store(cfg.tracking) if cfg.tracking else store_of(run)
 
 
 def sync(cfg: SyncConfig, job: Job) -> None:
@@ -62,7 +52,7 @@ def sync(cfg: SyncConfig, job: Job) -> None:
         failed: list[str] = []
         away: set[str] = set()  # a store that does not answer is asked once
         for run in found:
-            store = target(cfg, run)
+            store = bound_store(cfg.tracking) if cfg.tracking else store_of(run)
             if store is None:
                 continue
             try:

@@ -239,6 +239,14 @@ def run_named(wanted: str, key: str = "run") -> Run | None:
     return by_id[0]
 
 
+def any_run(wanted: str, key: str = "run") -> Run:
+    """As `run_named`; ``last`` is the newest one."""
+    run = run_named(wanted, key) or next(reversed(all_runs()), None)
+    if run is None:
+        raise RequestError(f"{key}=last: no run below {outputs_dir() / 'train'}; train one first")
+    return run
+
+
 def all_runs() -> list[Run]:
     """Every run below outputs/train, oldest first."""
     found = folders_with(Result.FILE, outputs_dir() / "train")
