@@ -56,25 +56,21 @@ def introduction(
     model: PreTrainedModel,
 ) -> str:
     """The three lines a run opens with."""
-    corpus, train, evaluation = report["corpus"], report["train"], report["eval"]
+    corpus, train, evaluation, heldout = report["corpus"], report["train"], report["eval"], report.get("heldout")
+    scored = "nothing is held out, so this run has no heldout/* numbers to be compared by"
+    if heldout is not None:
+        scored = f"{heldout['source']}: {heldout['documents']:,} documents, {heldout['tokens']:,} tokens"
     size = sum(p.numel() for p in model.parameters()) / 1e6
     return (
         f"run      {run_name(cfg, job)}\n"
         f"data     {corpus['source']}: {corpus['documents']:,} documents, {corpus['tokens']:,} tokens, "
         f"{corpus['chunks']:,} chunks of {cfg.chunk_size}; {train['chunks']:,} to train on, "
         f"{evaluation['chunks']:,} to evaluate on\n"
-        f"{_heldout_line(report)}"
+        f"heldout  {scored}\n"
         f"model    {choice('model', cfg, job)}, {size:.1f} M parameters, on {arguments.device.type} "
         f"in {precision(arguments)}; {cfg.epochs:g} epochs of batch "
         f"{arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size}, lr {cfg.lr:g}"
     )
-
-
-def _heldout_line(report: Mapping[str, Mapping[str, Any]]) -> str:
-    heldout = report.get("heldout")
-    if heldout is None:
-        return "heldout  nothing is held out, so this run has no heldout/* numbers to be compared by\n"
-    return f"heldout  {heldout['source']}: {heldout['documents']:,} documents, {heldout['tokens']:,} tokens\n"
 
 
 def precision(arguments: TrainingArguments) -> str:
@@ -145,21 +141,18 @@ def command_line(job: Job) -> str:
 
 def tags(cfg: TrainConfig, job: Job, report: Mapping[str, Mapping[str, Any]], protocol: str) -> dict[str, str]:
     """Tags that are not about the machine: data, protocol, experiment and the user's note."""
-    note = f"`{command_line(job)}`" + (f"\n\n{cfg.note}" if cfg.note else "")
+    command = command_line(job)
     found = {
-        "mlmx.command": command_line(job),
+        "mlmx.command": command,
         "mlmx.data_sha256": report["corpus"]["sha256"],
         "mlmx.protocol": protocol,
         "mlmx.folder": str(job.folder),
-        NOTE: note,
+        NOTE: f"`{command}`" + (f"\n\n{cfg.note}" if cfg.note else ""),
+        "mlmx.sweep": job.sweep,
+        PARENT: job.parent,
+        "mlmx.experiment": job.choices.get("experiment"),
     }
-    if job.sweep is not None:
-        found["mlmx.sweep"] = str(job.sweep)
-    if job.parent is not None:
-        found[PARENT] = job.parent
-    if job.choices.get("experiment"):
-        found["mlmx.experiment"] = str(job.choices["experiment"])
-    return found
+    return {name: str(value) for name, value in found.items() if value}
 
 
 def by_word(found: Mapping[str, float]) -> str:
@@ -172,10 +165,9 @@ def by_word(found: Mapping[str, float]) -> str:
 def scores(found: Mapping[str, float], report: Mapping[str, Mapping[str, Any]], protocol: str) -> str:
     """A line per section: what was scored, and its numbers."""
     lines = []
-    for section in (name for name in ("eval", "heldout") if name in report):
+    for section in [name for name in ("eval", "heldout") if name in report]:
         own = "  ".join(f"{name} {value:,.6g}" for name, value in found.items() if name.startswith(f"{section}/"))
-        where = report[section]
-        lines.append(f"{section:<9}{where['source']}, {where['chunks']:,} chunks: {own}")
+        lines.append(f"{section:<9}{report[section]['source']}, {report[section]['chunks']:,} chunks: {own}")
     return "\n".join([*lines, f"protocol {protocol}"])
 
 

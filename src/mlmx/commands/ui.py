@@ -25,12 +25,10 @@ def store_of(cfg: UiConfig) -> Store:
     if store is None or store.artifacts is None:
         address = f"; {trouble(store) or f'open {store.uri} instead'}" if store else ""
         raise RequestError(f"tracking={cfg.tracking.get('name')}: ui shows the local store{address}")
-    path = store.artifacts.parent / "mlflow.db"
+    path, wrong = store.artifacts.parent / "mlflow.db", trouble(store)
     require(
-        path.exists(),
-        f"no MLflow store at {path} yet; train something first: python -m mlmx train experiment=demo",
+        path.exists(), f"no MLflow store at {path} yet; train something first: python -m mlmx train experiment=demo"
     )
-    wrong = trouble(store)
     require(wrong is None, wrong or "")
     return store
 
@@ -76,10 +74,8 @@ def ui(cfg: UiConfig, job: Job) -> None:
     """Serve until interrupted; no job workers, no telemetry, no other host unless asked for."""
     store = store_of(cfg)
     if not is_loopback(cfg.host):
-        warning = (
-            f"warning: whoever reaches {cfg.host}:{cfg.port} can read, change and delete the runs; there is no password"
-        )
-        print(f"mlmx: {warning}", file=sys.stderr, flush=True)
+        warning = f"whoever reaches {cfg.host}:{cfg.port} can read, change and delete the runs; there is no password"
+        print(f"mlmx: warning: {warning}", file=sys.stderr, flush=True)
     print(f"MLflow UI on {address(cfg, store)} for {store.uri}; Ctrl-C ends it", flush=True)
     environment = {
         **os.environ,
