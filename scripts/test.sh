@@ -26,11 +26,15 @@ if [ "${1:-}" = --long ]; then
   has postgres || ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || install postgresql PostgreSQL
 fi
 
-unset PYTHONHOME PYTHONPATH
+# Another environment's settings must not reach into this one; and what is compiled once is kept for every process.
+unset PYTHONHOME PYTHONPATH PYTHONDONTWRITEBYTECODE
 # A file's tests stay in one process: what a file makes for all of its tests is made once.
 both=(-n 2 --dist loadfile)
 case "${1:-}" in
-  "") set -- "${both[@]}" ;;
+  "")
+    export OMP_NUM_THREADS=1 # for each of the two
+    set -- "${both[@]}"
+    ;;
   --long) set -- "${both[@]}" -m "long and not slow and not nightly" "${@:2}" ;;
 esac
 exec .venv/bin/python -m pytest "$@"

@@ -91,6 +91,7 @@ def test_help_and_mistyped_commands_load_nothing_but_the_standard_library(tmp_pa
     assert {name for _, modules in endings for name in modules} - sys.stdlib_module_names == {"mlmx"}
 
 
+@pytest.mark.long  # a process of its own
 def test_a_configuration_error_loads_no_model_library(tmp_path: Path):
     heavy = {"torch", "transformers", "tokenizers", "accelerate", "mlflow", "datasets", "psutil"}
     (tmp_path / "reviews.csv").write_text("body\ngood\n")

@@ -169,6 +169,7 @@ def test_frozen_weights_get_no_gradient():
     assert weight.grad is None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_over_many_masks_a_model_s_loss_and_gradients_are_distributed_as_the_library_s(dtype: torch.dtype):
     torch.manual_seed(7)

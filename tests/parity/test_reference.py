@@ -68,6 +68,7 @@ def stock_history(small: Path, corpus: Path, folder: Path) -> list[dict[str, flo
     return trainer.state.log_history
 
 
+@pytest.mark.long
 def test_reference_repeats_the_recipe_loss_for_loss(small: Path, corpus: Path, outputs: Path, tmp_path: Path):
     stock = stock_history(small, corpus, tmp_path / "stock")
     dials = [f"chunk_size={CHUNK_SIZE}", f"lr={LR}", f"epochs={EPOCHS}"]
@@ -86,6 +87,7 @@ def test_reference_repeats_the_recipe_loss_for_loss(small: Path, corpus: Path, o
     assert ours[0]["step"] == 0
 
 
+@pytest.mark.long
 def test_reference_differs_from_the_corrected_loss(small: Path, corpus: Path, outputs: Path):
     """The parity above is no accident of a setting without effect."""
     data = [f"dataset.path={corpus}", f"dataset.train_chunks={TRAIN}", f"dataset.eval_chunks={EVAL}", "epochs=1"]

@@ -138,12 +138,10 @@ def literal_texts(command: str, arguments: list[str]) -> list[str]:
 
     ``text="A [MASK]." text="B [MASK]."`` → ``text=['A [MASK].','B [MASK].']``
     """
-    if command != "predict":
-        return arguments
     texts = [argument.removeprefix("text=") for argument in arguments if argument.startswith("text=")]
+    if command != "predict" or not texts:
+        return arguments
     others = [argument for argument in arguments if not argument.startswith("text=")]
-    if not texts:
-        return others
     return [*others, f"text=[{','.join(map(quoted, texts))}]"]
 
 

@@ -30,17 +30,28 @@ COMMANDS = {
     "sync": "send to MLflow what it did not get of a run, because it was away or the run was killed",
 }
 HELP_FLAGS = ("-h", "--help")
+HELP = """mlmx: masked-language-model experiments whose numbers can be compared.
+
+usage: python -m mlmx <command> [key=value ...]
+
+commands:
+{commands}
+
+examples:
+  python -m mlmx train experiment=demo
+  python -m mlmx train chunk_size=256 lr=5e-5
+  python -m mlmx train -m chunk_size=128,256,512 lr=2e-5,5e-5
+
+python -m mlmx <command> --help lists its dials and groups. MLMX_DEBUG=1 shows tracebacks."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # what cannot be shown is no reason to end a run
         sys.stdout.reconfigure(errors="backslashreplace")
-    streams = (contextlib.redirect_stdout, sys.stdout), (contextlib.redirect_stderr, sys.stderr)
+    out, err = RedactedStream(sys.stdout), RedactedStream(sys.stderr)
     try:
-        with contextlib.ExitStack() as shown:
-            for redirect, stream in streams:
-                shown.enter_context(redirect(RedactedStream(stream)))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             return _main(list(sys.argv[1:] if argv is None else argv))
     except BrokenPipeError:  # whoever read our output has seen enough: mlmx train --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -49,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in HELP_FLAGS:
-        print(_program_help())
+        commands = "\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())
+        print(HELP.format(commands=commands))
         return 0
     if arguments[0] == "--version":
         print(importlib.import_module("mlmx").__version__)
@@ -67,20 +79,6 @@ def _main(arguments: list[str]) -> int:
         print(_command_help(command, rest))
         return 0
     return _guarded(command, rest)
-
-
-def _program_help() -> str:
-    commands = "\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())
-    return (
-        "mlmx: masked-language-model experiments whose numbers can be compared.\n\n"
-        "usage: python -m mlmx <command> [key=value ...]\n\n"
-        f"commands:\n{commands}\n\n"
-        "examples:\n"
-        "  python -m mlmx train experiment=demo\n"
-        "  python -m mlmx train chunk_size=256 lr=5e-5\n"
-        "  python -m mlmx train -m chunk_size=128,256,512 lr=2e-5,5e-5\n\n"
-        "python -m mlmx <command> --help lists its dials and groups. MLMX_DEBUG=1 shows tracebacks."
-    )
 
 
 def _command_help(command: str, arguments: Sequence[str]) -> str:
