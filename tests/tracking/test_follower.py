@@ -332,6 +332,7 @@ def test_what_was_refused_is_tried_again_at_the_end(store: Path, outputs: Path, 
     assert "did not get" not in said.text
 
 
+@pytest.mark.long
 def test_a_full_disk_under_the_store_costs_no_number(store: Path, outputs: Path, said, monkeypatch):
     """sqlite itself says that it is full: it may take no more pages until there is space again."""
     from sqlalchemy import event

@@ -63,6 +63,7 @@ def test_a_repeated_run_is_equal_to_the_bit_and_another_seed_is_not(tiny: Path, 
     assert histories[0] == histories[1]
 
 
+@pytest.mark.long
 def test_worker_processes_change_nothing(tiny: Path, corpus: Path):
     alone, workers = (
         train(tiny, corpus, "epochs=2"),
@@ -179,6 +180,7 @@ def test_precision_auto_is_what_the_hardware_multiplies(monkeypatch: pytest.Monk
     assert resolve_precision("fp32", on_cpu=True) == "fp32"
 
 
+@pytest.mark.long
 def test_a_compiled_training_has_the_same_losses(tiny: Path, corpus: Path):
     plain, compiled = (
         train(tiny, corpus, *more)
