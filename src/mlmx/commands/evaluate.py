@@ -31,16 +31,15 @@ log = logging.getLogger("mlmx")
 
 def check(cfg: EvaluateConfig) -> None:
     """The run or folder is there, and so is what it is to be scored on."""
-    _, settings, run = resolve(cfg)
-    parts = scored_parts(settings, run)
+    _, settings, _, parts = resolve(cfg)
     require_fit(parts.encoder, settings.chunk_size)
     quick_check(parts.source)
     bound_store(cfg.tracking)
     metrics.try_out()
 
 
-def resolve(cfg: EvaluateConfig) -> tuple[Path, TrainConfig, Run | None]:
-    """The model's folder, the settings to score it with, and the run it belongs to (None for a bare folder)."""
+def resolve(cfg: EvaluateConfig) -> tuple[Path, TrainConfig, Run | None, Parts]:
+    """The model's folder, the settings to score it with, the run it belongs to (None for a bare folder), the parts."""
     folder = path_of("run", cfg.run)
     run = None if (folder / "config.json").is_file() else find_run(cfg.run)
     if run is None and not (cfg.dataset and cfg.chunk_size):
@@ -58,21 +57,18 @@ def resolve(cfg: EvaluateConfig) -> tuple[Path, TrainConfig, Run | None]:
         trainer={"name": "corrected"},  # scoring has one arithmetic
         tracking={"name": "none"},
     )
-    return folder, settings, run
-
-
-def scored_parts(settings: TrainConfig, run: Run | None) -> Parts:
-    """The parts to score with; the run's model may need the code of the model it was trained from."""
     parts = parts_of(settings)
-    origin = run.config().model if run else settings.model
-    return replace(parts, encoder=trained_from(parts.encoder, origin))
+    # The run's model may need the code of the model it was trained from.
+    encoder = trained_from(parts.encoder, made.model if run else settings.model)
+    return folder, settings, run, replace(parts, encoder=encoder)
 
 
 def evaluate(cfg: EvaluateConfig, job: Job) -> dict[str, float]:
     """Print the scores, and keep them with the run."""
+    import torch
+
     memory.keep_freed()
-    folder, settings, run = resolve(cfg)
-    parts = scored_parts(settings, run)
+    folder, settings, run, parts = resolve(cfg)
     source_name = describe.source_name(settings, job)
     with log_to():
         with token_cache() as cache:
@@ -86,7 +82,8 @@ def evaluate(cfg: EvaluateConfig, job: Job) -> dict[str, float]:
             loaded = load_model(parts.encoder, tokenizer, settings.seed)
             if run is not None:  # a bare folder is scored without a trace
                 cache.keep()
-        loaded.to(device())  # type: ignore[arg-type]
+        has_mps = torch.backends.mps.is_available()
+        loaded.to("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")  # type: ignore[arg-type]
         scored = measure(loaded)
         log.info("%s\n%s", folder, describe.scores(scored, report, measure.protocol))
         if run is not None and is_below_outputs(run.folder):
@@ -131,14 +128,7 @@ def record(cfg: EvaluateConfig, run: Run, chunk_size: int, protocol: str, scored
     if protocol != result.protocol or chunk_size != run.config().chunk_size:
         return
     last = {"step": 0, "epoch": 0.0} | (run.metrics() or [{}])[-1]
-    metrics = {f"evaluate/{name}": value for name, value in scored.items()}
-    run.append_metrics(last["step"], last["epoch"], metrics)
-    records.write(replace(result, metrics=result.metrics | metrics), run.folder)
+    own = {f"evaluate/{name}": value for name, value in scored.items()}
+    run.append_metrics(last["step"], last["epoch"], own)
+    records.write(replace(result, metrics=result.metrics | own), run.folder)
     add_metrics(bound_store(cfg.tracking), run)
-
-
-def device() -> str:
-    """CUDA, then MPS, then the CPU."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
