@@ -61,17 +61,12 @@ def take_trusted_code(command: str, arguments: Sequence[str]) -> tuple[TrustedCo
     Raises:
         RequestError: no full commit, named twice, or a command that loads no model.
     """
-    values, others = [], []
-    left = iter(arguments)
-    for argument in left:
-        flag, equals, value = argument.partition("=")
-        if flag == TRUST_FLAG:
-            values.append(value if equals else next(left, ""))
-        else:
-            others.append(argument)
-    if len(values) > 1:
-        _refuse(f"{TRUST_FLAG} is given {len(values)} times; one repository can be trusted")
-    return (trusted_code_of(command, values[0]) if values else None), others
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(TRUST_FLAG, dest="values", action="append", nargs="?", const="", default=[])
+    known, others = parser.parse_known_args(arguments)
+    if len(known.values) > 1:
+        _refuse(f"{TRUST_FLAG} is given {len(known.values)} times; one repository can be trusted")
+    return (trusted_code_of(command, known.values[0]) if known.values else None), others
 
 
 def _refuse(message: str) -> NoReturn:
@@ -162,20 +157,21 @@ def literal_files(command: str, arguments: Sequence[str]) -> list[str]:
         len(names) <= 1 or "experiment" not in names,
         f"{' and '.join(given)}: each says which runs to compare; give one of them",
     )
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--out", action="append", nargs="?", const="", default=[])
+    known, rest = parser.parse_known_args(arguments)
+    require(all(known.out), "--out: needs a file, such as --out report.html")
+    others: list[str] = []
     found: dict[str, list[str]] = {"out": [], "runs": []}
-    others, left = [], iter(arguments)
-    for argument in left:
-        key, equals, value = argument.partition("=")
-        if key == "--out":
-            value = value if equals else next(left, "")
-            require(bool(value), "--out: needs a file, such as --out report.html")
+    for argument in [*(f"out={file}" for file in known.out), *rest]:
+        key, _, value = argument.partition("=")
         is_plain = bool(value) and value[0] not in "[{'\""
-        if key in ("--out", "out", "runs") and is_plain:
-            found[key.lstrip("-")].append(value)
+        if key in found and is_plain:
+            found[key].append(value)
         elif key in GROUPS_ELSEWHERE:
             others.append(f"{GROUPS_ELSEWHERE[key]}={quoted(value) if is_plain else value}")
         else:
-            others.append(f"out={value}" if key == "--out" else argument)
+            others.append(argument)
     return [*others, *(f"{key}=[{','.join(map(quoted, values))}]" for key, values in found.items() if values)]
 
 
