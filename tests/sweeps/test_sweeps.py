@@ -19,6 +19,7 @@ from mlmx.runs.run import Run, all_runs
 from mlmx.sweeps.sweep import Sweep, all_sweeps
 from mlmx.tracking.follower import Follower
 from mlmx.tracking.mirror import Mirror
+from mlmx.tracking.tracker import Tracker
 from tests.support.processes import ended, reached, started, wait_until
 
 Sweeping = Callable[..., int]
@@ -56,6 +57,17 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr("mlmx.commands.train.train", train)
     return rates
+
+
+@pytest.fixture
+def untaught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs with all of their record, whose model takes no step."""
+
+    def fit(cfg: TrainConfig, ready: Any, run: Run, tracker: Tracker, stop_early: object) -> None:
+        tracker.log(0, 0.0, ready.measure(ready.model))
+
+    monkeypatch.setattr("mlmx.commands.train.fit", fit)
+    monkeypatch.setattr("mlmx.commands.train.draw_plots", lambda run, title: [])
 
 
 def the_sweep() -> Sweep:
@@ -104,6 +116,7 @@ def test_a_sweep_is_one_parent_with_its_jobs_nested(sweep: Sweeping, outputs: Pa
     }
 
 
+@pytest.mark.usefixtures("untaught")
 def test_the_same_sweep_again_makes_no_run_twice_and_takes_in_new_values(sweep: Sweeping, trained: list[float]):
     assert sweep("lr=1e-4,1e-3", "tracking=none") == 0
     before = {run.folder: run.result() for run in all_runs()}
@@ -117,6 +130,7 @@ def test_the_same_sweep_again_makes_no_run_twice_and_takes_in_new_values(sweep: 
     assert sorted(path.name for path in the_sweep().folders()) == ["0", "1", "3"]
 
 
+@pytest.mark.usefixtures("untaught")
 def test_jobs_with_damaged_files_are_made_anew_and_no_others(sweep: Sweeping, trained: list[float]):
     assert sweep("lr=1e-4,1e-3,5e-3", "tracking=none") == 0
     jobs = the_sweep().jobs()
@@ -127,6 +141,7 @@ def test_jobs_with_damaged_files_are_made_anew_and_no_others(sweep: Sweeping, tr
     assert {run.config().lr: run.status for run in the_sweep().runs()} == dict.fromkeys((1e-4, 1e-3, 5e-3), "FINISHED")
 
 
+@pytest.mark.usefixtures("untaught")
 def test_another_sweep_is_another_one(sweep: Sweeping, trained: list[float]):
     for more in (["lr=1e-4"], ["lr=1e-4", "seed=1"], ["lr=1e-4", "seed=42,1"]):
         assert sweep(*more, "tracking=none") == 0
@@ -137,6 +152,7 @@ def test_another_sweep_is_another_one(sweep: Sweeping, trained: list[float]):
     assert len(trained) == 5
 
 
+@pytest.mark.usefixtures("untaught")
 def test_other_texts_or_other_code_make_other_runs(
     sweep: Sweeping, corpus: Path, tmp_path: Path, trained: list[float], monkeypatch: pytest.MonkeyPatch
 ):
@@ -189,6 +205,7 @@ def test_a_failing_job_ends_no_other_and_is_tried_anew(
     assert len(told(outputs)[1]) == 3
 
 
+@pytest.mark.usefixtures("untaught")
 def test_a_job_that_is_refused_late_leaves_its_reason(
     sweep: Sweeping, corpus: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -240,6 +257,7 @@ def test_jobs_that_ended_before_mlflow_knew_it_are_mended_with_the_sweep(
         assert "model" in {one.name for one in client.search_logged_models([child.info.experiment_id])}
 
 
+@pytest.mark.usefixtures("untaught")
 @pytest.mark.parametrize("by_name", [True, False])
 def test_a_sweep_that_is_being_run_is_refused(
     sweep: Sweeping, by_name: bool, trained: list[float], outputs: Path, capsys: pytest.CaptureFixture[str]
