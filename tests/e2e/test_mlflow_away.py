@@ -24,7 +24,7 @@ from mlmx.tracking.mirror import record_of, update
 from mlmx.tracking.tracker import Tracker
 from tests.support.made_runs import checkpoint
 from tests.support.servers import Server, Way
-from tests.tracking.test_tracking import REPORT, caught_up, history, logged, until
+from tests.support.tracked import REPORT, caught_up, history, logged, until
 
 pytestmark = pytest.mark.timeout(1800)
 

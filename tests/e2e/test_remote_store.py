@@ -18,8 +18,8 @@ from mlmx.runs.run import Run
 from mlmx.tracking import store
 from tests.support.processes import ended, reached, started, wait_until
 from tests.support.servers import Server, postgres, postgres_program, serving
-from tests.tracking.test_tracking import history, logged
-from tests.training.test_resume import command
+from tests.support.tracked import history, logged
+from tests.support.trainings import command
 
 pytestmark = pytest.mark.timeout(1800)
 

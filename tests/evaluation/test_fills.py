@@ -21,8 +21,8 @@ from mlmx.models.fill import fill_masks
 from mlmx.runs.run import Run
 from mlmx.tracking.store import local
 from tests.support.processes import ended, reached, started, wait_until
-from tests.tracking.test_mirror import of
-from tests.training.test_resume import WEIGHTS, command, history, same
+from tests.support.tracked import of
+from tests.support.trainings import WEIGHTS, command, history, same
 
 HELDOUT = "heldout.documents=30"
 COLUMNS = ["step", "epoch", "sentence", "target", "target_probability"]

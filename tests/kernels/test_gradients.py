@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from mlmx.kernels import gradients
-from tests.training.test_training import last, train
+from tests.support.trainings import last, train
 
 SHAPES = [(30522, 96), (96, 96), (96,), (8, 8, 3), (1, 50_000), ()]
 

@@ -8,66 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
-    AlbertConfig,
     AutoModelForMaskedLM,
-    BertConfig,
-    DebertaV2Config,
-    DistilBertConfig,
-    ElectraConfig,
     FlaubertConfig,
-    ModernBertConfig,
-    MPNetConfig,
-    RobertaConfig,
 )
 
 from mlmx.config.errors import RequestError
 from mlmx.models.encoders import load_model, longest_input, packaged, pretrained, scratch
 from mlmx.models.fill import fill_masks
 from mlmx.models.head import masked_logits
-
-SIZES = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-COMMON = {**SIZES, "intermediate_size": 64, "max_position_embeddings": 40}
-CONFIGS = {
-    "distilbert": DistilBertConfig(vocab_size=120, dim=32, hidden_dim=64, n_layers=2, n_heads=2),
-    "bert": BertConfig(**COMMON),
-    "roberta": RobertaConfig(**COMMON),
-    "albert": AlbertConfig(**COMMON, embedding_size=16),
-    "electra": ElectraConfig(**COMMON, embedding_size=16),
-    "deberta_v2": DebertaV2Config(**COMMON),
-    "mpnet": MPNetConfig(**COMMON),
-    "modernbert": ModernBertConfig(**COMMON, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1),
-}
-
-
-def batch_of(seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(5, 120, (3, 16), generator=generator)
-    labels = torch.where(torch.rand(3, 16, generator=generator) < 0.3, ids, -100)
-    return {"input_ids": ids, "labels": labels}
+from tests.support.models import CONFIGS, batch_of, check_head
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_masked_positions_give_the_full_heads_loss_and_gradient(family: str):
     check_head(family, "cpu", None)
-
-
-def check_head(family: str, device: str, room: int | None) -> None:
-    torch.manual_seed(0)
-    loaded = AutoModelForMaskedLM.from_config(CONFIGS[family]).double().to(device).eval()
-    batch = {name: value.to(device) for name, value in batch_of(1).items()}
-    logits, labels = masked_logits(loaded, batch, room)
-    loss = torch.nn.functional.cross_entropy(logits, labels)
-    loss.backward()
-    ours = {name: p.grad.clone() for name, p in loaded.named_parameters() if p.grad is not None}
-    loaded.zero_grad()
-    everywhere = loaded(input_ids=batch["input_ids"]).logits  # some heads compute their own loss in fp32
-    full = torch.nn.functional.cross_entropy(everywhere.flatten(0, 1), batch["labels"].flatten())
-    full.backward()
-    assert loss.item() == pytest.approx(full.item(), rel=1e-10)
-    assert logits.shape == (room or int((batch["labels"] != -100).sum()), 120)
-    for name, parameter in loaded.named_parameters():
-        if parameter.grad is not None:
-            assert torch.allclose(ours[name], parameter.grad, rtol=1e-9, atol=1e-12), name
 
 
 @pytest.mark.parametrize("family", CONFIGS)

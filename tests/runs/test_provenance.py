@@ -20,9 +20,8 @@ from mlmx.runs import provenance
 from mlmx.runs.run import Run, begin_run
 from mlmx.tracking import follower, system
 from mlmx.tracking.store import local, server
-from tests.tracking.test_mirror import of, opened
-from tests.tracking.test_tracking import caught_up, history, logged, tracker, until
-from tests.training.test_resume import command
+from tests.support.tracked import caught_up, history, logged, of, opened, tracker, until
+from tests.support.trainings import command
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 
 from mlmx.sweeps.sweep import all_sweeps
 from tests.support.processes import PATIENCE_SECONDS, reached
-from tests.sweeps.test_sweeps import command, told
+from tests.support.sweeps import command, told
 
 JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 pytestmark = pytest.mark.usefixtures("store")

@@ -20,7 +20,7 @@ from mlmx.config.schema import TrainConfig
 from mlmx.sweeps import search
 from mlmx.sweeps.sweep import all_sweeps
 from tests.support.processes import ended, reached, started, wait_until
-from tests.sweeps.test_sweeps import command, told
+from tests.support.sweeps import command, told
 
 SPACE = ("lr=tag(log, interval(1e-5, 1e-2))", "mlm_probability=choice(0.15,0.3)")
 OPTUNA = ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=6", "hydra.sweeper.startup_trials=2")

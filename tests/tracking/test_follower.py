@@ -20,7 +20,7 @@ from mlmx.tracking.mirror import update
 from mlmx.tracking.store import local, server
 from mlmx.tracking.tracker import Tracker
 from tests.support.made_runs import checkpoint
-from tests.tracking.test_tracking import caught_up, history, logged, tracker, until
+from tests.support.tracked import caught_up, history, logged, tracker, until
 
 VALUES = (0.1 + 0.2, float("inf"), -1e-300, 7.0)
 

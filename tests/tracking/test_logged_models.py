@@ -33,8 +33,7 @@ from mlmx.tracking.store import local
 from mlmx.tracking.tracker import Tracker
 from tests.support.made_runs import checkpoint
 from tests.support.servers import OPTIONS, free_port
-from tests.tracking.test_mirror import Made, opened
-from tests.tracking.test_tracking import caught_up, history, logged, until
+from tests.support.tracked import Made, caught_up, history, logged, opened, until
 
 pytestmark = pytest.mark.timeout(300)
 SENTENCE = "This is a great [MASK]."

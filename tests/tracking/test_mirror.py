@@ -17,35 +17,17 @@ import pytest
 from filelock import FileLock
 
 from mlmx.commands.main import main
-from mlmx.config.schema import TrainConfig
 from mlmx.runs import process
-from mlmx.runs.run import Run, begin_run
+from mlmx.runs.run import Run
 from mlmx.tracking import follower
 from mlmx.tracking.mirror import update
 from mlmx.tracking.store import Store, local
 from mlmx.tracking.tracker import Tracker
-from tests.tracking.test_tracking import REPORT, caught_up, logged, until
-from tests.tracking.test_tracking import history as stored
-from tests.training.test_resume import command, history, same
+from tests.support.tracked import REPORT, Made, caught_up, ended, log_steps, logged, of, opened, until
+from tests.support.tracked import history as stored
+from tests.support.trainings import command, history, same
 
 pytestmark = pytest.mark.timeout(300)
-
-
-def of(outputs: Path):
-    """The one MLflow run of the local store."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(local().uri)
-    [run] = client.search_runs([client.get_experiment_by_name("mlmx").experiment_id])
-    return client, run
-
-
-class Made:
-    """What `stored` and `logged` ask of a tracker."""
-
-    def __init__(self, folder: Path) -> None:
-        self.run = Run(folder)
-        self.run_id = self.run.read_json("result.json")["run_id"]
 
 
 Points = list[tuple[str, int, int, float]]
@@ -138,29 +120,6 @@ def test_a_server_that_is_away_is_said_in_one_line(offline: Path, capsys):
 
 
 # ------------------------------------------------------------------------------ a tracker without a training
-
-
-def opened(folder: Path, protocol: str = "heldout-1", **more: Any) -> Tracker:
-    """The tracker of a run of the local store, new or resumed."""
-    if not (folder / "config.yaml").exists():
-        begin_run(folder, TrainConfig(tracking={"name": "local"}), (), {})
-    made = Tracker(Run(folder), local())
-    tags = {"mlmx.command": "python -m mlmx train", "mlmx.folder": str(folder), "mlflow.note.content": "a note"}
-    made.start("a name", protocol, {"lr": 1e-5}, tags | {"mlmx.protocol": protocol}, REPORT, **more)
-    return made
-
-
-def log_steps(made: Tracker, steps: range) -> None:
-    for step in steps:
-        made.log(step, step / 100, {"train/loss": 3 + 1 / (step + 1), "train/grad_norm": step * 0.5})
-
-
-def ended(folder: Path, status: str = "FINISHED", resumable: bool = False) -> Tracker:
-    """A run of ten steps that has ended."""
-    made = opened(folder)
-    log_steps(made, range(1, 11))
-    made.finish(status, {}, resumable)
-    return made
 
 
 def test_an_ending_and_going_on_are_told_as_they_are(store: Path, outputs: Path):

@@ -22,8 +22,7 @@ from mlmx.commands.main import main
 from mlmx.runs.run import Run
 from mlmx.tracking import follower, store
 from mlmx.tracking.store import Store, is_of_a_network, local, make, newest_schema, trouble
-from tests.tracking.test_mirror import ended
-from tests.tracking.test_tracking import caught_up, history, logged, tracker, until
+from tests.support.tracked import caught_up, ended, history, logged, tracker, until
 
 POINTS = 20
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -14,66 +11,10 @@ from mlmx.commands import main
 from mlmx.config.errors import RequestError
 from mlmx.runs.run import Run, all_runs
 from mlmx.tracking import follower
-from mlmx.tracking.store import Store, local, server
+from mlmx.tracking.store import local, server
 from mlmx.tracking.tracker import Tracker
 from tests.support.made_runs import checkpoint
-
-REPORT = {
-    split: {
-        "source": "imdb_packaged",
-        "documents": 3,
-        "tokens": 30,
-        "chunks": 2,
-        "dropped_tokens": 0,
-        "sha256": "ab" * 32,
-    }
-    for split in ("corpus", "train", "eval")
-}
-
-
-def tracker(folder: Path, store: Store | None) -> Tracker:
-    folder.mkdir(parents=True)
-    made = Tracker(Run(folder), store)
-    made.start("a name", "eval-1", {"lr": 1e-5}, {"mlmx.command": "train", "mlmx.folder": str(folder)}, REPORT)
-    return made
-
-
-def until(true: Callable[[], bool]) -> None:
-    """Wait for what another thread or process does (pytest's timeout ends it)."""
-    while not true():
-        time.sleep(0.01)
-
-
-def caught_up(made: Tracker) -> bool:
-    """Whether MLflow is in touch and has all that the run's folder has now."""
-    assert made.follower is not None
-    mirror = made.follower.mirror
-    if mirror.mlflow is None or made.follower.failures:
-        return False
-    return mirror.sent_bytes == made.lines.size and not mirror.lacking()
-
-
-def logged(made: Tracker) -> list[tuple[str, int, int, float]]:
-    """(name, step, milliseconds, value) of every number in metrics.jsonl."""
-    return sorted(
-        (name, row["step"], int(datetime.fromisoformat(row["time"]).timestamp() * 1000), value)
-        for row in made.run.metrics()
-        for name, value in row.items()
-        if name not in ("step", "time")
-    )
-
-
-def history(at: Store, made: Tracker) -> list[tuple[str, int, int, float]]:
-    """The same of every point that MLflow has of the run, which ended as it should have."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(at.uri)
-    run_id = made.run.result().run_id
-    assert run_id is not None
-    run = client.get_run(run_id)
-    assert run.info.status == made.run.status
-    points = [point for name in run.data.metrics for point in client.get_metric_history(run_id, name)]
-    return sorted((point.key, point.step, point.timestamp, point.value) for point in points)
+from tests.support.tracked import history, logged, tracker, until
 
 
 def test_numbers_reach_the_folder_and_the_store(store: Path, outputs: Path):

@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from mlmx.commands import main
-from tests.models.test_encoders import CONFIGS, check_head
-from tests.training.test_resume import WEIGHTS, command, history, killed_at
-from tests.training.test_training import last, train
+from tests.support.models import CONFIGS, check_head
+from tests.support.trainings import WEIGHTS, command, history, killed_at, last, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -23,9 +23,8 @@ from mlmx.tracking.tracker import Tracker
 from mlmx.training import failures
 from mlmx.training.arguments import training_arguments
 from mlmx.training.trainer import Trainer, run_and_save
-from tests.models.test_encoders import CONFIGS
+from tests.support.models import CONFIGS, Notes, Rows, stack
 from tests.support.processes import run_distributed
-from tests.training.test_loss import Notes, Rows, stack
 
 NAN, INF = math.nan, math.inf
 STEPS = 5  # of 8 rows; a log after each

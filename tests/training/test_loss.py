@@ -12,46 +12,11 @@ from transformers import AutoModelForMaskedLM
 
 from mlmx.models.head import masked_logits
 from mlmx.training.arguments import training_arguments
-from tests.models.test_encoders import CONFIGS
+from tests.support.models import CONFIGS, Notes, Rows, stack
 from tests.support.processes import distributed, ended, run_distributed, started
 
 CUTS = [(8, 1), (4, 2), (2, 4), (1, 8)]
 STEPS = 5
-
-
-class Rows(torch.utils.data.Dataset):
-    """40 rows whose numbers of targets are given; row i is the same whenever it is asked for."""
-
-    epoch = 0
-
-    def __init__(self, counts: list[int]) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(5, 120, (STEPS * 8, 16), generator=generator)
-        self.labels = torch.full_like(self.ids, -100)
-        for row, labels in enumerate(self.labels):
-            places = torch.randperm(16, generator=generator)[: counts[row % len(counts)]]
-            labels[places] = self.ids[row, places]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.ids[index], "labels": self.labels[index]}
-
-
-def stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-class Notes:
-    def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
-
-    def log(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
-        self.rows.append(metrics)
-
-    def checkpoint(self, folder: Path, step: int, epoch: float) -> None:
-        raise AssertionError("nothing is to be saved here")
 
 
 def trained(family: str, counts: list[int], batch_size: int, accumulation: int, folder: Path) -> tuple[Notes, Any]:

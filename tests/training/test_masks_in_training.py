@@ -16,8 +16,8 @@ from mlmx.data.tokens import tokenize
 from mlmx.models.encoders import load_model, scratch
 from mlmx.models.head import masked_logits
 from mlmx.training.arguments import training_arguments
+from tests.support.models import Notes
 from tests.support.processes import run_distributed
-from tests.training.test_loss import Notes
 
 ROWS = 24
 

@@ -8,10 +8,8 @@ import random
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 from mlmx.commands.main import main
 from mlmx.evaluation.measure import Measure
@@ -19,10 +17,7 @@ from mlmx.runs import checkpoints
 from mlmx.runs.checkpoints import is_interim
 from mlmx.runs.run import Run
 from tests.support.processes import distributed, ended, reached, started, wait_until
-
-STEPS = 20
-CLOCK = ("time", "train/tokens_per_second", "perf/tokens_per_second", "perf/mfu")
-WEIGHTS = "model/model.safetensors"
+from tests.support.trainings import STEPS, WEIGHTS, command, history, killed_at, same
 
 
 @pytest.fixture(scope="session")
@@ -33,71 +28,6 @@ def dropping(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     assert config["dropout"] == config["attention_dropout"] == 0
     (folder / "config.json").write_text(json.dumps(config | {"dropout": 0.2, "attention_dropout": 0.2}))
     return folder
-
-
-def command(tiny: Path, corpus: Path, folder: Path, *more: str, accumulation: int = 1, workers: int = 0) -> list[str]:
-    """20 optimizer steps in two epochs, a checkpoint and a point after each."""
-    settings = {
-        "model": "distilbert",
-        "model.path": tiny,
-        "dataset": "files",
-        "dataset.path": corpus,
-        "dataset.train_chunks": 10 * 4 * accumulation,
-        "dataset.eval_chunks": 8,
-        "heldout.documents": 4,
-        "chunk_size": 24,
-        "batch_size": 4,
-        "epochs": 2,
-        "lr": "1e-3",
-        "tracking": "none",
-        "trainer.logging_strategy": "steps",
-        "trainer.logging_steps": 1,
-        "trainer.save_strategy": "steps",
-        "trainer.save_steps": 1,
-        "trainer.gradient_accumulation_steps": accumulation,
-        "trainer.dataloader_num_workers": workers,
-        "hydra.run.dir": folder,
-    }
-    return ["train", *(f"{key}={value}" for key, value in settings.items()), *more]
-
-
-def history(folder: Path) -> list[dict[str, Any]]:
-    """The points of a run without what the clock says, the metrics of a step joined."""
-    joined: dict[int, dict[str, Any]] = {}
-    for row in Run(folder).metrics():
-        assert not joined.get(row["step"], {}).keys() & row.keys() - {"step", "epoch", *CLOCK}, "a point twice"
-        joined[row["step"]] = joined.get(row["step"], {}) | row
-    return [{key: value for key, value in row.items() if key not in CLOCK} for row in joined.values()]
-
-
-def same(one: Path, other: Path) -> bool:
-    """Whether two safetensors files hold the same bits."""
-    left, right = load_file(one), load_file(other)
-    return left.keys() == right.keys() and all(bool((left[name] == right[name]).all()) for name in left)
-
-
-def killed_at(step: int, whole: Path, folder: Path) -> Path:
-    """The folder of a run as a SIGKILL leaves it right after the checkpoint of a step."""
-    ignored = shutil.ignore_patterns("checkpoint-*", "model", "plots")
-    shutil.copytree(whole, folder, ignore=ignored)
-    (folder / "checkpoints").mkdir(exist_ok=True)
-    for number in range(1, step + 1):
-        shutil.copytree(
-            whole / f"checkpoints/checkpoint-{number}",
-            folder / f"checkpoints/checkpoint-{number}",
-            copy_function=os.link,
-        )
-    lines = (whole / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    # the log, the checkpoint and what the end of an epoch brings come in this order
-    kept = [line for line in lines if json.loads(line)["step"] <= step and not (owed(line, step))]
-    (folder / "metrics.jsonl").write_text("".join(kept), encoding="utf-8")
-    Run(folder).write_json("result.json", Run(folder).read_json("result.json") | {"status": "RUNNING"})
-    return folder
-
-
-def owed(line: str, step: int) -> bool:
-    row = json.loads(line)
-    return bool(row["step"] == step and "train/loss" not in row)
 
 
 @pytest.fixture(scope="session")

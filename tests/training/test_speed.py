@@ -18,7 +18,7 @@ from mlmx.kernels import flops, memory
 from mlmx.kernels.flops import flops_per_token, matmul_peak
 from mlmx.models import head
 from mlmx.runs.run import Run
-from tests.training.test_training import train, train_scratch
+from tests.support.trainings import train, train_scratch
 
 FAULTS = """
 import resource, sys

@@ -9,25 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mlmx.commands import main
 from mlmx.config.errors import RequestError
-from mlmx.runs.run import Run, all_runs
 from mlmx.training.arguments import SET_BY, require_names, resolve_precision, training_arguments, use_tf32
+from tests.support.trainings import last, train, train_scratch
 
 DIALS = {"lr": 1e-3, "epochs": 1, "batch_size": 8, "weight_decay": 0.01, "seed": 42, "precision": "fp32"}
-
-
-def train(tiny: Path, corpus: Path, *overrides: str) -> Run:
-    parts = [f"model.path={tiny}", "dataset=files", f"dataset.path={corpus}", "chunk_size=32", "precision=fp32"]
-    sizes = ["dataset.train_chunks=40", "dataset.eval_chunks=8", "epochs=1", "lr=1e-3", "tracking=none"]
-    given = {override.partition("=")[0] for override in overrides}
-    kept = [one for one in [*parts, *sizes] if one.partition("=")[0] not in given]
-    assert main.main(["train", *kept, *overrides]) == 0
-    return all_runs()[-1]
-
-
-def last(run: Run, name: str) -> float:
-    return [row[name] for row in run.metrics() if name in row][-1]
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 2), (2, 4), (1, 8)])
@@ -79,13 +65,6 @@ def test_dropout_is_seeded_by_step_not_by_history(corpus: Path):
     seldom = train_scratch(corpus, dropout)
     often = train_scratch(corpus, [*dropout, "trainer.eval_strategy=steps", "trainer.eval_steps=1"])
     assert last(seldom, "train/loss") == last(often, "train/loss")
-
-
-def train_scratch(corpus: Path, overrides: list[str]) -> Run:
-    data = ["dataset=files", f"dataset.path={corpus}", "dataset.train_chunks=40", "dataset.eval_chunks=8"]
-    dials = ["chunk_size=32", "epochs=1", "precision=fp32", "tracking=none"]
-    assert main.main(["train", *overrides, *data, *dials]) == 0
-    return all_runs()[-1]
 
 
 def test_every_epoch_is_scored_logged_and_saved(tiny: Path, corpus: Path):
