@@ -145,15 +145,14 @@ class HeldoutSource:
 
     source: partial[Any] | None
     origin: str
-    documents: int
-    share: float
+    wanted: Heldout
     allow_overlap: bool
 
     def split(self, texts: dict[str, Dataset]) -> Split:
         """Training and held-out documents; see `heldout.split_off`."""
         found = read(self.source) if self.source else {}
         other = found.get("heldout", found.get("train"))
-        return split_off(texts, other, self.origin, self.documents, self.share, self.allow_overlap)
+        return split_off(texts, other, self.origin, self.wanted.documents, self.wanted.share, self.allow_overlap)
 
 
 def heldout_source(wanted: Heldout, training: partial[Any], says: DatasetHeldout) -> HeldoutSource:
@@ -167,7 +166,7 @@ def heldout_source(wanted: Heldout, training: partial[Any], says: DatasetHeldout
     asked = wanted.dataset or says.heldout
     if not asked:
         own = "the dataset's own held-out split"
-        return HeldoutSource(None, own, wanted.documents, wanted.share, says.allow_overlap)
+        return HeldoutSource(None, own, wanted, says.allow_overlap)
     options = load_option("dataset", asked) if isinstance(asked, str) else asked
     source, *_ = bind("heldout.dataset", options, DATASETS, split_chunks, DatasetHeldout)
     origin = asked if isinstance(asked, str) else ":".join(str(v) for v in (options["name"], options.get("path")))
@@ -176,7 +175,7 @@ def heldout_source(wanted: Heldout, training: partial[Any], says: DatasetHeldout
         f"heldout.dataset={origin}: is the training source itself; name another dataset, or leave it out for "
         "a share of documents that is then not trained on",
     )
-    return HeldoutSource(source, f"heldout.dataset={origin}", wanted.documents, wanted.share, says.allow_overlap)
+    return HeldoutSource(source, f"heldout.dataset={origin}", wanted, says.allow_overlap)
 
 
 def _call(bound: partial[Any]) -> tuple[Any, dict[str, Any]]:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 SHOWN_TARGETS = 12
+Report = Mapping[str, Mapping[str, Any]]  # as in data.json
+Scores = Mapping[str, float]
 
 
 def choice(group: str, cfg: TrainConfig, job: Job) -> str:
@@ -49,11 +51,7 @@ def source_name(cfg: TrainConfig, job: Job) -> str:
 
 
 def introduction(
-    cfg: TrainConfig,
-    job: Job,
-    report: Mapping[str, Mapping[str, Any]],
-    arguments: TrainingArguments,
-    model: PreTrainedModel,
+    cfg: TrainConfig, job: Job, report: Report, arguments: TrainingArguments, model: PreTrainedModel
 ) -> str:
     """The three lines a run opens with."""
     corpus, train, evaluation, heldout = report["corpus"], report["train"], report["eval"], report.get("heldout")
@@ -105,11 +103,7 @@ def fills(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str)
 
 
 def params(
-    cfg: TrainConfig,
-    job: Job,
-    arguments: TrainingArguments,
-    model: PreTrainedModel,
-    report: Mapping[str, Mapping[str, Any]],
+    cfg: TrainConfig, job: Job, arguments: TrainingArguments, model: PreTrainedModel, report: Report
 ) -> dict[str, Any]:
     """The dials and what deviates, flat; numbers stay numbers. Everything else is in config.yaml."""
     groups = {name: choice(name, cfg, job) for name in ("model", "dataset", "chunking", "masking", "trainer")}
@@ -139,7 +133,7 @@ def command_line(job: Job) -> str:
     return shlex.join(["python", "-m", "mlmx", "train", *flags, *job.overrides])
 
 
-def tags(cfg: TrainConfig, job: Job, report: Mapping[str, Mapping[str, Any]], protocol: str) -> dict[str, str]:
+def tags(cfg: TrainConfig, job: Job, report: Report, protocol: str) -> dict[str, str]:
     """Tags that are not about the machine: data, protocol, experiment and the user's note."""
     command = command_line(job)
     found = {
@@ -155,14 +149,14 @@ def tags(cfg: TrainConfig, job: Job, report: Mapping[str, Mapping[str, Any]], pr
     return {name: str(value) for name, value in found.items() if value}
 
 
-def by_word(found: Mapping[str, float]) -> str:
+def by_word(found: Scores) -> str:
     """``words    held-out loss: unseen 9.38, rare 9.06, …``."""
     prefix = "final/heldout_loss_"
     parts = [f"{name.removeprefix(prefix)} {value:.2f}" for name, value in found.items() if name.startswith(prefix)]
     return f"words    held-out loss by word frequency and piece: {', '.join(parts)}"
 
 
-def scores(found: Mapping[str, float], report: Mapping[str, Mapping[str, Any]], protocol: str) -> str:
+def scores(found: Scores, report: Report, protocol: str) -> str:
     """A line per section: what was scored, and its numbers."""
     lines = []
     for section in [name for name in ("eval", "heldout") if name in report]:
@@ -171,14 +165,7 @@ def scores(found: Mapping[str, float], report: Mapping[str, Mapping[str, Any]], 
     return "\n".join([*lines, f"protocol {protocol}"])
 
 
-def outcome(
-    run: Run,
-    status: str,
-    resumable: bool,
-    before: Mapping[str, float],
-    after: Mapping[str, float],
-    store: Store | None,
-) -> str:
+def outcome(run: Run, status: str, resumable: bool, before: Scores, after: Scores, store: Store | None) -> str:
     """How a run ended, its numbers before training and after it, and what to do next, in markdown."""
     folder = shlex.quote(str(run.folder))
     rows = [
@@ -195,13 +182,11 @@ def outcome(
     return "\n".join([f"**{status}**", "", *table, *(f"    {command}" for command in commands)]).strip()
 
 
-def ending(run: Run, metrics: Mapping[str, float], seconds: Mapping[str, float], store: Store | None) -> str:
+def ending(run: Run, metrics: Scores, seconds: Scores, store: Store | None) -> str:
     """The last lines: numbers, folder, what to do next."""
-    numbers = "  ".join(
-        f"{name} {value:,.5g}" for name, value in metrics.items() if name.startswith(("eval/", "heldout/"))
-    )
+    numbers = [f"{name} {value:,.5g}" for name, value in metrics.items() if name.startswith(("eval/", "heldout/"))]
     lines = [
-        f"done     {numbers}  ({seconds['total']:.0f} s)",
+        f"done     {'  '.join(numbers)}  ({seconds['total']:.0f} s)",
         f"folder   {run.folder}",
         f"fill     python -m mlmx predict run={shlex.quote(str(run.folder))} 'text=This is a great [MASK].'",
     ]

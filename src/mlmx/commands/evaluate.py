@@ -107,11 +107,11 @@ def other_texts(
     left_out = 0
     if run is not None:
         trained = read(parts_of(run.config()).source)
-        split = split_off(trained, documents, source_name, parts.heldout.documents, 0, allow_overlap=True)
+        split = split_off(trained, documents, source_name, settings.heldout.documents, 0, allow_overlap=True)
         assert split.heldout is not None
         chosen, left_out = split.heldout, split.left_out
     else:
-        chosen = choose(documents, parts.heldout.documents)
+        chosen = choose(documents, settings.heldout.documents)
     heldout = heldout_chunks(chosen, tokenizer, settings.chunk_size, cache)
     report = {"heldout": {"source": source_name, "chunks": len(heldout), "left_out_for_overlap": left_out}}
     return tokenizer, mask, heldout, report

@@ -196,8 +196,7 @@ def _trials(study: Study, state: str) -> list[FrozenTrial]:
 
 
 def _plot_history(axes: Axes, study: Study, colours: Sequence[str]) -> None:
-    told = [(trial.number, trial.value) for trial in _trials(study, "COMPLETE") if trial.value is not None]
-    numbers, losses = zip(*told, strict=True)
+    numbers, losses = zip(*((trial.number, trial.value) for trial in _trials(study, "COMPLETE")), strict=True)
     axes.set(xlabel="trial", ylabel="loss")
     axes.plot(numbers, losses, "o", color=colours[0], label="loss")
     axes.step(numbers, list(itertools.accumulate(losses, min)), color=colours[1], where="post", label="best so far")
