@@ -29,29 +29,26 @@ from mlmx.config.redaction import entries
 def composed(compose: Callable[[list[str]], DictConfig], overrides: Sequence[str]) -> DictConfig:
     """What Hydra composes of these overrides, its own node included.
 
+    What Hydra refuses is passed on; where it breaks, the override on which it does is refused by name.
+
     Args:
         compose: which of its ways; what it adds to the overrides is at no fault.
-    Raises:
-        RequestError: where Hydra breaks, naming the override on which it does.
-        HydraException, OmegaConfBaseException: what Hydra refuses.
     """
     try:
         return compose(list(overrides))
     except (RequestError, HydraException, OmegaConfBaseException):
         raise
     except Exception as error:
-        culprit = next((one for one in overrides if _breaks(compose, one)), " ".join(overrides))
+        culprit = " ".join(overrides)
+        for one in overrides:
+            try:
+                compose([one])
+            except (RequestError, HydraException, OmegaConfBaseException):
+                continue
+            except Exception:  # noqa: BLE001 (of any kind: Hydra breaks)
+                culprit = one
+                break
         raise RequestError(f"{culprit}: cannot be composed ({type(error).__name__}: {error})") from error
-
-
-def _breaks(compose: Callable[[list[str]], DictConfig], override: str) -> bool:
-    try:
-        compose([override])
-    except (RequestError, HydraException, OmegaConfBaseException):
-        return False
-    except Exception:  # noqa: BLE001 (of any kind: Hydra breaks)
-        return True
-    return False
 
 
 class ComposedOnce(ConfigLoaderImpl):
@@ -79,8 +76,6 @@ class ComposedOnce(ConfigLoaderImpl):
         return found
 
 
-# ------------------------------------------------------------------------- what Hydra's own node may say
-
 CORE = "hydra._internal.core_plugins"
 # Where Hydra's node names code, and what may stand there: its own launcher and sweeper, and installed plugins.
 TARGETS = {
@@ -88,7 +83,6 @@ TARGETS = {
     "sweeper._target_": rf"{CORE}\.basic_sweeper\.BasicSweeper|hydra_plugins\.\w+\.\w+\.\w*Sweeper",
     "sweeper.sampler._target_": r"optuna\.samplers\.\w+Sampler",
 }
-FOLDERS = ("run.dir", "sweep.dir", "sweep.subdir")
 # Lists and mappings that are empty in Hydra's defaults, and why they stay so.
 EMPTY = {
     "callbacks": "a config names no code",
@@ -101,10 +95,7 @@ def require_confined(command: str, composed: DictConfig, number: int = 0, multir
     """Refuse a composition whose ``hydra`` node could write outside outputs/, run code or change the process.
 
     Args:
-        composed: with its ``hydra`` node.
         number: the job's place in the sweep.
-    Raises:
-        RequestError: where; what is allowed; what to do.
     """
     node = composed.hydra
     require(
@@ -122,14 +113,17 @@ def require_confined(command: str, composed: DictConfig, number: int = 0, multir
             f"hydra/{name}: is not taken; a run writes its own train.log (leave it at none)",
         )
     for path, key, target in entries(OmegaConf.to_container(node, resolve=False)):
-        if key != "_target_":
-            continue
-        allowed = TARGETS.get(path)
         require(
-            allowed is not None and re.fullmatch(allowed, str(target)) is not None,
+            key != "_target_" or (path in TARGETS and re.fullmatch(TARGETS[path], str(target)) is not None),
             f"hydra.{path}={target}: is not taken; Hydra's own launcher and sweeper, and its installed plugins, are",
         )
-    _require_folders(command, composed, number)
+    with open_dict(composed):
+        composed.hydra.job.num, composed.hydra.job.id = number, str(number)
+    with _as_hydra_config(composed):  # for ${hydra:…} in a folder's name
+        run, sweep, subdir = (str(OmegaConf.select(node, key)) for key in ("run.dir", "sweep.dir", "sweep.subdir"))
+    require_folder(command, "hydra.run.dir", run)
+    require_below_outputs("hydra.sweep.dir", sweep)
+    require_below_outputs("hydra.sweep.subdir", str(Path(sweep) / subdir), subdir)
 
 
 def is_grid(composed: DictConfig) -> bool:
@@ -155,18 +149,6 @@ def _as_hydra_config(composed: DictConfig) -> Iterator[None]:
         OmegaConf.set_readonly(composed.hydra, False)  # as it was composed
 
 
-def _require_folders(command: str, composed: DictConfig, number: int) -> None:
-    """The folders that Hydra would make for this job lie below outputs/."""
-    with open_dict(composed):
-        composed.hydra.job.num = number
-        composed.hydra.job.id = str(number)
-    with _as_hydra_config(composed):  # for ${hydra:…} in a folder's name
-        run, sweep, subdir = (str(OmegaConf.select(composed, f"hydra.{key}")) for key in FOLDERS)
-    require_folder(command, "hydra.run.dir", run)
-    require_below_outputs("hydra.sweep.dir", sweep)
-    require_below_outputs("hydra.sweep.subdir", str(Path(sweep) / subdir), subdir)
-
-
 def require_folder(command: str, key: str, folder: str) -> None:
     """Refuse a job's folder outside outputs/; the commands that make none are given the working folder itself."""
     if command == "train" or Path(folder).absolute() != Path.cwd():
@@ -174,11 +156,7 @@ def require_folder(command: str, key: str, folder: str) -> None:
 
 
 def require_below_outputs(key: str, folder: str, given: str | None = None) -> None:
-    """Refuse a folder that does not lie below outputs/, links and ``..`` followed.
-
-    Args:
-        given: what to show as given, if not ``folder``.
-    """
+    """Refuse a folder that does not lie below outputs/, links and ``..`` followed; ``given``: what to show for it."""
     try:
         below = is_below_outputs(Path(folder))
     except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a NUL
@@ -199,7 +177,7 @@ def quoted(text: str) -> str:
 def overrides_of(node: DictConfig, of: str = "task") -> list[str]:
     """The overrides of a composition as they were given, from its ``hydra`` node; ``${…}`` in them stays."""
     listed: Any = OmegaConf.to_container(node.overrides[of], resolve=False)
-    return [str(one) for one in listed]
+    return list(map(str, listed))
 
 
 def key_of(override: str) -> str:

@@ -36,11 +36,7 @@ def _points(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
 
 
 def load(stage: str, name: str) -> Callable[..., Any]:
-    """A function of `plugins`.
-
-    Raises:
-        RequestError: two packages bring one of this name, or it cannot be imported.
-    """
+    """A function of `plugins`; refused where two packages bring one of this name, or it cannot be imported."""
     found = {point.value: point for point in _points(tuple(sys.path)) if point.name == f"{stage}.{name}"}
     require(len(found) == 1, f"{stage} '{name}': is brought by {' and by '.join(found)}; uninstall one of them")
     [value] = found
@@ -63,11 +59,7 @@ def states(**facts: object) -> Callable[[F], F]:
 
 
 def call(stage: str, function: Callable[..., R], *arguments: object, fits: Callable[[Any], bool], needed: str) -> R:
-    """What a stage's function gives, if it is what the stage needs.
-
-    Raises:
-        RequestError: it is not, or the function fails; in one line with stage and name.
-    """
+    """What a stage's function gives; refused with stage and name if it is not what is needed, or the function fails."""
     try:
         given = function(*arguments)
     except (RequestError, WorkError, OSError, MemoryError):  # these say what they are

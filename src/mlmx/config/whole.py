@@ -41,9 +41,6 @@ def folder(path: Path, to_disk: bool = True) -> Iterator[Path]:
 
     Args:
         to_disk: wait until all of it is on the disk.
-
-    Raises:
-        OSError: as for `write`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
@@ -51,9 +48,8 @@ def folder(path: Path, to_disk: bool = True) -> Iterator[Path]:
     try:
         made.mkdir()
         yield made
-        if to_disk:
-            for part in (*made.rglob("*"), made):
-                _to_disk(part)
+        for part in (*made.rglob("*"), made) if to_disk else ():
+            _to_disk(part)
         if path.exists():
             path.rename(old)
         made.rename(path)
