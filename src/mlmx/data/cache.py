@@ -64,10 +64,17 @@ class TokenCache:
         self._release()
 
     def get(self, name: str, make: Callable[[], Entry]) -> Entry:
-        """The entry of a name."""
         entry = self._memory.pop(name, None) or self._read(name)
         if entry is None:
-            self._lock(name)
+            # Wait for any process that is making it. The lock lies outside the folder, which may not exist yet.
+            digest = hashlib.sha256(f"{self.folder.absolute()}/{name}".encode()).hexdigest()[:16]
+            lock = FileLock(Path(tempfile.gettempdir()) / f"mlmx-{os.getuid()}-{digest}.lock")
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                log.info("another run is tokenising the same texts; waiting for it")
+                lock.acquire()
+            self._locks.append(lock)
             entry = self._read(name) or make()  # another process may have kept it while this one waited
         self._used.add(name)
         self._memory[name] = entry  # the newest last
@@ -100,17 +107,6 @@ class TokenCache:
             self._damaged.add(name)
             return None
 
-    def _lock(self, name: str) -> None:
-        """Wait for any process that is making this entry. The lock lies outside the folder, which may not exist yet."""
-        digest = hashlib.sha256(f"{self.folder.absolute()}/{name}".encode()).hexdigest()[:16]
-        lock = FileLock(Path(tempfile.gettempdir()) / f"mlmx-{os.getuid()}-{digest}.lock")
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            log.info("another run is tokenising the same texts; waiting for it")
-            lock.acquire()
-        self._locks.append(lock)
-
     def _release(self) -> None:
         while self._locks:
             lock = self._locks.pop()
@@ -122,9 +118,6 @@ class TokenCache:
 def token_cache(folder: Path) -> TokenCache:
     """The cache of this process for a folder; the jobs of a sweep share it."""
     return TokenCache(folder)
-
-
-# ------------------------------------------------------------------------------------------- on disk
 
 
 def _write(entry: Entry, target: Path) -> None:
@@ -147,14 +140,14 @@ def _read(folder: Path) -> Entry:
     if zlib.crc32(contents["said"].encode()) != contents["crc32"]:
         raise ValueError("entry.json has changed")
     facts, checksums = json.loads(contents["said"])
+    arrays = {}
     for name, checksum in checksums.items():
-        if _checksum(folder / f"{name}.npy") != checksum:
+        file = folder / f"{name}.npy"
+        if _checksum(file) != checksum:
             raise ValueError(f"{name}.npy has changed")
-    # Plain views of the mapped files: rows of a np.memmap are made several times more slowly.
-    return Entry(
-        {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)) for name in checksums},
-        facts,
-    )
+        # Plain views of the mapped files: rows of a np.memmap are made several times more slowly.
+        arrays[name] = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
+    return Entry(arrays, facts)
 
 
 def _checksum(path: Path) -> list[int]:

@@ -18,10 +18,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-NUMBER = 20
 BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])\s+|\s*<[^<>]*>\s*|\s*\n\s*")
 FEWEST_WORDS, MOST_WORDS = 6, 40
-MOST_TOKENS = 64
+NUMBER, MOST_TOKENS = 20, 64
 FEWEST_LETTERS = 4  # of a word that is asked for: shorter ones are mostly grammar
 ORDER = 7  # of documents; another than theirs for the yardstick
 
@@ -41,7 +40,7 @@ class Example:
     position: int
 
 
-def choose_examples(texts: Dataset, tokenizer: PreTrainedTokenizerBase, number: int = NUMBER) -> tuple[Example, ...]:
+def choose_examples(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[Example, ...]:
     """Sentences, and a word of each, chosen by hashes of what they say; one of each document before a second of any.
 
     None of a tokenizer that does not tell where its tokens stand in the text.
@@ -52,7 +51,7 @@ def choose_examples(texts: Dataset, tokenizer: PreTrainedTokenizerBase, number: 
     order = hashed_order(document_keys(texts), ORDER)
     waiting = deque(_examples(texts, int(row), backend, str(tokenizer.mask_token)) for row in order)
     found: dict[str, Example] = {}
-    while waiting and len(found) < number:
+    while waiting and len(found) < NUMBER:
         document = waiting.popleft()
         example = next(document, None)
         if example is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,16 +28,14 @@ WORD_RATE = 0.15
 
 
 def hold_out(texts: Dataset, share: float, most: int) -> tuple[Dataset, Dataset]:
-    """Take a content-hashed share of documents out; every copy of a text goes to the same side.
+    """Training and held-out texts, in their original order: a content-hashed share, at most ``most``, is taken out.
 
-    Returns:
-        ``(training texts, held-out texts)``, both in their original order; at most ``most`` documents are held out.
+    Every copy of a text goes to the same side.
     """
     keys = document_keys(texts)
     unique = np.unique(keys)
     number = min(most, round(share * len(unique)), len(unique) - 1)
-    chosen = unique[hashed_order(unique)[:number]]
-    out = np.isin(keys, chosen)
+    out = np.isin(keys, unique[hashed_order(unique)[:number]])
     return texts.select(np.flatnonzero(~out)), choose(texts.select(np.flatnonzero(out)), most)
 
 
@@ -45,8 +43,7 @@ def choose(texts: Dataset, most: int) -> Dataset:
     """At most ``most`` different documents, chosen by hash, in their original order."""
     keys = document_keys(texts)
     _, first = np.unique(keys, return_index=True)
-    chosen = first[hashed_order(keys[first])[:most]]
-    return texts.select(np.sort(chosen))
+    return texts.select(np.sort(first[hashed_order(keys[first])[:most]]))
 
 
 @dataclass(frozen=True)
@@ -78,17 +75,11 @@ class DatasetHeldout:
 
 
 def split_off(
-    texts: Mapping[str, Dataset],
-    other: Dataset | None,
-    origin: str,
-    documents: int,
-    share: float,
-    allow_overlap: bool,
+    texts: Mapping[str, Dataset], other: Dataset | None, origin: str, documents: int, share: float, allow_overlap: bool
 ) -> Split:
     """Held-out documents: of another source where one is given, else the dataset's own, else a share of it.
 
-    Raises:
-        RequestError: held-out documents stand in the training texts too (counted, the first one quoted).
+    Refused where they stand in the training texts too (counted, the first one quoted).
     """
     source = texts.get("heldout") if other is None else other
     return _split_off(texts["train"], source, origin, documents, share, allow_overlap)
@@ -116,7 +107,7 @@ def _split_off(
     return Split(train, choose(remaining, documents), origin, count)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class HeldoutChunks(Chunks):
     """Rows of held-out documents, each document by itself, short tails kept; longest rows first.
 
@@ -130,23 +121,21 @@ class HeldoutChunks(Chunks):
         word_bytes: int64[D], UTF-8 bytes of each document's chosen words.
     """
 
-    keys: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
-    rows_of: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    chosen: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
-    word_bytes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    keys: NDArray[np.uint64]
+    rows_of: NDArray[np.int64]
+    chosen: NDArray[np.bool_]
+    word_bytes: NDArray[np.int64]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row, number = super().__getitem__(index), int(self.rows_of[index])
-        first = int(self.starts[index])
+        number, first = int(self.rows_of[index]), int(self.starts[index])
         own = self.chosen[first : first + int(self.lengths[index])]
-        edges = [np.zeros(len(edge), np.bool_) for edge in (self.prefix, self.suffix)]
-        return {
-            **row,
+        before, after = (np.zeros(len(edge), np.bool_) for edge in (self.prefix, self.suffix))
+        return super().__getitem__(index) | {
             "document": self.keys[number],
             "position": first - int(self.tokens.offsets[number]) - self.tokens.num_prefix,
-            "num_prefix": len(self.prefix),
-            "num_suffix": len(self.suffix),
-            "chosen": np.concatenate([edges[0], own, edges[1]]),
+            "num_prefix": len(before),
+            "num_suffix": len(after),
+            "chosen": np.concatenate([before, own, after]),
         }
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
@@ -157,13 +146,13 @@ def heldout_chunks(
     texts: Dataset, tokenizer: PreTrainedTokenizerBase, chunk_size: int, cache: TokenCache | None = None
 ) -> HeldoutChunks:
     """The held-out documents as rows of at most ``chunk_size`` tokens, nothing dropped."""
-    make = partial(mark_words, texts, tokenizer)
+    make = partial(_mark_words, texts, tokenizer)
     entry = make() if cache is None else cache.get(entry_name("heldout", texts, tokenizer), make)
     tokens = tokens_of(entry)
     rows = document(tokens, chunk_size)
     rows = rows.select(np.argsort(-rows.lengths, kind="stable"))
     return HeldoutChunks(
-        **{name: getattr(rows, name) for name in rows.__dataclass_fields__},
+        **vars(rows),
         keys=document_keys(texts),
         rows_of=np.searchsorted(tokens.offsets, rows.starts, side="right") - 1,
         chosen=entry.arrays["chosen"],
@@ -171,7 +160,7 @@ def heldout_chunks(
     )
 
 
-def mark_words(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Entry:
+def _mark_words(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Entry:
     """The texts' tokens, those of words chosen by (document, character span), and these words' bytes per document.
 
     A word is a run of letters and digits ("don't" is one); whether it is chosen is drawn from its document's key and
@@ -190,29 +179,16 @@ def mark_words(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Entry:
     for batch in batches(texts):
         documents = batch.to_pylist()
         for text, encoding in zip(documents, backend.encode_batch(documents, add_special_tokens=True), strict=True):
-            picked = _picked_words(text, keys[number])
+            spans = np.array([match.span() for match in WORD.finditer(text)], np.int64).reshape(-1, 2)
+            picked = spans[uniform(sample_keys(5, np.full(len(spans), keys[number]), spans[:, 0])) < WORD_RATE]
             word_bytes[number] = sum(len(text[a:b].encode()) for a, b in picked)
-            own = slice(tokens.offsets[number], tokens.offsets[number + 1])
-            chosen[own] = _touching(np.array(encoding.offsets, np.int64).reshape(-1, 2), picked)
+            begin, end = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+            last = np.searchsorted(picked[:, 0], end, side="left") - 1  # the last word beginning before a token's end
+            touches = (last >= 0) & (end > begin) & ((picked[last, 1] if len(picked) else 0) > begin)
+            chosen[tokens.offsets[number] : tokens.offsets[number + 1]] = touches
             number += 1
     return entry_of(tokens, chosen=chosen, word_bytes=word_bytes)
 
-
-def _picked_words(text: str, key: np.uint64) -> NDArray[np.int64]:
-    """Character spans of the text's words that are chosen, int64[n, 2]."""
-    spans = np.array([match.span() for match in WORD.finditer(text)], np.int64).reshape(-1, 2)
-    return spans[uniform(sample_keys(5, np.full(len(spans), key), spans[:, 0])) < WORD_RATE]
-
-
-def _touching(offsets: NDArray[np.int64], picked: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which tokens, by their character spans, hold a character of a picked word."""
-    last = np.searchsorted(picked[:, 0], offsets[:, 1], side="left") - 1  # the last word beginning before its end
-    touches = (last >= 0) & (offsets[:, 1] > offsets[:, 0])
-    touches &= (picked[last, 1] if len(picked) else 0) > offsets[:, 0]
-    return touches
-
-
-# ------------------------------------------------------------------------------- word frequencies
 
 # A word's occurrences in the training tokens → its band.
 BANDS = {"unseen": 0, "rare": 1, "medium": 10, "common": 1000}
@@ -226,11 +202,15 @@ def token_groups(heldout: Tokens, training: Chunks) -> NDArray[np.int8]:
     """
     ends = training.starts + training.lengths
     rows = [slice(first, last) for first, last in zip(training.starts.tolist(), ends.tolist(), strict=True)]
-    ids, starts = training.tokens.ids, training.tokens.word_starts
-    known, counts = _count_words(
-        np.concatenate([ids[row] for row in rows]),
-        None if starts is None else np.concatenate([starts[row] for row in rows]),
-    )
+    ids, starts = np.concatenate([training.tokens.ids[row] for row in rows]), training.tokens.word_starts
+    starts = _begins(ids, None if starts is None else np.concatenate([starts[row] for row in rows]))
+    whole = starts & np.append(starts[1:], True)  # words of one piece, which are most, are counted by their id
+    by_id = np.bincount(ids[whole])
+    of_one = np.flatnonzero(by_id).astype(np.int32)
+    of_more, counts = np.unique(_words(ids[~whole], starts[~whole])[0], return_counts=True)
+    known, counts = np.append(_words(of_one, None)[0], of_more), np.append(by_id[of_one], counts)
+    order = np.argsort(known)
+    known, counts = known[order], counts[order]
     words, first_pieces = _words(heldout.ids, heldout.word_starts)
     place = np.minimum(np.searchsorted(known, words), len(known) - 1)
     occurrences = np.where(known[place] == words, counts[place], 0)
@@ -238,20 +218,6 @@ def token_groups(heldout: Tokens, training: Chunks) -> NDArray[np.int8]:
     per_word = np.diff(np.append(np.flatnonzero(first_pieces), len(heldout.ids)))
     groups: NDArray[np.int8] = (np.repeat(bands, per_word) * 2 + ~first_pieces).astype(np.int8)
     return groups
-
-
-def _count_words(
-    ids: NDArray[np.int32], word_starts: NDArray[np.bool_] | None
-) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Hashes of the different words, uint64[U], sorted, and how often each occurs."""
-    starts = _begins(ids, word_starts)
-    whole = starts & np.append(starts[1:], True)  # words of one piece, which are most, are counted by their id
-    by_id = np.bincount(ids[whole])
-    of_one = np.flatnonzero(by_id).astype(np.int32)
-    of_more, counts = np.unique(_words(ids[~whole], starts[~whole])[0], return_counts=True)
-    known = np.concatenate([_words(of_one, None)[0], of_more])
-    order = np.argsort(known)
-    return known[order], np.concatenate([by_id[of_one], counts])[order]
 
 
 def _words(

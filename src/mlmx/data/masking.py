@@ -36,10 +36,6 @@ Draws = NDArray[np.uint32]
 LAST = np.uint32(2**32 - 1)  # stands behind every unit
 # Rows of chunks, each a mapping of its own, or those of one length stacked: the same names, one more axis.
 Rows = Mapping[str, Any] | Sequence[Mapping[str, Any]]
-
-
-# --------------------------------------------------------------------------------- the strategies
-
 # float64[B, T] uniforms in [0, 1), bool[B, T] word starts, float64[B, 1] targets to have → bool[B, T] unit starts.
 Strategy = Callable[..., Bools]
 
@@ -90,30 +86,22 @@ def span(
 MASKINGS: dict[str, Strategy] = table(token, whole_word, span)
 
 
-def place_units(strategy: Strategy, uniforms: Floats, word_starts: Bools, budgets: Floats) -> Bools:
-    """Where a strategy lets units begin, bool[B, T].
+def _place_units(strategy: Strategy, uniforms: Floats, word_starts: Bools, budgets: Floats) -> Bools:
+    """Where a strategy lets units begin, bool[B, T]; refused if it gives something else."""
 
-    Raises:
-        RequestError: it gives something else.
-    """
-    shape = word_starts.shape
-    units: Bools = call(
-        "masking",
-        strategy,
-        *(uniforms, word_starts, budgets),
-        fits=lambda given: isinstance(given, np.ndarray) and given.shape == shape and given.dtype.kind == "b",
-        needed="bool[B, T], where units begin,",
-    )
+    def fits(given: object) -> bool:
+        return isinstance(given, np.ndarray) and given.shape == word_starts.shape and given.dtype.kind == "b"
+
+    needed = "bool[B, T], where units begin,"
+    units: Bools = call("masking", strategy, uniforms, word_starts, budgets, fits=fits, needed=needed)
     return units
 
 
 def try_out(strategy: Strategy) -> None:
     """Let a strategy judge its options, and see that it keeps to its contract, on two rows of words."""
     word_starts = np.array([[True, False, True, True, False, False, True, False], [True] * 8])
-    place_units(strategy, uniform32(random_halves(np.arange(2, dtype=np.uint64), 8)), word_starts, np.full((2, 1), 1.2))
-
-
-# ------------------------------------------------------------------------------- rate and shares
+    uniforms = uniform32(random_halves(np.arange(2, dtype=np.uint64), 8))
+    _place_units(strategy, uniforms, word_starts, np.full((2, 1), 1.2))
 
 
 def replacement_shares(
@@ -144,16 +132,11 @@ def rate_schedule(*, final_probability: float | None = None) -> float | None:
 def require_budget(key: str, rate: float, chunk_size: int, num_special: int = 2) -> None:
     """Refuse a rate at which a chunk would have less than one target."""
     tokens = chunk_size - num_special
-    smallest = np.ceil(1000 / tokens) / 1000
     if rate * tokens < 1:
+        smallest = np.ceil(1000 / tokens) / 1000
         works = f"the smallest that works is {smallest:g}, or choose" if smallest < 1 else "choose"
-        raise RequestError(
-            f"{key}={rate:g}: leaves a chunk of {chunk_size} less than one token to predict; {works} "
-            "a larger chunk_size"
-        )
-
-
-# ---------------------------------------------------------------------------------- the vocabulary
+        few = f"leaves a chunk of {chunk_size} less than one token to predict"
+        raise RequestError(f"{key}={rate:g}: {few}; {works} a larger chunk_size")
 
 
 @dataclass(frozen=True)
@@ -172,11 +155,7 @@ class Vocabulary:
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-    """Masking's view of a ``PreTrainedTokenizerBase``.
-
-    Raises:
-        RequestError: the tokenizer has no mask token.
-    """
+    """Masking's view of a tokenizer; refused if it has no mask token."""
     if tokenizer.mask_token_id is None:
         raise RequestError(
             f"{tokenizer.name_or_path}: its tokenizer has no mask token, so it is no masked language model; "
@@ -186,9 +165,6 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     special[[i for i in tokenizer.all_special_ids if i < len(special)]] = True
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.mask_token_id
     return Vocabulary(special, np.flatnonzero(~special).astype(np.int32), tokenizer.mask_token_id, pad)
-
-
-# ---------------------------------------------------------------------------------------- batches
 
 
 @dataclass(frozen=True)
@@ -216,23 +192,24 @@ class Masker:
 
     def __call__(self, rows: Rows) -> dict[str, torch.Tensor]:
         ids, word_starts, real = pad(rows, self.vocabulary.pad_id)
-        samples = column(rows, "sample")
-        epochs = np.zeros_like(samples) if self.fixed else column(rows, "epoch")
+        samples, epochs = (
+            np.asarray(rows[name] if isinstance(rows, Mapping) else [row[name] for row in rows], np.int64)
+            for name in ("sample", "epoch")
+        )
+        if self.fixed:
+            epochs = np.zeros_like(samples)
         keys = sample_keys(self.seed, epochs, samples, stream=1 if self.fixed else 0)
         rates = np.array(self.rates)[np.minimum(epochs, len(self.rates) - 1)]
-        at = np.flatnonzero(self.targets(word_starts, real & ~self.vocabulary.special.take(ids), keys, rates))
+        candidates = real & ~self.vocabulary.special.take(ids)
+        # Which tokens are to be predicted: ``rate`` of each row's candidates in expectation.
+        budgets = (rates * candidates.sum(axis=1, dtype=np.int32))[:, None]
+        uniforms = uniform32(random_halves(keys, ids.shape[1])) if self.draws_units else np.zeros(ids.shape)
+        unit_starts = _place_units(self.strategy, uniforms, word_starts, budgets)
+        draws = random_halves(keys, 1 + ids.shape[1], stream=1)
+        at = np.flatnonzero(take_units(unit_starts, candidates, budgets, draws[:, 1:], uniform32(draws[:, :1])))
         row = at // ids.shape[1]
         bits = bits_at(keys[row], at - row * ids.shape[1], stream=2)
         return batch(ids, at, shown(ids.take(at), bits, self.vocabulary, self.shares), real)
-
-    def targets(self, word_starts: Bools, candidates: Bools, keys: Words, rates: Floats) -> Bools:
-        """Which tokens are to be predicted, bool[B, T]: ``rate`` of each row's candidates in expectation."""
-        length = word_starts.shape[1]
-        budgets = (rates * candidates.sum(axis=1, dtype=np.int32))[:, None]
-        uniforms = uniform32(random_halves(keys, length)) if self.draws_units else np.zeros(word_starts.shape)
-        unit_starts = place_units(self.strategy, uniforms, word_starts, budgets)
-        draws = random_halves(keys, 1 + length, stream=1)
-        return take_units(unit_starts, candidates, budgets, draws[:, 1:], uniform32(draws[:, :1]))
 
 
 def take_units(unit_starts: Bools, candidates: Bools, budgets: Floats, draws: Draws, coins: Floats) -> Bools:
@@ -246,8 +223,9 @@ def take_units(unit_starts: Bools, candidates: Bools, budgets: Floats, draws: Dr
         coins: float64[B, 1] uniforms, one for the unit that would exceed the row's budget.
     """
     order = draws >> np.uint32(1)  # below LAST
-    if not unit_starts.all():
-        order = draws_of_units(unit_starts, order)
+    if not unit_starts.all():  # at every token the draw at its unit's first; a row's first token begins one
+        places = np.arange(order.size).reshape(order.shape)
+        order = order.take(np.maximum.accumulate(np.where(unit_starts, places, places[:, :1]), axis=1))
     order[~candidates] = LAST
     # The unit at the budget's edge is that of the token at rank `budget`. Where rows differ in it, what lies below the
     # highest is sorted: partitioning by several ranks takes longer.
@@ -266,18 +244,11 @@ def take_units(unit_starts: Bools, candidates: Bools, budgets: Floats, draws: Dr
     # A row left without any, its first unit being longer than its whole budget: its shortest unit instead.
     empty = (~taken & (before == 0) & (edge < LAST))[:, 0]
     if empty.any():
-        targets[empty] = order[empty] == shortest(order[empty])
+        targets[empty] = order[empty] == _shortest(order[empty])
     return targets
 
 
-def draws_of_units(unit_starts: Bools, draws: Draws) -> Draws:
-    """At every token the draw at its unit's first token, uint32[B, T]; a row's first token begins one."""
-    places = np.arange(draws.size).reshape(draws.shape)
-    starts = np.where(unit_starts, places, places[:, :1])
-    return draws.take(np.maximum.accumulate(starts, axis=1))
-
-
-def shortest(order: Draws) -> Draws:
+def _shortest(order: Draws) -> Draws:
     """The draw of each row's shortest unit, uint32[B, 1]; among several, the first in order."""
     ranked = np.sort(order, axis=1)
     flat = (np.arange(len(order), dtype=np.uint64)[:, None] << np.uint64(32) | ranked).ravel()
@@ -300,11 +271,6 @@ def shown(right: Ids, bits: Words, vocabulary: Vocabulary, shares: tuple[float, 
     random = np.flatnonzero((fate < (mask_share + random_share) * 2**53) & ~masked)
     ids[random] = vocabulary.ordinary[mix(~bits[random]) % np.uint64(len(vocabulary.ordinary))]
     return ids
-
-
-def column(rows: Rows, name: str) -> NDArray[np.int64]:
-    """A number of each row, int64[B]."""
-    return np.asarray(rows[name] if isinstance(rows, Mapping) else [row[name] for row in rows], np.int64)
 
 
 def pad(rows: Rows, pad_id: int) -> tuple[Ids, Bools, Bools]:
@@ -350,11 +316,7 @@ def masker(
     final_probability: float | None = None,
     epochs: float = 1,
 ) -> Masker:
-    """The masker of a run's training batches.
-
-    Raises:
-        RequestError: no mask token, or whole words asked of a tokenizer that does not tell words apart.
-    """
+    """The masker of a run's training batches; refused where whole words are asked of a tokenizer that knows none."""
     require(
         getattr(tokenizer, "backend_tokenizer", None) is not None or not getattr(strategy.func, "needs_words", True),
         f"masking={strategy.func.__name__}: {tokenizer.name_or_path} has no fast tokenizer, which alone tells where "
