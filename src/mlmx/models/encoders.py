@@ -58,43 +58,29 @@ def pretrained(*, path: str, revision: str | None = None, max_length: int | None
             refused before anything is fetched. A local folder's own configuration is read instead.
     """
     folder = path_of("model.path", path)
-    if folder.is_dir():
-        config = folder / "config.json"
-        require(config.is_file(), f"model.path={path}: no config.json in this folder; give a saved model's folder")
-        _refuse_pickled_weights(path, folder)
-        return Encoder(str(folder), None, None, longest_input(_read_config(path, config)))
-    _require_folder_or_repo("model.path", path)
-    asked = trusted_code()
-    code = asked if asked == TrustedCode(path, str(revision)) else None
-    return Encoder(path, revision, None, max_length, code)
-
-
-def _read_config(path: str, file: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        _require_folder_or_repo("model.path", path)
+        code = trusted_code()
+        return Encoder(path, revision, None, max_length, code if code == TrustedCode(path, str(revision)) else None)
+    file = folder / "config.json"
+    require(file.is_file(), f"model.path={path}: no config.json in this folder; give a saved model's folder")
+    names = [file.name for file in folder.iterdir()]
+    pickled = sorted(name for name in names if name.startswith("pytorch_model") and name.endswith(".bin"))
+    require(
+        not pickled or any(name.endswith(".safetensors") for name in names),  # loading a pickle could run code
+        f"model.path={path}: holds its weights as a pickle ({', '.join(pickled[:1])}), and only safetensors are read; "
+        "save it anew with save_pretrained of a current transformers, or name a repository that has model.safetensors",
+    )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise RequestError(f"model.path={path}: its config.json cannot be read ({error})") from error
     require(isinstance(config, dict), f"model.path={path}: its config.json holds no JSON object")
-    return dict(config)
-
-
-def _refuse_pickled_weights(path: str, folder: Path) -> None:
-    """A folder that has its weights as pickles only: loading those could run code."""
-    names = [file.name for file in folder.iterdir()]
-    pickled = sorted(name for name in names if name.startswith("pytorch_model") and name.endswith(".bin"))
-    require(
-        not pickled or any(name.endswith(".safetensors") for name in names),
-        f"model.path={path}: holds its weights as a pickle ({', '.join(pickled[:1])}), and only safetensors are read; "
-        "save it anew with save_pretrained of a current transformers, or name a repository that has model.safetensors",
-    )
+    return Encoder(str(folder), None, None, longest_input(config))
 
 
 def trained_from(encoder: Encoder, origin: Mapping[str, Any]) -> Encoder:
-    """A trained model, with the code of the model it was trained from where the command line trusts that.
-
-    Args:
-        origin: the ``model`` group of the run.
-    """
+    """A trained model with the code of the model it was made from (``origin``, the run's), where that is trusted."""
     require_trusted_model(origin)
     return replace(encoder, code=trusted_code())
 
@@ -165,11 +151,7 @@ MODELS: dict[str, Callable[..., Encoder]] = table(pretrained, packaged, scratch)
 
 
 def encoder_of(model: Callable[..., Encoder]) -> Encoder:
-    """What a function of `MODELS`, or a plugin's, names.
-
-    Raises:
-        RequestError: it gives something else.
-    """
+    """What a function of `MODELS`, or a plugin's, names; refused if it gives something else."""
     encoder: Encoder = call("model", model, fits=lambda given: isinstance(given, Encoder), needed="an Encoder")
     return encoder
 
@@ -194,8 +176,6 @@ def load_tokenizer(encoder: Encoder, chunk_size: int) -> PreTrainedTokenizerBase
     """The tokenizer, and a check that the model is a masked LM that can hold ``chunk_size`` tokens.
 
     The model's configuration is read for that; its weights are not.
-    Raises:
-        RequestError: not reachable, not a masked LM, no mask token, or too long a chunk.
     """
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
@@ -204,11 +184,12 @@ def load_tokenizer(encoder: Encoder, chunk_size: int) -> PreTrainedTokenizerBase
     is_masked_lm = encoder.fresh is not None or type(config) in MODEL_FOR_MASKED_LM_MAPPING
     if encoder.code is not None:
         is_masked_lm = is_masked_lm or "AutoModelForMaskedLM" in (getattr(config, "auto_map", None) or {})
+    has_mask = tokenizer.mask_token_id is not None
     require(
-        is_masked_lm and tokenizer.mask_token_id is not None,
+        is_masked_lm and has_mask,
         f"model.path={encoder.path}: a {config.model_type} is no masked language model"
-        f"{'' if tokenizer.mask_token_id is not None else ' (its tokenizer has no mask token)'}; choose an encoder "
-        "such as distilbert, bert_base or roberta_base",
+        f"{'' if has_mask else ' (its tokenizer has no mask token)'}; choose an encoder such as distilbert, bert_base "
+        "or roberta_base",
     )
     longest = encoder.max_length if encoder.fresh else longest_input(config.to_dict())
     require_fit(Encoder(encoder.path, max_length=longest), chunk_size)
@@ -247,6 +228,4 @@ def longest_input(config: dict[str, Any]) -> int | None:
     positions, kind = config.get("max_position_embeddings"), config.get("model_type")
     if not isinstance(positions, int) or positions < 1 or kind in RELATIVE_POSITIONS:
         return None
-    if kind in OFFSET_POSITIONS:
-        return positions - int(config.get("pad_token_id") or 0) - 1
-    return positions
+    return positions - int(config.get("pad_token_id") or 0) - 1 if kind in OFFSET_POSITIONS else positions

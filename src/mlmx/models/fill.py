@@ -16,9 +16,6 @@ def fill_masks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
     """The ``top_k`` likeliest tokens for each mask of a text, each mask filled by itself.
 
     ``"This is a great [MASK]."`` → ``[[Fill("movie", 0.31), …]]``. ``[MASK]`` stands for any model's mask token.
-
-    Raises:
-        RequestError: no mask in the text, or more tokens than the model holds.
     """
     from transformers import FillMaskPipeline
 
