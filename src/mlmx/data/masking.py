@@ -192,12 +192,8 @@ class Masker:
 
     def __call__(self, rows: Rows) -> dict[str, torch.Tensor]:
         ids, word_starts, real = pad(rows, self.vocabulary.pad_id)
-        samples, epochs = (
-            np.asarray(rows[name] if isinstance(rows, Mapping) else [row[name] for row in rows], np.int64)
-            for name in ("sample", "epoch")
-        )
-        if self.fixed:
-            epochs = np.zeros_like(samples)
+        samples = column(rows, "sample")
+        epochs = np.zeros_like(samples) if self.fixed else column(rows, "epoch")
         keys = sample_keys(self.seed, epochs, samples, stream=1 if self.fixed else 0)
         rates = np.array(self.rates)[np.minimum(epochs, len(self.rates) - 1)]
         candidates = real & ~self.vocabulary.special.take(ids)
@@ -271,6 +267,11 @@ def shown(right: Ids, bits: Words, vocabulary: Vocabulary, shares: tuple[float, 
     random = np.flatnonzero((fate < (mask_share + random_share) * 2**53) & ~masked)
     ids[random] = vocabulary.ordinary[mix(~bits[random]) % np.uint64(len(vocabulary.ordinary))]
     return ids
+
+
+def column(rows: Rows, name: str) -> NDArray[np.int64]:
+    """A number of each row, int64[B]."""
+    return np.asarray(rows[name] if isinstance(rows, Mapping) else [row[name] for row in rows], np.int64)
 
 
 def pad(rows: Rows, pad_id: int) -> tuple[Ids, Bools, Bools]:
