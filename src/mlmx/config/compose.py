@@ -27,12 +27,9 @@ from mlmx.config.redaction import entries
 
 
 def composed(compose: Callable[[list[str]], DictConfig], overrides: Sequence[str]) -> DictConfig:
-    """What Hydra composes of these overrides, its own node included.
+    """What Hydra composes of these overrides, its own node included, in one of its ways (``compose``).
 
-    What Hydra refuses is passed on; where it breaks, the override on which it does is refused by name.
-
-    Args:
-        compose: which of its ways; what it adds to the overrides is at no fault.
+    What it refuses is passed on; where it breaks, the override on which it does is refused by name.
     """
     try:
         return compose(list(overrides))
@@ -92,11 +89,7 @@ EMPTY = {
 
 
 def require_confined(command: str, composed: DictConfig, number: int = 0, multirun: bool = False) -> None:
-    """Refuse a composition whose ``hydra`` node could write outside outputs/, run code or change the process.
-
-    Args:
-        number: the job's place in the sweep.
-    """
+    """Refuse a job whose ``hydra`` node could write outside outputs/, run code or change the process."""
     node = composed.hydra
     require(
         multirun or getattr(node.mode, "name", None) != "MULTIRUN",

@@ -162,19 +162,15 @@ def _plain_text(file: Path) -> str:
         raise RequestError(f"{file}: is nested more than {MOST_LEVELS} levels deep; write it flatter") from None
     except Exception as error:  # of many kinds: a byte that is no UTF-8, a tag of Python's, !!int of an empty text
         raise RequestError(f"{file}: cannot be read as YAML ({type(error).__name__}: {error})") from error
-    is_mapping = root is None or isinstance(root, yaml.MappingNode)
-    require(is_mapping, f"{file}: holds no key: value pairs; an option is a mapping such as 'name: scratch'")
-    too_many = f"{file}: holds more than {MOST_NODES:,} values, repeated anchors counted; write fewer"
-    require(nodes <= MOST_NODES, too_many)
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        raise RequestError(f"{file}: holds no key: value pairs; an option is a mapping such as 'name: scratch'")
+    if nodes > MOST_NODES:
+        raise RequestError(f"{file}: holds more than {MOST_NODES:,} values, repeated anchors counted; write fewer")
     return text
 
 
 def _size(node: yaml.Node | None, known: dict[int, tuple[int, int]], level: int) -> tuple[int, int]:
-    """Values and levels of a node, those of repeated anchors each time.
-
-    Raises:
-        RecursionError: beyond `MOST_LEVELS`, so also where an anchor holds itself.
-    """
+    """Values and levels of a node, those of repeated anchors each time; an anchor that holds itself has too many."""
     if not isinstance(node, yaml.CollectionNode):
         return 1, 1
     if id(node) not in known:

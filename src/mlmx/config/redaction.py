@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, TextIO
 from urllib.parse import quote, quote_plus
 
-from mlmx.config.errors import RequestError, require
+from mlmx.config.errors import RequestError
 from mlmx.config.trust import TRUST_FLAG
 
 STARS = "***"
@@ -140,16 +140,16 @@ def show_traceback(kind: type[BaseException], error: BaseException, trace: Trace
 def refuse_code(values: object) -> None:
     """Refuse a plain, resolved config that could run code: names are looked up in tables, never imported."""
     for path, key, _ in entries(values):
-        require(
-            key != "_target_",
-            f"{redact(path)}: a config names functions by 'name:', _target_ is not accepted; "
-            "your own functions come in through the entry point group mlmx.plugins",
-        )
-        require(
-            "trust_remote_code" not in key,
-            f"{redact(path)}: cannot be switched on by a config; name the repository on the command line: "
-            f"{TRUST_FLAG}=owner/name@<40 hexadecimal digits>",
-        )
+        if key == "_target_":
+            raise RequestError(
+                f"{redact(path)}: a config names functions by 'name:', _target_ is not accepted; "
+                "your own functions come in through the entry point group mlmx.plugins"
+            )
+        if "trust_remote_code" in key:
+            raise RequestError(
+                f"{redact(path)}: cannot be switched on by a config; name the repository on the command line: "
+                f"{TRUST_FLAG}=owner/name@<40 hexadecimal digits>"
+            )
 
 
 def refuse_secrets(values: object) -> None:

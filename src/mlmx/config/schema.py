@@ -24,6 +24,7 @@ from mlmx.config.paths import conf_dir
 from mlmx.config.redaction import refuse_code, refuse_secrets, refuse_unwritable
 from mlmx.config.trust import with_trusted_revision
 
+C = TypeVar("C")
 Options = dict[str, Any]
 KEEP_ALL, BEST_AND_LAST = "all", "best+last"  # or a whole number: which checkpoints stay
 MOST = 1_000_000  # epochs, checkpoints, rows of a batch
@@ -48,18 +49,13 @@ class Resume:
 
 @dataclass
 class Heldout:
-    """The ``heldout`` node: the yardstick's documents.
+    """The ``heldout`` node: the yardstick's documents."""
 
-    Attributes:
-        dataset: a dataset option (``rotten_tomatoes_packaged``) or the options of one to take documents from; null:
-            the dataset's own test split, else what the dataset names, else a share of it.
-        documents: at most so many are scored, chosen by content hash.
-        share: of the documents, taken out before chunking where there is no other source; 0 takes none, and then
-            nothing is held out.
-    """
-
+    # A dataset option (``rotten_tomatoes_packaged``) or the options of one to take documents from; null: the dataset's
+    # own test split, else what the dataset names, else a share of it.
     dataset: Any = TRAIN["heldout"]["dataset"]
-    documents: int = TRAIN["heldout"]["documents"]
+    documents: int = TRAIN["heldout"]["documents"]  # at most so many are scored, chosen by content hash
+    # Of the documents, taken out before chunking where there is no other source; 0 takes none: nothing is held out.
     share: float = TRAIN["heldout"]["share"]
 
     def __post_init__(self) -> None:
@@ -105,16 +101,13 @@ class TrainConfig:
     tracking: Options = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        require(
-            self.chunk_size >= 3,
-            f"chunk_size={self.chunk_size}: a chunk needs at least 3 tokens (two can be nothing but special "
-            "tokens); give a whole number from 3 up to what the model can hold",
+        few = (
+            "a chunk needs at least 3 tokens (two can be nothing but special tokens); give a whole number from 3 up to "
         )
-        require(
-            0 < self.mlm_probability < 1,
-            f"mlm_probability={self.mlm_probability:g}: the share of tokens to mask must lie between 0 and 1, "
-            f"both excluded; the usual value is {TRAIN['mlm_probability']:g}",
-        )
+        _dial("chunk_size", self.chunk_size, self.chunk_size >= 3, few + "to what the model can hold")
+        share = "the share of tokens to mask must lie between 0 and 1, both excluded; the usual value is "
+        share += f"{TRAIN['mlm_probability']:g}"
+        _dial("mlm_probability", self.mlm_probability, 0 < self.mlm_probability < 1, share)
         for key, ok, needed in (
             ("lr", 0 < self.lr < math.inf, "must be a number greater than 0"),
             ("epochs", 0 < self.epochs <= MOST, f"must be a number greater than 0 and at most {MOST:,}"),
@@ -126,9 +119,8 @@ class TrainConfig:
         for key, choices in (("precision", ("auto", "fp32", "bf16", "fp16")), ("on_nan", ("stop", "skip", "rollback"))):
             value = getattr(self, key)
             _dial(key, value, value in choices, f"choose one of {', '.join(choices)}{did_you_mean(value, choices)}")
-        often = self.save_minutes is None or 0 < self.save_minutes < math.inf
-        needed = "must be greater than 0, or null for none"
-        _dial("save_minutes", str(self.save_minutes), often, needed, TRAIN["save_minutes"])
+        often, needed = self.save_minutes, "must be greater than 0, or null for none"
+        _dial("save_minutes", str(often), often is None or 0 < often < math.inf, needed, TRAIN["save_minutes"])
         kept, limit = (BEST_AND_LAST, KEEP_ALL), self.trainer.get("save_total_limit")
         require(
             self.keep in kept or (self.keep.isascii() and self.keep.isdecimal() and 1 <= int(self.keep) <= MOST),
@@ -292,8 +284,7 @@ def open_nodes(schema: type[Config]) -> list[str]:
 def to_config(command: str, composed: DictConfig, folders: Sequence[Path] = ()) -> Config:
     """Hydra's composition as a plain dataclass, every root key checked (``+key=…`` slips past Hydra).
 
-    Args:
-        folders: of the user's own, in which datasets that are named are looked for as well.
+    Datasets that are named are looked for in ``folders`` of the user's own as well.
     """
     known = [f.name for f in fields(CONFIGS[command])]
     for key in map(str, composed):
@@ -307,9 +298,6 @@ def to_config(command: str, composed: DictConfig, folders: Sequence[Path] = ()) 
     # What predict is given is shown again and written nowhere.
     refuse_secrets({key: value for key, value in plain.items() if (command, key) != ("predict", "text")})
     return from_plain(CONFIGS[command], with_trusted_revision(plain))
-
-
-C = TypeVar("C")
 
 
 def from_plain(schema: type[C], values: Mapping[str, Any], node: str = "") -> C:

@@ -24,11 +24,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def find_package_file(package: str, name: str, sha256: str | None = None) -> Path:
-    """A data file of an installed package; the package's code is never imported.
-
-    Raises:
-        RequestError: the package is not installed, or the file is not the one that was pinned.
-    """
+    """A data file of an installed package, checked by its pinned hash; the package's code is never imported."""
     # Of a dotted name, find_spec would import the package above it.
     require(package.isidentifier(), f"{package!r}: is no name of an installed package")
     spec, named = importlib.util.find_spec(package), package.replace("_", "-")
@@ -44,13 +40,9 @@ def find_package_file(package: str, name: str, sha256: str | None = None) -> Pat
 
 
 def require_reachable(kind: str, repo: str, revision: str | None = None) -> None:
-    """Fail now if a hub repository can neither be fetched nor read from the local cache, at the revision asked for.
+    """Fail now if a hub ``model`` or ``dataset`` can neither be fetched nor read from the local cache, at its revision.
 
     Where the hub is away and a cached copy exists, the libraries are told to work offline.
-
-    Args:
-        kind: ``model`` or ``dataset``.
-        revision: commit, branch or tag; None for the newest.
     """
     if _hub_answers():
         return

@@ -14,12 +14,9 @@ from pathlib import Path
 
 
 def write(path: Path, contents: str | bytes) -> None:
-    """A file; a reader finds what was there before or all of this.
+    """A file; a reader finds what was there before or all of this, also where writing fails (a full disk, say).
 
     Text is written as UTF-8; what has no place in it (half of a surrogate pair) is escaped as JSON does.
-
-    Raises:
-        OSError: this file could not be written (a full disk, say); what was there before is as it was.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -37,11 +34,7 @@ def write(path: Path, contents: str | bytes) -> None:
 
 @contextlib.contextmanager
 def folder(path: Path, to_disk: bool = True) -> Iterator[Path]:
-    """An empty folder to be filled inside the block; after it, it takes the place of what was there.
-
-    Args:
-        to_disk: wait until all of it is on the disk.
-    """
+    """An empty folder to be filled inside the block; then, on the disk, it takes the place of what was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     made, old = work / "new", work / "old"

@@ -87,21 +87,40 @@ class TokenCache:
     def keep(self) -> None:
         """Write what was used and is not in the folder yet."""
         for name in sorted(self._used):
-            target = self.folder / name
+            entry, target = self._memory[name], self.folder / name
             if name in self._damaged or not target.is_dir():
+                # Another process sees all of it or nothing; what a power cut makes of it, its checksums tell.
                 try:
-                    _write(self._memory[name], target)
+                    with whole.folder(target, to_disk=False) as made:
+                        files = {one: made / f"{one}.npy" for one in entry.arrays}
+                        for one, file in files.items():
+                            np.save(file, entry.arrays[one], allow_pickle=False)
+                        said = json.dumps([entry.facts, {one: _checksum(file) for one, file in files.items()}])
+                        contents = {"said": said, "crc32": zlib.crc32(said.encode())}
+                        (made / "entry.json").write_text(json.dumps(contents), encoding="utf-8")
                 except OSError as error:
-                    log.info("%s: the tokens cannot be kept for later runs (%s)", self.folder, error)
+                    if not target.is_dir():  # another process may have been faster, with the same tokens
+                        log.info("%s: the tokens cannot be kept for later runs (%s)", self.folder, error)
             self._damaged.discard(name)
         self._release()
 
     def _read(self, name: str) -> Entry | None:
-        folder = self.folder / name
+        """Memory-mapped arrays; None, and known to be damaged, where anything is not as it was written."""
+        folder, arrays = self.folder / name, {}
         if name in self._damaged or not folder.is_dir():
             return None
         try:
-            return _read(folder)
+            contents = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
+            if zlib.crc32(contents["said"].encode()) != contents["crc32"]:
+                raise ValueError("entry.json has changed")
+            facts, checksums = json.loads(contents["said"])
+            for one, checksum in checksums.items():
+                file = folder / f"{one}.npy"
+                if _checksum(file) != checksum:
+                    raise ValueError(f"{one}.npy has changed")
+                # Plain views of the mapped files: rows of a np.memmap are made several times more slowly.
+                arrays[one] = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
+            return Entry(arrays, facts)
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.info("%s: damaged, its tokens are made anew (%s)", folder, error)
             self._damaged.add(name)
@@ -118,36 +137,6 @@ class TokenCache:
 def token_cache(folder: Path) -> TokenCache:
     """The cache of this process for a folder; the jobs of a sweep share it."""
     return TokenCache(folder)
-
-
-def _write(entry: Entry, target: Path) -> None:
-    """Another process sees all of it or nothing; what a power cut makes of it, its checksums tell."""
-    try:
-        with whole.folder(target, to_disk=False) as made:
-            for name, array in entry.arrays.items():
-                np.save(made / f"{name}.npy", array, allow_pickle=False)
-            said = json.dumps([entry.facts, {name: _checksum(made / f"{name}.npy") for name in entry.arrays}])
-            contents = {"said": said, "crc32": zlib.crc32(said.encode())}
-            (made / "entry.json").write_text(json.dumps(contents), encoding="utf-8")
-    except OSError:
-        if not target.is_dir():  # another process may have been faster, with the same tokens
-            raise
-
-
-def _read(folder: Path) -> Entry:
-    """Memory-mapped arrays; ValueError, KeyError, TypeError or OSError where anything is not as it was written."""
-    contents = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
-    if zlib.crc32(contents["said"].encode()) != contents["crc32"]:
-        raise ValueError("entry.json has changed")
-    facts, checksums = json.loads(contents["said"])
-    arrays = {}
-    for name, checksum in checksums.items():
-        file = folder / f"{name}.npy"
-        if _checksum(file) != checksum:
-            raise ValueError(f"{name}.npy has changed")
-        # Plain views of the mapped files: rows of a np.memmap are made several times more slowly.
-        arrays[name] = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
-    return Entry(arrays, facts)
 
 
 def _checksum(path: Path) -> list[int]:

@@ -26,22 +26,17 @@ class Chunks:
     """A map-style dataset that is a view of `Tokens`; a row is at most ``chunk_size`` tokens.
 
     ``chunks[i]`` → ``{"input_ids": int32[T], "word_starts": bool[T] | None, "sample": int, "epoch": int}``
-
-    Attributes:
-        starts, lengths: int64[n], each row's own tokens within ``tokens.ids``.
-        prefix, suffix: special tokens set around each row (document chunking), else empty.
-        samples: int64[n], a row's number among all chunks of the corpus; masks are keyed by it.
-        epoch: set by training at the start of each epoch, before workers copy the dataset.
     """
 
     tokens: Tokens
     chunk_size: int
-    starts: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    samples: NDArray[np.int64]
+    starts: NDArray[np.int64]  # [n], where each row's own tokens begin within ``tokens.ids``
+    lengths: NDArray[np.int64]  # [n], and how many they are
+    samples: NDArray[np.int64]  # [n], a row's number among all chunks of the corpus; masks are keyed by it
+    # Special tokens set around each row (document chunking).
     prefix: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     suffix: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
-    epoch: int = 0
+    epoch: int = 0  # set by training at the start of each epoch, before workers copy the dataset
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -157,11 +152,7 @@ def try_out(chunking: Callable[..., Chunks], chunk_size: int) -> None:
 def split_chunks(
     chunks: Chunks, *, train_chunks: float = 10_000, eval_chunks: float = 1_000, split_seed: int = 42
 ) -> tuple[Chunks, Chunks]:
-    """Rows for training and for evaluation, drawn after chunking as ``datasets``' ``train_test_split`` draws them.
-
-    Args:
-        train_chunks, eval_chunks: numbers of chunks, or shares between 0 and 1.
-    """
+    """Rows for training and for evaluation, drawn after chunking as ``datasets``' ``train_test_split`` draws them."""
     wanted = require_amounts(train_chunks, eval_chunks, split_seed)
     # Shares are rounded as the library does, but 0.9 and 0.1 of 37 chunks are not more than 37 of them.
     counts = [w if isinstance(w, int) else round(w * len(chunks), 6) for w in wanted.values()]

@@ -27,17 +27,12 @@ ORDER = 7  # of documents; another than theirs for the yardstick
 
 @dataclass(frozen=True)
 class Example:
-    """``The acting was [MASK] throughout.``, with "superb" to be found.
-
-    Attributes:
-        input_ids: special tokens included, the target in place.
-        position: of the target in them; it is one token.
-    """
+    """``The acting was [MASK] throughout.``, with "superb" to be found."""
 
     sentence: str
     target: str
-    input_ids: tuple[int, ...]
-    position: int
+    input_ids: tuple[int, ...]  # special tokens included, the target in place
+    position: int  # of the target in them; it is one token
 
 
 def choose_examples(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[Example, ...]:
@@ -81,9 +76,8 @@ def _with_a_gap(sentence: str, backend: Tokenizer) -> Example | None:
     if not places or len(encoding.ids) > MOST_TOKENS:
         return None
     position, start, end = min(places, key=lambda place: _rank(f"{place[1]} {sentence}"))
-    return Example(
-        f"{sentence[:start]}[MASK]{sentence[end:]}", sentence[start:end], tuple(map(int, encoding.ids)), position
-    )
+    gapped = f"{sentence[:start]}[MASK]{sentence[end:]}"
+    return Example(gapped, sentence[start:end], tuple(map(int, encoding.ids)), position)
 
 
 def _rank(text: str) -> bytes:

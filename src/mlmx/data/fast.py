@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mlmx")
 
-# Texts → their ids end to end, and how many each has.
-Encode = Callable[[list[str]], tuple[NDArray[np.integer[Any]], NDArray[np.integer[Any]]]]
-
 WORTH_BYTES = 2_000_000  # of text; the reference needs about half a second for them
 SAMPLE_DOCUMENTS = 300
 SAMPLE_CHARACTERS = 600_000  # fewer documents where they are long
@@ -53,11 +50,7 @@ ODD_TEXTS = (
 
 
 def agreeing_ids(texts: Dataset, reference: Tokenizer) -> tuple[NDArray[np.int32], NDArray[np.int64], str] | None:
-    """All documents' ids end to end, how many each has, and by what they were made; None where tokie is not for this.
-
-    Args:
-        reference: the tokenizer whose ids are right.
-    """
+    """Each document's ids, end to end, how many it has, and by what they were made; None where tokie is not for this."""
     if importlib.util.find_spec("tokie") is None or sum(utf8(batch)[0][-1] for batch in batches(texts)) < WORTH_BYTES:
         return None
     try:
@@ -100,8 +93,8 @@ def _sample(texts: Dataset) -> list[str]:
     return chosen[: max(1, int((before < SAMPLE_CHARACTERS).sum()))]
 
 
-def _first_difference(encode: Encode, reference: Tokenizer, probes: list[str]) -> str | None:
-    ids, lengths = encode(probes)
+def _first_difference(encode: Callable[..., Any], reference: Tokenizer, probes: list[str]) -> str | None:
+    ids, lengths = encode(probes)  # end to end, and how many each has
     if len(lengths) != len(probes):
         return probes[0]
     own = np.split(ids, np.cumsum(lengths.astype(np.int64))[:-1])

@@ -48,30 +48,21 @@ def choose(texts: Dataset, most: int) -> Dataset:
 
 @dataclass(frozen=True)
 class Split:
-    """Training and held-out documents, which share no text.
-
-    Attributes:
-        origin: where the held-out documents come from, in words.
-        left_out: documents of the held-out source that also stand in the training texts, and so are not scored.
-    """
+    """Training and held-out documents, which share no text."""
 
     train: Dataset
     heldout: Dataset | None
-    origin: str
-    left_out: int = 0
+    origin: str  # where the held-out documents come from, in words
+    left_out: int = 0  # documents of that source that also stand in the training texts, and so are not scored
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetHeldout:
-    """What a dataset says of its held-out documents.
+    """What a dataset says of its held-out documents."""
 
-    Attributes:
-        heldout: the dataset option, or the options of one, they come from where the dataset has no split of its own.
-        allow_overlap: leave held-out documents that also stand in the training texts unscored, instead of refusing.
-    """
-
+    # The dataset option, or the options of one, they come from where the dataset has no split of its own.
     heldout: str | dict[str, Any] | None = None
-    allow_overlap: bool = False
+    allow_overlap: bool = False  # leave those that also stand in the training texts unscored, instead of refusing
 
 
 def split_off(
@@ -113,18 +104,12 @@ class HeldoutChunks(Chunks):
 
     Beside ``input_ids`` a row tells its ``document`` (key), ``position`` (of its first own token in the document) and
     ``chosen``: bool[T], the tokens of the words that are scored in bits per byte.
-
-    Attributes:
-        keys: uint64[D], each document's key.
-        rows_of: int64[n], each row's document number.
-        chosen: bool[N], tokens of chosen words.
-        word_bytes: int64[D], UTF-8 bytes of each document's chosen words.
     """
 
-    keys: NDArray[np.uint64]
-    rows_of: NDArray[np.int64]
-    chosen: NDArray[np.bool_]
-    word_bytes: NDArray[np.int64]
+    keys: NDArray[np.uint64]  # [D], each document's
+    rows_of: NDArray[np.int64]  # [n], each row's document number
+    chosen: NDArray[np.bool_]  # [N], tokens of chosen words
+    word_bytes: NDArray[np.int64]  # [D], UTF-8 bytes of each document's chosen words
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         number, first = int(self.rows_of[index]), int(self.starts[index])
@@ -166,9 +151,6 @@ def _mark_words(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Entry:
     A word is a run of letters and digits ("don't" is one); whether it is chosen is drawn from its document's key and
     its first character's position, so the choice knows no tokenizer. A token that touches a chosen word is
     scored with it.
-
-    Returns:
-        Tokens as the cache keeps them, and ``chosen`` and ``word_bytes`` of `HeldoutChunks`.
     """
     tokens, keys = tokenize(texts, tokenizer), document_keys(texts)
     chosen = np.zeros(len(tokens.ids), np.bool_)

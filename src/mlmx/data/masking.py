@@ -122,16 +122,14 @@ def rate_schedule(*, final_probability: float | None = None) -> float | None:
 
     It moves from epoch to epoch, not from step to step: a mask stays a function of (seed, epoch, sample).
     """
-    require(
-        final_probability is None or 0 < final_probability < 1,
-        f"masking.final_probability={final_probability}: must lie between 0 and 1, both excluded",
-    )
+    is_share = final_probability is None or 0 < final_probability < 1
+    require(is_share, f"masking.final_probability={final_probability}: must lie between 0 and 1, both excluded")
     return final_probability
 
 
-def require_budget(key: str, rate: float, chunk_size: int, num_special: int = 2) -> None:
+def require_budget(key: str, rate: float, chunk_size: int) -> None:
     """Refuse a rate at which a chunk would have less than one target."""
-    tokens = chunk_size - num_special
+    tokens = chunk_size - 2  # the others are special
     if rate * tokens < 1:
         smallest = np.ceil(1000 / tokens) / 1000
         works = f"the smallest that works is {smallest:g}, or choose" if smallest < 1 else "choose"
@@ -141,26 +139,21 @@ def require_budget(key: str, rate: float, chunk_size: int, num_special: int = 2)
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What masking needs to know of a tokenizer.
+    """What masking needs to know of a tokenizer."""
 
-    Attributes:
-        special: bool[V], ids that are never targets and never replacements.
-        ordinary: int32[≤ V], the other ids.
-    """
-
-    special: Bools
-    ordinary: NDArray[np.int32]
+    special: Bools  # [V], ids that are never targets and never replacements
+    ordinary: NDArray[np.int32]  # [≤ V], the other ids
     mask_id: int
     pad_id: int
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     """Masking's view of a tokenizer; refused if it has no mask token."""
-    if tokenizer.mask_token_id is None:
-        raise RequestError(
-            f"{tokenizer.name_or_path}: its tokenizer has no mask token, so it is no masked language model; "
-            "choose an encoder such as distilbert, bert_base or roberta_base"
-        )
+    require(
+        tokenizer.mask_token_id is not None,
+        f"{tokenizer.name_or_path}: its tokenizer has no mask token, so it is no masked language model; "
+        "choose an encoder such as distilbert, bert_base or roberta_base",
+    )
     special = np.zeros(len(tokenizer), np.bool_)
     special[[i for i in tokenizer.all_special_ids if i < len(special)]] = True
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.mask_token_id
@@ -175,20 +168,15 @@ class Masker:
     (``{"input_ids": int32[B, T], "word_starts": bool[B, T], "sample": int64[B], "epoch": int64[B]}``), →
     ``{"input_ids", "labels"[, "attention_mask"]}: LongTensor[B, T]``; ``attention_mask`` only where rows
     differ in length, so that fused attention applies to full ones.
-
-    Attributes:
-        rates: masking rate of each epoch; the last one holds from there on.
-        fixed: one mask per sample for the whole run, at the first rate (evaluation).
-        draws_units: whether the strategy is given uniforms to place its units by, else zeros.
     """
 
     strategy: Strategy
     vocabulary: Vocabulary
-    rates: tuple[float, ...]
+    rates: tuple[float, ...]  # of each epoch; the last one holds from there on
     seed: int
     shares: tuple[float, float] = (0.8, 0.1)
-    fixed: bool = False
-    draws_units: bool = True
+    fixed: bool = False  # one mask per sample for the whole run, at the first rate (evaluation)
+    draws_units: bool = True  # the strategy is given uniforms to place its units by, else zeros
 
     def __call__(self, rows: Rows) -> dict[str, torch.Tensor]:
         ids, word_starts, real = pad(rows, self.vocabulary.pad_id)
@@ -254,12 +242,7 @@ def _shortest(order: Draws) -> Draws:
 
 
 def shown(right: Ids, bits: Words, vocabulary: Vocabulary, shares: tuple[float, float]) -> Ids:
-    """What the model sees of each target, int64[M]: ``[MASK]``, an ordinary random token, or the token itself.
-
-    Args:
-        right: int64[M], the targets' own ids.
-        bits: uint64[M], a random word for each.
-    """
+    """What the model sees of each target, [M]: ``[MASK]``, an ordinary token at random, or the ``right`` id."""
     mask_share, random_share = shares
     fate = bits >> np.uint64(11)  # of 2⁵³
     masked = fate < mask_share * 2**53
@@ -293,9 +276,7 @@ def pad(rows: Rows, pad_id: int) -> tuple[Ids, Bools, Bools]:
 def batch(ids: Ids, at: Ids, seen: Ids | int, real: Bools) -> dict[str, torch.Tensor]:
     """Tensors for the model, made of ``ids`` in place: ``labels`` hold the original ids at targets, −100 elsewhere.
 
-    Args:
-        at: int64[M], the targets' places in the flattened ``ids``.
-        seen: int64[M], what the model sees there.
+    ``at``, int64[M], are the targets' places in the flattened ``ids``, ``seen`` is what the model sees there.
     """
     import torch
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -80,8 +80,7 @@ def hub(
 ) -> Dataset | dict[str, Dataset]:
     """A split of a dataset on the Hugging Face hub, or of its local cache, and one to hold out beside it.
 
-    Args:
-        revision: commit of the repository, 40 hexadecimal digits, so that the texts stay the same.
+    With a commit as ``revision``, 40 hexadecimal digits, the texts stay the same.
     """
     _require_there(path, revision)
     return dict(_from_hub(path, subset, split, heldout_split, revision, text_column))
@@ -148,10 +147,7 @@ def _reviews(path: Path, changed: int) -> dict[str, Dataset]:
 
 
 def files(
-    *,
-    path: str | list[str],
-    text_column: str = "text",
-    sample_by: Literal["line", "paragraph", "document"] = "line",
+    *, path: str | list[str], text_column: str = "text", sample_by: Literal["line", "paragraph", "document"] = "line"
 ) -> Dataset | dict[str, Dataset]:
     """The user's own texts: txt, csv, tsv, json, jsonl, parquet, or a folder saved by ``datasets``.
 
@@ -160,8 +156,15 @@ def files(
         text_column: the column that holds the text (plain text files have only ``text``).
         sample_by: what is one document of a text file: a line, a paragraph, or the whole file.
     """
+    matches = [found for pattern in ([path] if isinstance(path, str) else path) for found in _expand(pattern)]
+    require(bool(matches), "dataset.path: an empty list; give a file, a glob or a folder")
+    for found in filter(Path.is_file, matches):
+        refuse_archive(found)
+        is_known = found.suffix.lower() in SUFFIXES
+        require(is_known, f"dataset.path={found}: unknown kind of file (known: {', '.join(SUFFIXES)})")
+        require(found.stat().st_size > 0, f"dataset.path={found}: the file is empty")
     changed = []  # when each file, or any of a saved folder, was last written, in nanoseconds
-    for found in _matching([path] if isinstance(path, str) else path):
+    for found in matches:
         own = [found, *found.rglob("*")] if found.is_dir() else [found]
         changed.append((found, max(file.stat().st_mtime_ns for file in own)))
     return _read_files(tuple(changed), text_column, sample_by)
@@ -213,19 +216,8 @@ def _datasets() -> ModuleType:
     return found
 
 
-def _matching(paths: Sequence[str]) -> list[Path]:
-    """The files and saved folders a ``dataset.path`` means, sorted within each pattern."""
-    matches = [found for path in paths for found in _expand(path)]
-    require(bool(matches), "dataset.path: an empty list; give a file, a glob or a folder")
-    for found in filter(Path.is_file, matches):
-        refuse_archive(found)
-        is_known = found.suffix.lower() in SUFFIXES
-        require(is_known, f"dataset.path={found}: unknown kind of file (known: {', '.join(SUFFIXES)})")
-        require(found.stat().st_size > 0, f"dataset.path={found}: the file is empty")
-    return matches
-
-
 def _expand(pattern: str) -> list[Path]:
+    """The files and saved folders that one ``dataset.path`` means, sorted."""
     require(bool(pattern), "dataset.path=: is empty; give a file, a glob or a folder")
     path = path_of("dataset.path", pattern)
     if path.is_file():

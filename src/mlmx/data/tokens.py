@@ -31,23 +31,14 @@ FORMAT = 3  # of what is kept
 
 @dataclass(frozen=True, eq=False)  # what has been counted of the very same ones need not be counted again
 class Tokens:
-    """The documents of a split, tokenised.
+    """The documents of a split, tokenised: document d is ``ids[offsets[d]:offsets[d + 1]]``."""
 
-    Attributes:
-        ids: int32[N], special tokens of each document included.
-        word_starts: bool[N], true where a token begins a word (or is special); None without word boundaries.
-        offsets: int64[D + 1], document d is ``ids[offsets[d]:offsets[d + 1]]``.
-        num_prefix: special tokens before each document's own tokens.
-        num_suffix: special tokens after them.
-        tokenized_by: the library and version that made them.
-    """
-
-    ids: NDArray[np.int32]
-    word_starts: NDArray[np.bool_] | None
-    offsets: NDArray[np.int64]
-    num_prefix: int
-    num_suffix: int
-    tokenized_by: str = "unknown"
+    ids: NDArray[np.int32]  # [N], special tokens of each document included
+    word_starts: NDArray[np.bool_] | None  # [N], where a token begins a word (or is special); None: not known
+    offsets: NDArray[np.int64]  # [D + 1]
+    num_prefix: int  # special tokens before each document's own tokens
+    num_suffix: int  # and after them
+    tokenized_by: str = "unknown"  # the library and its version
 
     @property
     def num_documents(self) -> int:
@@ -55,12 +46,7 @@ class Tokens:
 
 
 def tokenize(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """Tokenise all texts, untruncated, each with the model's special tokens.
-
-    Args:
-        texts: rows ``{"text": str}``.
-        tokenizer: a ``PreTrainedTokenizerBase``; a fast one also tells where words begin.
-    """
+    """All texts, untruncated, each with the model's special tokens; a fast tokenizer also tells where words begin."""
     backend, word_starts = take_whole(tokenizer), None
     if backend is None:
         encoded = (tokenizer(some.to_pylist(), truncation=False, padding=False) for some in batches(texts))

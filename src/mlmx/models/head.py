@@ -23,17 +23,13 @@ log = logging.getLogger("mlmx")
 # Architecture → the module of its encoder that gets a position's states, and the residual's, where nothing but that
 # position counts any more, "" for what follows the whole encoder: where layers share their weights (ALBERT) or the
 # residual is added outside any module (ModernBERT).
+IN_LAST_LAYER = "encoder.layer.-1.attention.output"
 GATHERED_BEFORE = {
     "albert": "",
-    "bert": "encoder.layer.-1.attention.output",
-    "camembert": "encoder.layer.-1.attention.output",
-    "deberta-v2": "encoder.layer.-1.attention.output",
-    "distilbert": "transformer.layer.-1.sa_layer_norm",
-    "electra": "encoder.layer.-1.attention.output",
     "modernbert": "",
+    **dict.fromkeys(("bert", "camembert", "deberta-v2", "electra", "roberta", "xlm-roberta"), IN_LAST_LAYER),
+    "distilbert": "transformer.layer.-1.sa_layer_norm",
     "mpnet": "encoder.layer.-1.attention.LayerNorm",
-    "roberta": "encoder.layer.-1.attention.output",
-    "xlm-roberta": "encoder.layer.-1.attention.output",
 }
 
 
