@@ -101,9 +101,7 @@ class TrainConfig:
     tracking: Options = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        few = (
-            "a chunk needs at least 3 tokens (two can be nothing but special tokens); give a whole number from 3 up to "
-        )
+        few = "a chunk needs at least 3 tokens (two can be nothing but special tokens); give a whole number from 3 up "
         _dial("chunk_size", self.chunk_size, self.chunk_size >= 3, few + "to what the model can hold")
         share = "the share of tokens to mask must lie between 0 and 1, both excluded; the usual value is "
         share += f"{TRAIN['mlm_probability']:g}"

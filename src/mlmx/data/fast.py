@@ -50,7 +50,7 @@ ODD_TEXTS = (
 
 
 def agreeing_ids(texts: Dataset, reference: Tokenizer) -> tuple[NDArray[np.int32], NDArray[np.int64], str] | None:
-    """Each document's ids, end to end, how many it has, and by what they were made; None where tokie is not for this."""
+    """Documents' ids end to end, how many each has, and by what they were made; None where tokie is not for this."""
     if importlib.util.find_spec("tokie") is None or sum(utf8(batch)[0][-1] for batch in batches(texts)) < WORTH_BYTES:
         return None
     try:

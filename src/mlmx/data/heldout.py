@@ -184,8 +184,9 @@ def token_groups(heldout: Tokens, training: Chunks) -> NDArray[np.int8]:
     """
     ends = training.starts + training.lengths
     rows = [slice(first, last) for first, last in zip(training.starts.tolist(), ends.tolist(), strict=True)]
-    ids, starts = np.concatenate([training.tokens.ids[row] for row in rows]), training.tokens.word_starts
-    starts = _begins(ids, None if starts is None else np.concatenate([starts[row] for row in rows]))
+    ids, marked = np.concatenate([training.tokens.ids[row] for row in rows]), training.tokens.word_starts
+    starts = np.ones(len(ids), np.bool_) if marked is None else np.concatenate([marked[row] for row in rows])
+    starts[:1] = True
     whole = starts & np.append(starts[1:], True)  # words of one piece, which are most, are counted by their id
     by_id = np.bincount(ids[whole])
     of_one = np.flatnonzero(by_id).astype(np.int32)
@@ -206,15 +207,9 @@ def _words(
     ids: NDArray[np.int32], word_starts: NDArray[np.bool_] | None
 ) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
     """A hash of each word's pieces, uint64[W], and where words begin, bool[N]."""
-    starts = _begins(ids, word_starts)
+    starts = np.ones(len(ids), np.bool_) if word_starts is None else np.array(word_starts)
+    starts[:1] = True  # even where a row was cut within a word
     positions = np.arange(len(starts))
     piece = positions - np.maximum.accumulate(np.where(starts, positions, 0))
     hashes = mix(ids.astype(np.uint64) + (piece.astype(np.uint64) << np.uint64(32)))
     return np.add.reduceat(hashes, np.flatnonzero(starts)), starts
-
-
-def _begins(ids: NDArray[np.int32], word_starts: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
-    """Where words begin; the first token begins one even where a row was cut within a word."""
-    starts = np.ones(len(ids), np.bool_) if word_starts is None else np.array(word_starts)
-    starts[:1] = True
-    return starts

@@ -40,15 +40,15 @@ def read(source: partial[Any]) -> dict[str, Dataset]:
 
     A source gives these as a mapping, or a ``datasets.Dataset`` alone for ``train``; else it is refused.
     """
+
+    def fits(given: object) -> bool:
+        splits: dict[str, Any] = given if isinstance(given, dict) else {"train": given}
+        named = {"train"} <= set(splits) <= {"train", "heldout"}
+        return named and all(map(_is_text, splits.values())) and len(splits["train"]) > 0
+
     needed = "a datasets.Dataset of rows {'text': str}, one at least, or a mapping of 'train' and 'heldout' to such,"
-    given = call("dataset", source, fits=_are_texts, needed=needed)
+    given = call("dataset", source, fits=fits, needed=needed)
     return dict(given) if isinstance(given, dict) else {"train": given}
-
-
-def _are_texts(given: object) -> bool:
-    splits: dict[str, Any] = given if isinstance(given, dict) else {"train": given}
-    named = {"train"} <= set(splits) <= {"train", "heldout"}
-    return named and all(map(_is_text, splits.values())) and len(splits["train"]) > 0
 
 
 def _is_text(rows: Dataset) -> bool:
@@ -98,12 +98,11 @@ def _from_hub(
         loaded = {name: load(path, subset, split=one, revision=revision) for name, one in wanted.items()}
     except (ConnectionError, FileNotFoundError, HfHubHTTPError, ValueError) as error:
         raise RequestError(f"dataset.path={path}: cannot be loaded ({error})") from error
-    pinned = revision is not None and COMMIT.fullmatch(revision)
-    for file in [file for rows in loaded.values() for file in rows.cache_files] if pinned else []:
-        # Offline the library takes the copy that it prepared last, whatever revision was asked for.
-        commit = Path(file["filename"]).parent.name
+    # Offline the library takes the copy that it prepared last, whatever revision was asked for.
+    folders = [Path(file["filename"]).parent.name for rows in loaded.values() for file in rows.cache_files]
+    for commit in filter(COMMIT.fullmatch, folders):
         require(
-            commit == revision or not COMMIT.fullmatch(commit),
+            commit == revision or not COMMIT.fullmatch(revision or ""),
             f"dataset.path={path}: the copy cached last is of revision {commit}, not {revision}; connect, or give "
             f"dataset.revision={commit}",
         )
@@ -237,12 +236,12 @@ def _expand(pattern: str) -> list[Path]:
 
 
 def _read(path: Path, sample_by: str) -> Dataset:
-    kind = SUFFIXES[path.suffix.lower()]
+    suffix = path.suffix.lower()
+    kind, separator = SUFFIXES[suffix], "\t" if suffix == ".tsv" else ","
     options: dict[str, Any] = {"sample_by": sample_by} if kind == "text" else {}
     if kind == "csv":
         # A text may well be "None" or "NA", and where rows have more cells than the header none becomes an index.
-        options = {"keep_default_na": False, "na_values": [""], "index_col": False}
-        options["sep"] = "\t" if path.suffix.lower() == ".tsv" else ","
+        options = {"keep_default_na": False, "na_values": [""], "index_col": False, "sep": separator}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", MORE_CELLS)
         loaded: Dataset = _datasets().load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)
