@@ -27,10 +27,7 @@ from mlmx.config.redaction import entries
 
 
 def composed(compose: Callable[[list[str]], DictConfig], overrides: Sequence[str]) -> DictConfig:
-    """What Hydra composes of these overrides, its own node included, in one of its ways (``compose``).
-
-    What it refuses is passed on; where it breaks, the override on which it does is refused by name.
-    """
+    """What Hydra composes of these overrides, its own node included; that on which it breaks is refused by name."""
     try:
         return compose(list(overrides))
     except (RequestError, HydraException, OmegaConfBaseException):
@@ -91,20 +88,16 @@ EMPTY = {
 def require_confined(command: str, composed: DictConfig, number: int = 0, multirun: bool = False) -> None:
     """Refuse a job whose ``hydra`` node could write outside outputs/, run code or change the process."""
     node = composed.hydra
-    require(
-        multirun or getattr(node.mode, "name", None) != "MULTIRUN",
-        "hydra.mode=MULTIRUN: is not taken from a config; a sweep is asked for by -m",
-    )
+    if not multirun and getattr(node.mode, "name", None) == "MULTIRUN":
+        raise RequestError("hydra.mode=MULTIRUN: is not taken from a config; a sweep is asked for by -m")
     for key, reason in EMPTY.items():
         require(not OmegaConf.select(node, key), f"hydra.{key}: is not taken; {reason}")
     require(node.output_subdir is None, "hydra.output_subdir: is not taken; a run writes its own config.yaml")
     require(not node.job.chdir, "hydra.job.chdir: is not taken; a run stays in the folder it was started in")
     for name in ("job_logging", "hydra_logging"):
         chosen = OmegaConf.select(node, name)
-        require(
-            chosen is not None and chosen.get("root") is None,
-            f"hydra/{name}: is not taken; a run writes its own train.log (leave it at none)",
-        )
+        if chosen is None or chosen.get("root") is not None:
+            raise RequestError(f"hydra/{name}: is not taken; a run writes its own train.log (leave it at none)")
     for path, key, target in entries(OmegaConf.to_container(node, resolve=False)):
         require(
             key != "_target_" or (path in TARGETS and re.fullmatch(TARGETS[path], str(target)) is not None),

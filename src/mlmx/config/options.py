@@ -116,5 +116,5 @@ def _wording(wanted: object) -> str:
         return " or ".join(map(_wording, arguments))
     if origin in (list, dict):
         return "a list" if origin is list else "a mapping"
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
-    return next((word for kind, word in words.items() if kind is wanted), getattr(wanted, "__name__", str(wanted)))
+    words: dict[object, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    return "null" if wanted is type(None) else words.get(wanted, getattr(wanted, "__name__", str(wanted)))

@@ -49,7 +49,7 @@ def redact(text: str) -> str:
     >>> redact("cannot reach http://ann:s3cret@host:5000/api")
     'cannot reach http://***@host:5000/api'
     """
-    values = tuple(dict.fromkeys(form for _, value in _secrets() for form in _forms(value)))
+    values = tuple(value for _, value in _secrets())
     if values:
         text = _any_of(values).sub(STARS, text)
     if "://" in text:
@@ -110,8 +110,9 @@ def _forms(value: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=8)
 def _any_of(values: tuple[str, ...]) -> re.Pattern[str]:
+    forms = {form for value in values for form in _forms(value)}
     # The longest first: one secret may begin another.
-    return re.compile("|".join(re.escape(value) for value in sorted(values, key=len, reverse=True)))
+    return re.compile("|".join(map(re.escape, sorted(forms, key=len, reverse=True))))
 
 
 class RedactedStream:

@@ -280,12 +280,9 @@ def open_nodes(schema: type[Config]) -> list[str]:
 
 
 def to_config(command: str, composed: DictConfig, folders: Sequence[Path] = ()) -> Config:
-    """Hydra's composition as a plain dataclass, every root key checked (``+key=…`` slips past Hydra).
-
-    Datasets that are named are looked for in ``folders`` of the user's own as well.
-    """
+    """Hydra's composition, plain and checked; datasets are looked for in ``folders`` of the user's own as well."""
     known = [f.name for f in fields(CONFIGS[command])]
-    for key in map(str, composed):
+    for key in map(str, composed):  # +key=… slips past Hydra
         near = did_you_mean(key, known)
         require(key in known, f"{key}: unknown key{near} (python -m mlmx {command} --help lists them)")
     plain = typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))

@@ -40,10 +40,7 @@ def find_package_file(package: str, name: str, sha256: str | None = None) -> Pat
 
 
 def require_reachable(kind: str, repo: str, revision: str | None = None) -> None:
-    """Fail now if a hub ``model`` or ``dataset`` can neither be fetched nor read from the local cache, at its revision.
-
-    Where the hub is away and a cached copy exists, the libraries are told to work offline.
-    """
+    """Fail now if a hub ``model`` or ``dataset`` can neither be fetched nor read from the local cache, at revision."""
     if _hub_answers():
         return
     at = "" if revision is None else f" at revision {revision}"
@@ -53,7 +50,8 @@ def require_reachable(kind: str, repo: str, revision: str | None = None) -> None
         f"{kind}.path={repo}: the hub cannot be reached and no copy of it{at} is cached here; connect, or give a "
         f"local {local}, or try experiment=demo, which needs no network",
     )
-    os.environ["HF_HUB_OFFLINE"] = "1"  # the libraries read it at import; one already imported is told as well
+    # The libraries are to work offline. They read the switch at import; one already imported is told as well.
+    os.environ["HF_HUB_OFFLINE"] = "1"
     for name in ("huggingface_hub.constants", "datasets.config"):
         module = sys.modules.get(name)
         if module is not None:

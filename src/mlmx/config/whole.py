@@ -14,13 +14,11 @@ from pathlib import Path
 
 
 def write(path: Path, contents: str | bytes) -> None:
-    """A file; a reader finds what was there before or all of this, also where writing fails (a full disk, say).
-
-    Text is written as UTF-8; what has no place in it (half of a surrogate pair) is escaped as JSON does.
-    """
+    """A file; a reader finds what was there before or all of this, also where writing fails (a full disk, say)."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with aside.open("wb") as file:
+            # Half of a surrogate pair has no place in UTF-8: escaped as JSON does.
             file.write(contents if isinstance(contents, bytes) else contents.encode(errors="backslashreplace"))
             file.flush()
             os.fsync(file.fileno())  # else a power cut may leave an empty file of that name
@@ -34,7 +32,7 @@ def write(path: Path, contents: str | bytes) -> None:
 
 @contextlib.contextmanager
 def folder(path: Path, to_disk: bool = True) -> Iterator[Path]:
-    """An empty folder to be filled inside the block; then, on the disk, it takes the place of what was there."""
+    """An empty folder to be filled inside the block; then, once ``to_disk``, it takes the place of what was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     made, old = work / "new", work / "old"

@@ -121,10 +121,7 @@ CHUNKINGS: dict[str, Callable[..., Chunks]] = table(concat, document)
 
 
 def cut(chunking: Callable[..., Chunks], tokens: Tokens, chunk_size: int) -> Chunks:
-    """The chunks that a function of `CHUNKINGS`, or a plugin's, makes of tokens.
-
-    Refused if it gives something else, or rows that are longer or lie elsewhere than they may.
-    """
+    """The chunks that a function of `CHUNKINGS`, or a plugin's, makes of tokens; refused if they break its contract."""
 
     def fits(given: object) -> bool:
         if not isinstance(given, Chunks) or given.chunk_size != chunk_size:

@@ -28,10 +28,7 @@ WORD_RATE = 0.15
 
 
 def hold_out(texts: Dataset, share: float, most: int) -> tuple[Dataset, Dataset]:
-    """Training and held-out texts, in their original order: a content-hashed share, at most ``most``, is taken out.
-
-    Every copy of a text goes to the same side.
-    """
+    """Training and held-out texts, order kept: a content-hashed share is taken out, every copy of a text together."""
     keys = document_keys(texts)
     unique = np.unique(keys)
     number = min(most, round(share * len(unique)), len(unique) - 1)
@@ -68,10 +65,7 @@ class DatasetHeldout:
 def split_off(
     texts: Mapping[str, Dataset], other: Dataset | None, origin: str, documents: int, share: float, allow_overlap: bool
 ) -> Split:
-    """Held-out documents: of another source where one is given, else the dataset's own, else a share of it.
-
-    Refused where they stand in the training texts too (counted, the first one quoted).
-    """
+    """Held-out documents: of another source where one is given, else the dataset's own, else a share of it."""
     source = texts.get("heldout") if other is None else other
     return _split_off(texts["train"], source, origin, documents, share, allow_overlap)
 

@@ -43,9 +43,7 @@ Strategy = Callable[..., Bools]
 def strategy(*, words: bool, uniforms: bool) -> Callable[[F], F]:
     """What a strategy needs; one that does not say is taken to need both.
 
-    Args:
-        words: the tokenizer has to tell where words begin.
-        uniforms: numbers to place units by, drawn from (seed, epoch, sample); drawing takes time. Else it gets zeros.
+    A tokenizer that tells where words begin; uniforms to place units by, else it gets zeros: drawing takes time.
     """
     return states(needs_words=words, needs_uniforms=uniforms)
 
@@ -228,17 +226,14 @@ def take_units(unit_starts: Bools, candidates: Bools, budgets: Floats, draws: Dr
     # A row left without any, its first unit being longer than its whole budget: its shortest unit instead.
     empty = (~taken & (before == 0) & (edge < LAST))[:, 0]
     if empty.any():
-        targets[empty] = order[empty] == _shortest(order[empty])
+        units = order[empty]
+        ranked = np.sort(units, axis=1)
+        flat = (np.arange(len(units), dtype=np.uint64)[:, None] << np.uint64(32) | ranked).ravel()
+        sizes = (np.searchsorted(flat, flat, "right") - np.searchsorted(flat, flat, "left")).reshape(units.shape)
+        sizes[ranked == LAST] = units.shape[1] + 1
+        shortest = sizes.argmin(axis=1)[:, None]  # among several, the first in order
+        targets[empty] = units == np.take_along_axis(ranked, shortest, axis=1)
     return targets
-
-
-def _shortest(order: Draws) -> Draws:
-    """The draw of each row's shortest unit, uint32[B, 1]; among several, the first in order."""
-    ranked = np.sort(order, axis=1)
-    flat = (np.arange(len(order), dtype=np.uint64)[:, None] << np.uint64(32) | ranked).ravel()
-    sizes = (np.searchsorted(flat, flat, "right") - np.searchsorted(flat, flat, "left")).reshape(order.shape)
-    sizes[ranked == LAST] = order.shape[1] + 1
-    return np.take_along_axis(ranked, sizes.argmin(axis=1)[:, None], axis=1)
 
 
 def shown(right: Ids, bits: Words, vocabulary: Vocabulary, shares: tuple[float, float]) -> Ids:
@@ -274,10 +269,7 @@ def pad(rows: Rows, pad_id: int) -> tuple[Ids, Bools, Bools]:
 
 
 def batch(ids: Ids, at: Ids, seen: Ids | int, real: Bools) -> dict[str, torch.Tensor]:
-    """Tensors for the model, made of ``ids`` in place: ``labels`` hold the original ids at targets, −100 elsewhere.
-
-    ``at``, int64[M], are the targets' places in the flattened ``ids``, ``seen`` is what the model sees there.
-    """
+    """Tensors for the model, made of ``ids`` in place: it sees ``seen`` at the targets, int64[M] flat places ``at``."""
     import torch
 
     labels = np.full(ids.shape, IGNORE_INDEX)

@@ -36,10 +36,7 @@ def quick_check(source: partial[Any]) -> None:
 
 
 def read(source: partial[Any]) -> dict[str, Dataset]:
-    """A source's rows ``{"text": str}``: ``train``, and ``heldout`` where it has documents of its own to hold out.
-
-    A source gives these as a mapping, or a ``datasets.Dataset`` alone for ``train``; else it is refused.
-    """
+    """A source's rows ``{"text": str}``: ``train``, and ``heldout`` where it has documents of its own to hold out."""
 
     def fits(given: object) -> bool:
         splits: dict[str, Any] = given if isinstance(given, dict) else {"train": given}
@@ -78,10 +75,7 @@ def hub(
     revision: str | None = None,
     text_column: str = "text",
 ) -> Dataset | dict[str, Dataset]:
-    """A split of a dataset on the Hugging Face hub, or of its local cache, and one to hold out beside it.
-
-    With a commit as ``revision``, 40 hexadecimal digits, the texts stay the same.
-    """
+    """A split of a dataset on the hub or in its local cache, and one to hold out; a commit as ``revision`` pins it."""
     _require_there(path, revision)
     return dict(_from_hub(path, subset, split, heldout_split, revision, text_column))
 
@@ -150,10 +144,8 @@ def files(
 ) -> Dataset | dict[str, Dataset]:
     """The user's own texts: txt, csv, tsv, json, jsonl, parquet, or a folder saved by ``datasets``.
 
-    Args:
-        path: a file, a glob, a folder of such files, or a list of these.
-        text_column: the column that holds the text (plain text files have only ``text``).
-        sample_by: what is one document of a text file: a line, a paragraph, or the whole file.
+    ``path`` is a file, a glob, a folder of such files, or a list of these; plain text files have the column ``text``
+    alone, and ``sample_by`` says what one document of them is.
     """
     matches = [found for pattern in ([path] if isinstance(path, str) else path) for found in _expand(pattern)]
     require(bool(matches), "dataset.path: an empty list; give a file, a glob or a folder")

@@ -101,10 +101,7 @@ def scratch(
     max_length: int = 512,
     tokenizer: str | None = None,
 ) -> Encoder:
-    """A small DistilBERT with random weights, for quick experiments and tests.
-
-    The tokenizer is that of a hub repository or folder; the demo package's uncased WordPiece by default.
-    """
+    """A small DistilBERT with random weights and the tokenizer of a hub repository, a folder, or the demo package."""
     require(
         min(layers, hidden_size, heads, max_length) >= 1 and 0 <= dropout < 1,
         f"model: layers={layers}, hidden_size={hidden_size}, heads={heads}, max_length={max_length} must be at "
@@ -151,10 +148,7 @@ def require_there(encoder: Encoder) -> None:
 
 
 def load_tokenizer(encoder: Encoder, chunk_size: int) -> PreTrainedTokenizerBase:
-    """The tokenizer, and a check that the model is a masked LM that can hold ``chunk_size`` tokens.
-
-    The model's configuration is read for that; its weights are not.
-    """
+    """The tokenizer, if by the model's configuration it is a masked LM that can hold ``chunk_size`` tokens."""
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
     tokenizer: PreTrainedTokenizerBase

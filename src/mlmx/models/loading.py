@@ -19,10 +19,7 @@ os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "true"
 
 
 def config_and_tokenizer(path: str, revision: str | None, code: TrustedCode | None) -> tuple[Any, Any]:
-    """The model's configuration and tokenizer; read again when a local folder has changed.
-
-    Refused if not there, not readable, or with code of its own that is not trusted.
-    """
+    """The model's configuration and tokenizer; read again when a local folder has changed."""
     folder = Path(path).expanduser()
     changed = sorted(file.stat().st_mtime_ns for file in folder.iterdir()) if folder.is_dir() else ()
     return _config_and_tokenizer(path, revision, code, tuple(changed))
