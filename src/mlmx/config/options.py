@@ -39,7 +39,14 @@ def bind(
     """
     name = options.get("name")
     require(isinstance(name, str) and bool(name), f"{group}.name: missing; one of {', '.join(functions)}")
-    targets: list[Callable[..., Any]] = [functions.get(str(name)) or _plugin(group, str(name), functions), *shared]
+    named: Callable[..., Any] | None = functions.get(str(name))
+    if named is None:
+        stage = group.rpartition(".")[2]  # that of ``heldout.dataset`` is a dataset's
+        known = [*functions, *plugins(stage)]
+        near = did_you_mean(str(name), known)
+        require(name in known, f"{group}.name={name}: unknown{near} (known: {', '.join(known)})")
+        named = load(stage, str(name))
+    targets = [named, *shared]
     accepted = {key: option for target in targets for key, option in _options_of(target).items()}
     filled: list[dict[str, Any]] = [{} for _ in targets]
     for key, value in options.items():
@@ -54,14 +61,6 @@ def bind(
         there = key in options or option.default is not inspect.Parameter.empty
         require(there, f"{group}.{key}: missing; {group} '{name}' needs it: {group}.{key}=…")
     return tuple(functools.partial(target, **kw) for target, kw in zip(targets, filled, strict=True))
-
-
-def _plugin(group: str, name: str, functions: Mapping[str, F]) -> F:
-    """A user's own function; that of ``heldout.dataset`` is a dataset's."""
-    stage = group.rpartition(".")[2]
-    known = [*functions, *plugins(stage)]
-    require(name in known, f"{group}.name={name}: unknown{did_you_mean(name, known)} (known: {', '.join(known)})")
-    return typing.cast(F, load(stage, name))
 
 
 @functools.cache

@@ -81,16 +81,6 @@ def noted() -> Iterator[Files]:
         _noted.reset(before)
 
 
-def _read(folder: Path, place: str) -> str:
-    """The text of a file, noted; refused if it is not plain, or lies elsewhere: a copy of it would as well."""
-    own = os.path.normpath(place)
-    require(not own.startswith(("..", "/")), f"{place}: lies outside {folder}; name an option below it")
-    text, files = _plain_text(folder / place), _noted.get()
-    if files is not None:
-        files.setdefault(own, text)
-    return text
-
-
 def require_no_secret(files: Files) -> None:
     """Refuse files that hold what would let somebody in: copies of them are kept."""
     for place, text in files.items():
@@ -148,8 +138,11 @@ def _folder_of(group: str, option: str, folders: Sequence[Path] = ()) -> Path:
     return known[option]
 
 
-def _plain_text(file: Path) -> str:
-    """The text of a config file; refused if no YAML mapping of plain values, or too large, too deep or endless."""
+def _read(folder: Path, place: str) -> str:
+    """A config file's text, noted; refused if no YAML mapping of plain values, or too large, too deep or endless."""
+    own, file = os.path.normpath(place), folder / place
+    # A copy of it would lie elsewhere as well.
+    require(not own.startswith(("..", "/")), f"{place}: lies outside {folder}; name an option below it")
     size = file.stat().st_size
     require(size <= MOST_BYTES, f"{file}: has {size:,} bytes; a config file has at most {MOST_BYTES:,}")
     try:
@@ -166,6 +159,9 @@ def _plain_text(file: Path) -> str:
         raise RequestError(f"{file}: holds no key: value pairs; an option is a mapping such as 'name: scratch'")
     if nodes > MOST_NODES:
         raise RequestError(f"{file}: holds more than {MOST_NODES:,} values, repeated anchors counted; write fewer")
+    files = _noted.get()
+    if files is not None:
+        files.setdefault(own, text)
     return text
 
 

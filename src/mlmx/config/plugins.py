@@ -66,19 +66,16 @@ def call(stage: str, function: Callable[..., R], *arguments: object, fits: Calla
         raise
     except Exception as error:  # of any kind: it is somebody else's code
         raise RequestError(f"{_title(stage, function)}: fails ({brief(error)})") from error
-    if not fits(given):
-        raise RequestError(f"{_title(stage, function)}: gives {_kind(given)}; {needed} is needed")
-    return given
+    if fits(given):
+        return given
+    if hasattr(given, "dtype") and hasattr(given, "shape"):
+        kind = f"{given.dtype}{list(given.shape)}"  # ``int64[2, 8]``
+    else:
+        names = given if isinstance(given, dict) else getattr(given, "column_names", None)
+        kind = type(given).__name__ + (f" of {', '.join(map(str, names))}" if names else "")
+    raise RequestError(f"{_title(stage, function)}: gives {kind}; {needed} is needed")
 
 
 def _title(stage: str, function: Callable[..., Any]) -> str:
     own = function.func if isinstance(function, partial) else function
     return f"{stage} '{getattr(own, '__name__', own)}' of {own.__module__}"
-
-
-def _kind(given: object) -> str:
-    """``int64[2, 8]`` of an array, else the type, with the names of columns or keys where it has such."""
-    if hasattr(given, "dtype") and hasattr(given, "shape"):
-        return f"{given.dtype}{list(given.shape)}"
-    names = given if isinstance(given, dict) else getattr(given, "column_names", None)
-    return type(given).__name__ + (f" of {', '.join(map(str, names))}" if names else "")

@@ -39,14 +39,8 @@ class Entry:
 class TokenCache:
     """Gives entries, and makes them only where nobody has yet.
 
-    Nothing is written before `keep`, so that a run which is refused leaves nothing behind::
-
-        with cache:
-            entry = cache.get(name, make)  # from memory, from the folder, or made
-            ...                            # whatever may still be refused
-            cache.keep()
-
-    From making to keeping, or to the end of the block, other processes that want the same entry wait for it.
+    Used as a context. Nothing is written before `keep`, so that a run which is refused leaves nothing behind; from
+    making to keeping, or to the end of the block, other processes that want the same entry wait for it.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -10,7 +10,6 @@ import importlib.metadata
 import importlib.util
 import logging
 import tempfile
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,7 +68,12 @@ def agreeing_ids(texts: Dataset, reference: Tokenizer) -> tuple[NDArray[np.int32
         for batch in batches(texts):
             characters |= set(bytes(utf8(batch)[1]).translate(None, PRINTABLE).decode())
         unusual = [f"a{c}b {c} x{c}" for c in sorted(characters)]
-        wrong = _first_difference(encode, reference, [*ODD_TEXTS, *written, *unusual, *sample])
+        probes = [*ODD_TEXTS, *written, *unusual, *sample]
+        ids, lengths = encode(probes)  # end to end, and how many each has
+        own = np.split(ids, np.cumsum(lengths.astype(np.int64))[:-1])
+        pairs = zip(probes, own, reference.encode_batch_fast(probes, add_special_tokens=True), strict=False)
+        different = (text for text, tried, right in pairs if tried.tolist() != right.ids)
+        wrong = next(different, None) if len(lengths) == len(probes) else probes[0]
         if wrong is None:
             made = [encode(batch.to_pylist()) for batch in batches(texts)]
             ids = np.concatenate([some for some, _ in made], dtype=np.int32, casting="same_kind")
@@ -91,12 +95,3 @@ def _sample(texts: Dataset) -> list[str]:
     chosen = [text for batch in batches(texts.select(order)) for text in batch.to_pylist()]
     before = np.cumsum([0, *map(len, chosen)])[:-1]
     return chosen[: max(1, int((before < SAMPLE_CHARACTERS).sum()))]
-
-
-def _first_difference(encode: Callable[..., Any], reference: Tokenizer, probes: list[str]) -> str | None:
-    ids, lengths = encode(probes)  # end to end, and how many each has
-    if len(lengths) != len(probes):
-        return probes[0]
-    own = np.split(ids, np.cumsum(lengths.astype(np.int64))[:-1])
-    right = reference.encode_batch_fast(probes, add_special_tokens=True)
-    return next((p for p, a, b in zip(probes, own, right, strict=True) if a.tolist() != b.ids), None)

@@ -45,10 +45,8 @@ class Encoder:
 def pretrained(*, path: str, revision: str | None = None, max_length: int | None = None) -> Encoder:
     """A masked LM of the Hugging Face hub, or a local folder as written by ``save_pretrained``.
 
-    Args:
-        revision: commit of the hub repository, 40 hexadecimal digits, so that it stays the same; a folder has none.
-        max_length: longest chunk in tokens; given in the shipped YAML so that a chunk_size above it is
-            refused before anything is fetched. A local folder's own configuration is read instead.
+    With a commit as ``revision`` it stays the same. ``max_length``, in tokens, stands in the shipped YAML so that a
+    chunk_size above it is refused before anything is fetched; of a folder the own configuration is read instead.
     """
     folder = path_of("model.path", path)
     if not folder.is_dir():
