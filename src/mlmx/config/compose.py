@@ -147,11 +147,8 @@ def require_below_outputs(key: str, folder: str, given: str | None = None) -> No
         below = is_below_outputs(Path(folder))
     except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a NUL
         raise RequestError(f"{key}={given or folder!r}: is no folder ({error})") from error
-    require(
-        below,
-        f"{key}={given or folder}: lies outside {outputs_dir()}, where everything is written; choose a folder below "
-        "it, or move all of it with MLMX_OUTPUTS=<folder>",
-    )
+    outside = f"lies outside {outputs_dir()}, where everything is written; choose a folder below it"
+    require(below, f"{key}={given or folder}: {outside}, or move all of it with MLMX_OUTPUTS=<folder>")
 
 
 def quoted(text: str) -> str:

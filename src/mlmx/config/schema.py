@@ -125,15 +125,11 @@ class TrainConfig:
             f"keep={self.keep}: choose {BEST_AND_LAST}, {KEEP_ALL}, or how many of the newest checkpoints stay, a "
             f"whole number from 1{did_you_mean(self.keep, kept)}",
         )
-        require(
-            self.keep == KEEP_ALL or limit is None,
-            f"keep={self.keep}: trainer.save_total_limit={limit} says it another way; leave that out",
-        )
-        require(
-            self.register is None or bool(re.fullmatch(r"\w[\w .\-]{0,199}", self.register)),
-            f"register={self.register!r}: is no name for a registered model; use letters, digits, spaces and . _ -, "
-            "at most 200 characters, the first a letter or digit",
-        )
+        again = f"trainer.save_total_limit={limit} says it another way; leave that out"
+        _dial("keep", self.keep, self.keep == KEEP_ALL or limit is None, again)
+        is_name = self.register is None or bool(re.fullmatch(r"\w[\w .\-]{0,199}", self.register))
+        use = "use letters, digits, spaces and . _ -, at most 200 characters, the first a letter or digit"
+        _dial("register", repr(self.register), is_name, f"is no name for a registered model; {use}")
 
 
 @dataclass
@@ -220,11 +216,8 @@ class CompareConfig:
     tracking: Options = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        require(
-            not (self.runs and self.sweep_folder),
-            f"runs=[{','.join(self.runs)}] and sweep={self.sweep_folder}: each says which runs to compare; give one of "
-            "them",
-        )
+        both = f"runs=[{','.join(self.runs)}] and sweep={self.sweep_folder}: each says which runs to compare"
+        require(not (self.runs and self.sweep_folder), f"{both}; give one of them")
         kinds = (".html", ".png", ".csv", ".md")
         for path in self.out:
             known = Path(path).suffix.lower() in kinds

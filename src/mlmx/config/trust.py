@@ -55,10 +55,8 @@ def trusted_code_of(command: str, given: str) -> TrustedCode:
     if named is None:
         raise RequestError(f"{asked}: give a hub repository and its full commit, owner/name@<40 hexadecimal digits>")
     code = TrustedCode(named[1], named[2])
-    require(
-        not Path(code.repo).exists(),
-        f"{asked}: a folder {code.repo} lies in {Path.cwd()} and would be read in its place; run elsewhere",
-    )
+    there = f"a folder {code.repo} lies in {Path.cwd()} and would be read in its place; run elsewhere"
+    require(not Path(code.repo).exists(), f"{asked}: {there}")
     return code
 
 
@@ -67,16 +65,11 @@ def require_trusted_model(model: Mapping[str, Any]) -> None:
     code = trusted_code()
     if code is None:
         return
-    path, revision = model.get("path"), model.get("revision")
-    require(
-        model.get("name") == "pretrained" and path == code.repo,
-        f"{TRUST_FLAG}={code}: the model is {path or model.get('name')}; the flag is for the model that is loaded, "
-        f"model.path={code.repo}",
-    )
-    require(
-        revision in (None, code.revision),
-        f"{TRUST_FLAG}={code}: model.revision is {revision}; give the same commit, or model.revision=null",
-    )
+    name, path, revision = (model.get(key) for key in ("name", "path", "revision"))
+    other = f"the model is {path or name}; the flag is for the model that is loaded, model.path={code.repo}"
+    require(name == "pretrained" and path == code.repo, f"{TRUST_FLAG}={code}: {other}")
+    other = f"model.revision is {revision}; give the same commit, or model.revision=null"
+    require(revision in (None, code.revision), f"{TRUST_FLAG}={code}: {other}")
 
 
 def with_trusted_revision(config: dict[str, Any]) -> dict[str, Any]:

@@ -180,10 +180,8 @@ def require_amounts(train_chunks: float = 1, eval_chunks: float = 1, split_seed:
             needed = "give a number of chunks from 1 up, or a share between 0 and 1"
             raise RequestError(f"dataset.{name}={value:g}: {needed}")
     if sum(value for value in wanted.values() if isinstance(value, float)) > 1 + 1e-9:
-        raise RequestError(
-            f"dataset.train_chunks={train_chunks:g} and dataset.eval_chunks={eval_chunks:g}: shares of one corpus "
-            "must not exceed 1 together"
-        )
+        given = f"dataset.train_chunks={train_chunks:g} and dataset.eval_chunks={eval_chunks:g}"
+        raise RequestError(f"{given}: shares of one corpus must not exceed 1 together")
     return wanted
 
 

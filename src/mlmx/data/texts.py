@@ -123,20 +123,14 @@ def _reviews(path: Path, changed: int) -> dict[str, Dataset]:
     import pyarrow.csv as csv  # noqa: PLC0415 (slow to import)
 
     find_package_file(*REVIEWS, REVIEWS_SHA256)
-    rows = csv.read_csv(
-        path,
-        parse_options=csv.ParseOptions(newlines_in_values=True),
-        convert_options=csv.ConvertOptions(include_columns=["source", "text"]),
-    )
-    dataset = _datasets().Dataset
-    return {
+    lines, columns = csv.ParseOptions(newlines_in_values=True), csv.ConvertOptions(include_columns=["source", "text"])
+    rows = csv.read_csv(path, parse_options=lines, convert_options=columns)
+    reviews = {}
+    for source in ("imdb", "rotten_tomatoes"):
+        own = rows.filter(pc.equal(rows["source"], source)).select(["text"]).combine_chunks()
         # A fingerprint of our own: the library would hash all texts for one.
-        source: dataset(
-            rows.filter(pc.equal(rows["source"], source)).select(["text"]).combine_chunks(),
-            fingerprint=f"{REVIEWS_SHA256[:16]}-{source}",
-        )
-        for source in ("imdb", "rotten_tomatoes")
-    }
+        reviews[source] = _datasets().Dataset(own, fingerprint=f"{REVIEWS_SHA256[:16]}-{source}")
+    return reviews
 
 
 def files(

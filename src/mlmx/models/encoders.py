@@ -77,10 +77,8 @@ def trained_from(encoder: Encoder, origin: Mapping[str, Any]) -> Encoder:
 
 
 def _require_folder_or_repo(key: str, path: str) -> None:
-    require(
-        path_of(key, path).is_dir() or not (path.startswith((".", "~", "/")) or path.count("/") > 1),
-        f"{key}={path}: no such folder; give a saved model's folder or a hub name such as owner/name",
-    )
+    found = path_of(key, path).is_dir() or not (path.startswith((".", "~", "/")) or path.count("/") > 1)
+    require(found, f"{key}={path}: no such folder; give a saved model's folder or a hub name such as owner/name")
 
 
 def packaged(*, package: str, folder: str, sha256: dict[str, str]) -> Encoder:
@@ -100,14 +98,12 @@ def scratch(
     tokenizer: str | None = None,
 ) -> Encoder:
     """A small DistilBERT with random weights and the tokenizer of a hub repository, a folder, or the demo package."""
-    require(
-        min(layers, hidden_size, heads, max_length) >= 1 and 0 <= dropout < 1,
-        f"model: layers={layers}, hidden_size={hidden_size}, heads={heads}, max_length={max_length} must be at "
-        f"least 1 and dropout={dropout:g} in [0, 1)",
-    )
+    sizes = f"layers={layers}, hidden_size={hidden_size}, heads={heads}, max_length={max_length}"
+    possible = min(layers, hidden_size, heads, max_length) >= 1 and 0 <= dropout < 1
+    require(possible, f"model: {sizes} must be at least 1 and dropout={dropout:g} in [0, 1)")
     weights = hidden_size * (12 * layers * hidden_size + max_length)
     require(
-        max(layers, MOST_LAYERS) == MOST_LAYERS and weights <= MOST_WEIGHTS,
+        layers <= MOST_LAYERS and weights <= MOST_WEIGHTS,
         f"model: layers={layers}, hidden_size={hidden_size}, max_length={max_length} make a model of {weights:.1e} "
         f"weights; at most {MOST_LAYERS:,} layers and {MOST_WEIGHTS:.0e} weights are made",
     )

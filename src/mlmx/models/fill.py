@@ -36,10 +36,8 @@ def prompt_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: 
     require(tokenizer.mask_token_id in ids, f"{text!r}: holds no [MASK] (or {tokenizer.mask_token}) to fill")
     longest = longest_input(model.config.to_dict())
     shown = text if len(text) <= 40 else f"{text[:40]}…"
-    require(
-        longest is None or len(ids) <= longest,
-        f"{shown!r}: is {len(ids)} tokens long, and the model holds at most {longest}; give a shorter text",
-    )
+    fits = longest is None or len(ids) <= longest
+    require(fits, f"{shown!r}: is {len(ids)} tokens long, and the model holds at most {longest}; give a shorter text")
     return prompt
 
 

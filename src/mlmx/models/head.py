@@ -111,8 +111,5 @@ def _place(own: PreTrainedModel) -> torch.nn.Module | None:
 
 @cache  # said once
 def _say_full_head(kind: str) -> None:
-    log.info(
-        "head     %s is not in the table of masked-positions heads: all positions are projected, with the same "
-        "numbers and more time",
-        kind,
-    )
+    so = "all positions are projected, with the same numbers and more time"
+    log.info("head     %s is not in the table of masked-positions heads: %s", kind, so)
