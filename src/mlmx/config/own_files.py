@@ -98,8 +98,7 @@ def kept(folder: Path) -> dict[str, str]:
 def shipped(name: str) -> dict[str, Any]:
     """The keys and values of ``conf/<name>.yaml``."""
     text = (conf_dir() / f"{name}.yaml").read_text(encoding="utf-8")
-    values: dict[str, Any] = yaml_loader()(text).get_single_data()
-    return values
+    return dict(yaml_loader()(text).get_single_data())
 
 
 @cache

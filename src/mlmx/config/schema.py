@@ -246,13 +246,10 @@ class Job:
 
 @functools.cache
 def register_schemas() -> None:
-    """Make each root's dataclass known to Hydra as ``<command>_schema``.
-
-    The groups and nodes accept any key at composition (``trainer.warmup_steps=10`` needs no ``+``): `bind` and
-    `from_plain` check them, and say more than "key not in struct".
-    """
+    """Make each root's dataclass known to Hydra as ``<command>_schema``."""
     for command, schema in CONFIGS.items():
         node = OmegaConf.structured(schema)
+        # Any key is taken at composition (``trainer.warmup_steps=10`` needs no ``+``) and checked later, in more words.
         for name in open_nodes(schema):
             OmegaConf.set_struct(node[name], False)
         ConfigStore.instance().store(name=f"{command}_schema", node=node)

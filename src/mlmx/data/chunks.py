@@ -56,8 +56,7 @@ class Chunks:
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any] | list[dict[str, Any]]:
         """Several rows at once, as torch's DataLoader asks for them.
 
-        Rows of one length come stacked, under the same names: ``{"input_ids": int32[B, T], "word_starts": bool[B, T] |
-        None, "sample": int64[B], "epoch": int64[B]}``; others one by one.
+        Rows of one length come stacked, under the same names and with one more axis; others one by one.
         """
         rows = np.asarray(indices)
         starts, lengths = self.starts[rows], self.lengths[rows]
@@ -135,8 +134,7 @@ def cut(chunking: Callable[..., Chunks], tokens: Tokens, chunk_size: int) -> Chu
         return bool((inside & (given.lengths >= 1) & (given.lengths <= longest)).all())
 
     needed = f"Chunks of rows of 1 to {chunk_size} tokens that there are, int64[n] starts, lengths and samples,"
-    chunks: Chunks = call("chunking", chunking, tokens, chunk_size, fits=fits, needed=needed)
-    return chunks
+    return call("chunking", chunking, tokens, chunk_size, fits=fits, needed=needed)
 
 
 def try_out(chunking: Callable[..., Chunks], chunk_size: int) -> None:

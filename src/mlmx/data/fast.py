@@ -78,8 +78,7 @@ def agreeing_ids(texts: Dataset, reference: Tokenizer) -> tuple[NDArray[np.int32
             made = [encode(batch.to_pylist()) for batch in batches(texts)]
             ids = np.concatenate([some for some, _ in made], dtype=np.int32, casting="same_kind")
             lengths = np.concatenate([own for _, own in made]).astype(np.int64)
-            version = importlib.metadata.version("tokie")
-            return ids, lengths, f"tokie {version}, checked on {len(sample)} documents"
+            return ids, lengths, f"tokie {importlib.metadata.version('tokie')}, checked on {len(sample)} documents"
         reason = f"it differs from tokenizers on {wrong[:40]!r}"
     except (KeyboardInterrupt, SystemExit):
         raise

@@ -91,8 +91,7 @@ def _place_units(strategy: Strategy, uniforms: Floats, word_starts: Bools, budge
         return isinstance(given, np.ndarray) and given.shape == word_starts.shape and given.dtype.kind == "b"
 
     needed = "bool[B, T], where units begin,"
-    units: Bools = call("masking", strategy, uniforms, word_starts, budgets, fits=fits, needed=needed)
-    return units
+    return call("masking", strategy, uniforms, word_starts, budgets, fits=fits, needed=needed)
 
 
 def try_out(strategy: Strategy) -> None:

@@ -29,11 +29,7 @@ YARDSTICK_VERSION = 1
 
 @dataclass(frozen=True)
 class Yardstick:
-    """Collates rows of held-out chunks; each token is a target with probability 15 %, shown 80/10/10.
-
-    Rows are those of `data.HeldoutChunks`: ``document`` (uint64 key) and ``position`` (of the row's first own token
-    in its document) beside ``input_ids``.
-    """
+    """Collates rows of `HeldoutChunks`; each token is a target with probability 15 %, shown 80/10/10."""
 
     vocabulary: Vocabulary
 
@@ -56,8 +52,7 @@ class Yardstick:
 class WholeWords:
     """Collates rows for bits per byte: the tokens of chosen words, all shown as ``[MASK]``.
 
-    Words are chosen by (document, character span), so they are the same words for every tokenizer; rows carry
-    ``chosen``: bool[T], true at their tokens.
+    Words are chosen by (document, character span), so they are the same words for every tokenizer.
     """
 
     vocabulary: Vocabulary

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from mlmx.data.tokens import Tokens
 
-CHUNK_SIZES = (64, 128, 256, 512)
-
 
 def data_report(
     source: str,
@@ -38,8 +36,7 @@ def data_report(
     parts = {"corpus": chunks, **splits}
     with ThreadPoolExecutor() as pool:  # sha256 takes most of the time and lets other threads run
         report = dict(zip(parts, pool.map(partial(_rows_report, source), parts.values()), strict=True))
-    tokens = chunks.tokens
-    sizes = sorted({*CHUNK_SIZES, chunks.chunk_size})
+    tokens, sizes = chunks.tokens, sorted({64, 128, 256, 512, chunks.chunk_size})
     report["corpus"] |= {
         "documents": tokens.num_documents,
         "tokens": len(tokens.ids),

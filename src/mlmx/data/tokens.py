@@ -50,8 +50,7 @@ def tokenize(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     backend, word_starts = take_whole(tokenizer), None
     if backend is None:
         encoded = (tokenizer(some.to_pylist(), truncation=False, padding=False) for some in batches(texts))
-        ids, lengths = _end_to_end(row for some in encoded for row in some["input_ids"])
-        by = type(tokenizer).__name__
+        (ids, lengths), by = _end_to_end(row for some in encoded for row in some["input_ids"]), type(tokenizer).__name__
     elif (begins := word_begins(backend)) is not None:
         encodings = (backend.encode_batch_fast(some.to_pylist(), add_special_tokens=True) for some in batches(texts))
         rows = (encoding.ids for some in encodings for encoding in some)

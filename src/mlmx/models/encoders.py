@@ -121,8 +121,7 @@ MODELS: dict[str, Callable[..., Encoder]] = table(pretrained, packaged, scratch)
 
 def encoder_of(model: Callable[..., Encoder]) -> Encoder:
     """What a function of `MODELS`, or a plugin's, names; refused if it gives something else."""
-    encoder: Encoder = call("model", model, fits=lambda given: isinstance(given, Encoder), needed="an Encoder")
-    return encoder
+    return call("model", model, fits=lambda given: isinstance(given, Encoder), needed="an Encoder")
 
 
 def require_fit(encoder: Encoder, chunk_size: int) -> None:
