@@ -84,8 +84,7 @@ def noted() -> Iterator[Files]:
 def require_no_secret(files: Files) -> None:
     """Refuse files that hold what would let somebody in: copies of them are kept."""
     for place, text in files.items():
-        what = exposed(text)
-        if what is not None:
+        if (what := exposed(text)) is not None:
             raise RequestError(f"{place}: holds {what}, and is copied into the folder of the run; {remedy(what)}")
 
 
@@ -158,8 +157,7 @@ def _read(folder: Path, place: str) -> str:
         raise RequestError(f"{file}: holds no key: value pairs; an option is a mapping such as 'name: scratch'")
     if nodes > MOST_NODES:
         raise RequestError(f"{file}: holds more than {MOST_NODES:,} values, repeated anchors counted; write fewer")
-    files = _noted.get()
-    if files is not None:
+    if (files := _noted.get()) is not None:
         files.setdefault(own, text)
     return text
 

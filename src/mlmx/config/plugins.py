@@ -68,11 +68,10 @@ def call(stage: str, function: Callable[..., R], *arguments: object, fits: Calla
         raise RequestError(f"{_title(stage, function)}: fails ({brief(error)})") from error
     if fits(given):
         return given
+    names = given if isinstance(given, dict) else getattr(given, "column_names", None)
+    kind = type(given).__name__ + (f" of {', '.join(map(str, names))}" if names else "")
     if hasattr(given, "dtype") and hasattr(given, "shape"):
         kind = f"{given.dtype}{list(given.shape)}"  # ``int64[2, 8]``
-    else:
-        names = given if isinstance(given, dict) else getattr(given, "column_names", None)
-        kind = type(given).__name__ + (f" of {', '.join(map(str, names))}" if names else "")
     raise RequestError(f"{_title(stage, function)}: gives {kind}; {needed} is needed")
 
 

@@ -53,9 +53,8 @@ def require_reachable(kind: str, repo: str, revision: str | None = None) -> None
     # The libraries are to work offline. They read the switch at import; one already imported is told as well.
     os.environ["HF_HUB_OFFLINE"] = "1"
     for name in ("huggingface_hub.constants", "datasets.config"):
-        module = sys.modules.get(name)
-        if module is not None:
-            module.__dict__["HF_HUB_OFFLINE"] = True
+        if name in sys.modules:
+            vars(sys.modules[name])["HF_HUB_OFFLINE"] = True
 
 
 @cache

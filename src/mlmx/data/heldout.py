@@ -109,7 +109,8 @@ class HeldoutChunks(Chunks):
         number, first = int(self.rows_of[index]), int(self.starts[index])
         own = self.chosen[first : first + int(self.lengths[index])]
         before, after = (np.zeros(len(edge), np.bool_) for edge in (self.prefix, self.suffix))
-        return super().__getitem__(index) | {
+        return {
+            **super().__getitem__(index),
             "document": self.keys[number],
             "position": first - int(self.tokens.offsets[number]) - self.tokens.num_prefix,
             "num_prefix": len(before),

@@ -66,9 +66,8 @@ def span(
 ) -> Bools:
     """A unit is a span of whole words, its length geometric (SpanBERT, Joshi et al. 2020).
 
-    Args:
-        geometric_p: probability that a span ends after a word; mean length 1/p words before the cut.
-        max_words: longer spans are cut here, and where a single one would exceed half the row's budget.
+    ``geometric_p`` is the probability that a span ends after a word: 1/p words in the mean, before it is cut at
+    ``max_words``, and where a single one would exceed half the row's budget.
     """
     require(0 < geometric_p <= 1, f"masking.geometric_p={geometric_p:g}: must be above 0 and at most 1; usual is 0.2")
     require(max_words >= 1, f"masking.max_words={max_words}: must be at least 1; the usual value is 10")
@@ -197,11 +196,8 @@ def take_units(unit_starts: Bools, candidates: Bools, budgets: Floats, draws: Dr
     """Whole units in random order until each row has its budget of targets, bool[B, T].
 
     The unit that would exceed the budget is taken with the probability that makes the expected number exactly
-    the budget; a row with any candidate gets at least one target.
-
-    Args:
-        draws: uint32[B, T], the draw at a unit's first token is its place in the order; equal draws make one unit.
-        coins: float64[B, 1] uniforms, one for the unit that would exceed the row's budget.
+    the budget; a row with any candidate gets at least one target. The draw at a unit's first token, uint32[B, T], is
+    its place in the order, and equal draws make one unit; coins, float64[B, 1] uniforms, are for those that exceed.
     """
     order = draws >> np.uint32(1)  # below LAST
     if not unit_starts.all():  # at every token the draw at its unit's first; a row's first token begins one

@@ -39,9 +39,10 @@ class Yardstick:
         # The counter at which a row, special tokens included, begins; below 0 it wraps round, and so do those after it.
         first = np.array([row["position"] - row["num_prefix"] for row in rows], np.int64).astype(np.uint64)
         chosen = uniform(random_bits(keys, ids.shape[1], stream=3, first=first)) < RATE
-        begin, end = np.array([(row["num_prefix"], len(row["input_ids"]) - row["num_suffix"]) for row in rows]).T
+        begin = np.array([row["num_prefix"] for row in rows])[:, None]
+        end = np.array([len(row["input_ids"]) - row["num_suffix"] for row in rows])[:, None]
         positions = np.arange(ids.shape[1])
-        own = (positions >= begin[:, None]) & (positions < end[:, None])  # not the special tokens around them
+        own = (positions >= begin) & (positions < end)  # not the special tokens around them
         at = np.flatnonzero(chosen & own & ~self.vocabulary.special[ids])
         row, column = np.divmod(at, ids.shape[1])
         bits = bits_at(keys[row], first[row] + column.astype(np.uint64), stream=4)

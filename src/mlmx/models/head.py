@@ -41,9 +41,8 @@ def masked_logits(
     A hook gathers them, so that wrapped models (DDP, compiled ones) run through their own ``forward``. Of an
     architecture that is not in the table, all positions are projected and the others dropped.
 
-    Args:
-        room: return this many rows whatever M is, the surplus not scored: shapes that never change need no word from
-            the device, and what is made for a shape is made once. Logits are NaN where M exceeds it.
+    With ``room`` so many rows are returned whatever M is, the surplus not scored: shapes that never change need no word
+    from the device, and what is made for a shape is made once. Logits are NaN where M exceeds it.
     """
     import torch  # noqa: PLC0415 (slow to import)
 
