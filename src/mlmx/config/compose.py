@@ -27,31 +27,22 @@ from mlmx.config.redaction import entries
 
 
 def composed(compose: Callable[[list[str]], DictConfig], overrides: Sequence[str]) -> DictConfig:
-    """What Hydra composes of these overrides, its own node included.
-
-    Args:
-        compose: which of its ways; what it adds to the overrides is at no fault.
-    Raises:
-        RequestError: where Hydra breaks, naming the override on which it does.
-        HydraException, OmegaConfBaseException: what Hydra refuses.
-    """
+    """What Hydra composes of these overrides, its own node included; that on which it breaks is refused by name."""
     try:
         return compose(list(overrides))
     except (RequestError, HydraException, OmegaConfBaseException):
         raise
     except Exception as error:
-        culprit = next((one for one in overrides if _breaks(compose, one)), " ".join(overrides))
+        culprit = " ".join(overrides)
+        for one in overrides:
+            try:
+                compose([one])
+            except (RequestError, HydraException, OmegaConfBaseException):
+                continue
+            except Exception:  # noqa: BLE001 (of any kind: Hydra breaks)
+                culprit = one
+                break
         raise RequestError(f"{culprit}: cannot be composed ({type(error).__name__}: {error})") from error
-
-
-def _breaks(compose: Callable[[list[str]], DictConfig], override: str) -> bool:
-    try:
-        compose([override])
-    except (RequestError, HydraException, OmegaConfBaseException):
-        return False
-    except Exception:  # noqa: BLE001 (of any kind: Hydra breaks)
-        return True
-    return False
 
 
 class ComposedOnce(ConfigLoaderImpl):
@@ -79,8 +70,6 @@ class ComposedOnce(ConfigLoaderImpl):
         return found
 
 
-# ------------------------------------------------------------------------- what Hydra's own node may say
-
 CORE = "hydra._internal.core_plugins"
 # Where Hydra's node names code, and what may stand there: its own launcher and sweeper, and installed plugins.
 TARGETS = {
@@ -88,7 +77,6 @@ TARGETS = {
     "sweeper._target_": rf"{CORE}\.basic_sweeper\.BasicSweeper|hydra_plugins\.\w+\.\w+\.\w*Sweeper",
     "sweeper.sampler._target_": r"optuna\.samplers\.\w+Sampler",
 }
-FOLDERS = ("run.dir", "sweep.dir", "sweep.subdir")
 # Lists and mappings that are empty in Hydra's defaults, and why they stay so.
 EMPTY = {
     "callbacks": "a config names no code",
@@ -98,38 +86,30 @@ EMPTY = {
 
 
 def require_confined(command: str, composed: DictConfig, number: int = 0, multirun: bool = False) -> None:
-    """Refuse a composition whose ``hydra`` node could write outside outputs/, run code or change the process.
-
-    Args:
-        composed: with its ``hydra`` node.
-        number: the job's place in the sweep.
-    Raises:
-        RequestError: where; what is allowed; what to do.
-    """
+    """Refuse a job whose ``hydra`` node could write outside outputs/, run code or change the process."""
     node = composed.hydra
-    require(
-        multirun or getattr(node.mode, "name", None) != "MULTIRUN",
-        "hydra.mode=MULTIRUN: is not taken from a config; a sweep is asked for by -m",
-    )
+    if not multirun and getattr(node.mode, "name", None) == "MULTIRUN":
+        raise RequestError("hydra.mode=MULTIRUN: is not taken from a config; a sweep is asked for by -m")
     for key, reason in EMPTY.items():
         require(not OmegaConf.select(node, key), f"hydra.{key}: is not taken; {reason}")
     require(node.output_subdir is None, "hydra.output_subdir: is not taken; a run writes its own config.yaml")
     require(not node.job.chdir, "hydra.job.chdir: is not taken; a run stays in the folder it was started in")
     for name in ("job_logging", "hydra_logging"):
         chosen = OmegaConf.select(node, name)
-        require(
-            chosen is not None and chosen.get("root") is None,
-            f"hydra/{name}: is not taken; a run writes its own train.log (leave it at none)",
-        )
+        if chosen is None or chosen.get("root") is not None:
+            raise RequestError(f"hydra/{name}: is not taken; a run writes its own train.log (leave it at none)")
     for path, key, target in entries(OmegaConf.to_container(node, resolve=False)):
-        if key != "_target_":
-            continue
-        allowed = TARGETS.get(path)
         require(
-            allowed is not None and re.fullmatch(allowed, str(target)) is not None,
+            key != "_target_" or (path in TARGETS and re.fullmatch(TARGETS[path], str(target)) is not None),
             f"hydra.{path}={target}: is not taken; Hydra's own launcher and sweeper, and its installed plugins, are",
         )
-    _require_folders(command, composed, number)
+    with open_dict(composed):
+        composed.hydra.job.num, composed.hydra.job.id = number, str(number)
+    with _as_hydra_config(composed):  # for ${hydra:…} in a folder's name
+        run, sweep, subdir = (str(OmegaConf.select(node, key)) for key in ("run.dir", "sweep.dir", "sweep.subdir"))
+    require_folder(command, "hydra.run.dir", run)
+    require_below_outputs("hydra.sweep.dir", sweep)
+    require_below_outputs("hydra.sweep.subdir", str(Path(sweep) / subdir), subdir)
 
 
 def is_grid(composed: DictConfig) -> bool:
@@ -155,18 +135,6 @@ def _as_hydra_config(composed: DictConfig) -> Iterator[None]:
         OmegaConf.set_readonly(composed.hydra, False)  # as it was composed
 
 
-def _require_folders(command: str, composed: DictConfig, number: int) -> None:
-    """The folders that Hydra would make for this job lie below outputs/."""
-    with open_dict(composed):
-        composed.hydra.job.num = number
-        composed.hydra.job.id = str(number)
-    with _as_hydra_config(composed):  # for ${hydra:…} in a folder's name
-        run, sweep, subdir = (str(OmegaConf.select(composed, f"hydra.{key}")) for key in FOLDERS)
-    require_folder(command, "hydra.run.dir", run)
-    require_below_outputs("hydra.sweep.dir", sweep)
-    require_below_outputs("hydra.sweep.subdir", str(Path(sweep) / subdir), subdir)
-
-
 def require_folder(command: str, key: str, folder: str) -> None:
     """Refuse a job's folder outside outputs/; the commands that make none are given the working folder itself."""
     if command == "train" or Path(folder).absolute() != Path.cwd():
@@ -174,20 +142,13 @@ def require_folder(command: str, key: str, folder: str) -> None:
 
 
 def require_below_outputs(key: str, folder: str, given: str | None = None) -> None:
-    """Refuse a folder that does not lie below outputs/, links and ``..`` followed.
-
-    Args:
-        given: what to show as given, if not ``folder``.
-    """
+    """Refuse a folder that does not lie below outputs/, links and ``..`` followed; ``given``: what to show for it."""
     try:
         below = is_below_outputs(Path(folder))
     except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a NUL
         raise RequestError(f"{key}={given or folder!r}: is no folder ({error})") from error
-    require(
-        below,
-        f"{key}={given or folder}: lies outside {outputs_dir()}, where everything is written; choose a folder below "
-        "it, or move all of it with MLMX_OUTPUTS=<folder>",
-    )
+    outside = f"lies outside {outputs_dir()}, where everything is written; choose a folder below it"
+    require(below, f"{key}={given or folder}: {outside}, or move all of it with MLMX_OUTPUTS=<folder>")
 
 
 def quoted(text: str) -> str:
@@ -199,7 +160,7 @@ def quoted(text: str) -> str:
 def overrides_of(node: DictConfig, of: str = "task") -> list[str]:
     """The overrides of a composition as they were given, from its ``hydra`` node; ``${…}`` in them stays."""
     listed: Any = OmegaConf.to_container(node.overrides[of], resolve=False)
-    return [str(one) for one in listed]
+    return list(map(str, listed))
 
 
 def key_of(override: str) -> str:

@@ -33,11 +33,7 @@ def require(ok: bool, message: str) -> None:
 
 
 def path_of(key: str, given: str) -> Path:
-    """A path as it was given, ``~`` expanded; whether anything lies there can be asked of it.
-
-    Raises:
-        RequestError: no path at all: a name that is too long, a NUL in it, a user that does not exist.
-    """
+    """A path as it was given, ``~`` expanded; refused if none: too long a name, a NUL in it, an unknown user."""
     try:
         path = Path(given).expanduser()
         path.stat()

@@ -17,7 +17,6 @@ from mlmx.config.errors import RequestError, did_you_mean, require
 from mlmx.config.plugins import load, plugins
 
 F = TypeVar("F", bound=Callable[..., Any])
-Function = Callable[..., Any]
 
 
 def table(*functions: F) -> dict[str, F]:
@@ -28,7 +27,7 @@ def table(*functions: F) -> dict[str, F]:
 def bind(
     group: str, options: Mapping[str, Any], functions: Mapping[str, F], *shared: Callable[..., Any]
 ) -> tuple[functools.partial[Any], ...]:
-    """Check a group's options against the signature of the function it names.
+    """A group's named function and each ``shared`` one, with their options filled in and checked by their signatures.
 
     Keyword-only parameters are options; the other parameters are handed over by the pipeline. Options of
     the ``shared`` functions (the split of every dataset, say) stand in the same group.
@@ -37,48 +36,35 @@ def bind(
     >>> part, = bind("model", {"name": "scratch", "layers": 2}, table(scratch))
     >>> part.func.__name__, part.keywords
     ('scratch', {'layers': 2})
-
-    Returns:
-        The named function and each shared one, with their options filled in.
-    Raises:
-        RequestError: unknown name or option (with the nearest right one), wrong type, missing option.
     """
     name = options.get("name")
     require(isinstance(name, str) and bool(name), f"{group}.name: missing; one of {', '.join(functions)}")
-    function = functions.get(str(name)) or _plugin(group, str(name), functions)
-    targets: list[Function] = [function, *shared]
+    named: Callable[..., Any] | None = functions.get(str(name))
+    if named is None:
+        stage = group.rpartition(".")[2]  # that of ``heldout.dataset`` is a dataset's
+        known = [*functions, *plugins(stage)]
+        near = did_you_mean(str(name), known)
+        require(name in known, f"{group}.name={name}: unknown{near} (known: {', '.join(known)})")
+        named = load(stage, str(name))
+    targets = [named, *shared]
     accepted = {key: option for target in targets for key, option in _options_of(target).items()}
     filled: list[dict[str, Any]] = [{} for _ in targets]
     for key, value in options.items():
         if key == "name":
             continue
-        require(
-            key in accepted,
-            f"{group}.{key}: unknown option{did_you_mean(str(key), accepted)} "
-            f"({group} '{name}' takes {', '.join(accepted) or 'no options'})",
-        )
+        takes = f"{group} '{name}' takes {', '.join(accepted) or 'no options'}"
+        require(key in accepted, f"{group}.{key}: unknown option{did_you_mean(str(key), accepted)} ({takes})")
         for target, keywords in zip(targets, filled, strict=True):
-            option = _options_of(target).get(key)
-            if option is not None:
-                keywords[key] = convert(f"{group}.{key}", value, option.annotation)
+            if key in _options_of(target):
+                keywords[key] = convert(f"{group}.{key}", value, _options_of(target)[key].annotation)
     for key, option in accepted.items():
-        require(
-            key in options or option.default is not inspect.Parameter.empty,
-            f"{group}.{key}: missing; {group} '{name}' needs it: {group}.{key}=…",
-        )
+        there = key in options or option.default is not inspect.Parameter.empty
+        require(there, f"{group}.{key}: missing; {group} '{name}' needs it: {group}.{key}=…")
     return tuple(functools.partial(target, **kw) for target, kw in zip(targets, filled, strict=True))
 
 
-def _plugin(group: str, name: str, functions: Mapping[str, F]) -> F:
-    """A user's own function; that of ``heldout.dataset`` is a dataset's."""
-    stage = group.rpartition(".")[2]
-    known = [*functions, *plugins(stage)]
-    require(name in known, f"{group}.name={name}: unknown{did_you_mean(name, known)} (known: {', '.join(known)})")
-    return typing.cast(F, load(stage, name))
-
-
 @functools.cache
-def _options_of(target: Function) -> dict[str, inspect.Parameter]:
+def _options_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The keyword-only parameters and their types; those of other parameters may be imported lazily."""
     parameters = inspect.signature(target).parameters.values()
     options = {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
@@ -97,7 +83,11 @@ def convert(key: str, value: object, wanted: object) -> Any:  # noqa: ANN401 (of
     >>> convert("lr", 1, float), convert("seed", 42.0, int), convert("path", ["a", "b"], str | list[str])
     (1.0, 42, ['a', 'b'])
     """
-    for form in (_same, _whole, _text):
+    for form in (
+        lambda one: one,
+        lambda one: int(one) if isinstance(one, float) and one.is_integer() else one,
+        lambda one: str(one) if isinstance(one, (int, float)) else one,
+    ):
         with contextlib.suppress(ValidationError):
             return _adapter(wanted).validate_python(_each(value, form), strict=True)
     raise RequestError(f"{key}={value!r}: {_wording(wanted)} is needed")
@@ -108,7 +98,7 @@ def _adapter(wanted: Any) -> TypeAdapter[Any]:  # noqa: ANN401 (a type or a unio
     return TypeAdapter(wanted, config=ConfigDict(arbitrary_types_allowed=True))
 
 
-def _each(value: object, form: Callable[[object], object]) -> object:
+def _each(value: object, form: Callable[[Any], object]) -> object:
     """``form`` of every value in lists and mappings; tuples become lists, keys texts."""
     if isinstance(value, Mapping):
         return {str(key): _each(inner, form) for key, inner in value.items()}
@@ -117,35 +107,13 @@ def _each(value: object, form: Callable[[object], object]) -> object:
     return form(value)
 
 
-def _same(value: object) -> object:
-    return value
-
-
-def _whole(value: object) -> object:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _text(value: object) -> object:
-    return str(value) if isinstance(value, (int, float)) else value
-
-
-_WORDS: dict[object, str] = {
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    bool: "true or false",
-    type(None): "null",
-}
-
-
 def _wording(wanted: object) -> str:
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_wording(a) for a in arguments)
-    if origin is list:
-        return "a list"
-    if origin is dict:
-        return "a mapping"
-    return _WORDS.get(wanted, getattr(wanted, "__name__", str(wanted)))
+        return " or ".join(map(_wording, arguments))
+    if origin in (list, dict):
+        return "a list" if origin is list else "a mapping"
+    words: dict[object, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    return "null" if wanted is type(None) else words.get(wanted, getattr(wanted, "__name__", str(wanted)))

@@ -44,14 +44,9 @@ class PlainFiles(FileConfigSource):
         return SCHEME
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """As Hydra's own source of files.
-
-        Raises:
-            RequestError: see `read`.
-        """
         place = self._normalize_file_name(config_path)
         if Path(self.path, place).is_file():
-            read(Path(self.path), place)
+            _read(Path(self.path), place)
         return super().load_config(config_path)
 
 
@@ -75,9 +70,6 @@ def folders_of(node: DictConfig) -> list[Path]:
     return [Path(source.path) for source in node.runtime.config_sources if source.schema == SCHEME]
 
 
-# ------------------------------------------------------------------------------------ noted, kept and found again
-
-
 @contextlib.contextmanager
 def noted() -> Iterator[Files]:
     """Inside the block, the files of the user's that are read."""
@@ -89,29 +81,10 @@ def noted() -> Iterator[Files]:
         _noted.reset(before)
 
 
-def read(folder: Path, place: str) -> str:
-    """The text of a file, noted.
-
-    Raises:
-        RequestError: it is not plain, or lies elsewhere: a copy of it would as well.
-    """
-    own = os.path.normpath(place)
-    require(not own.startswith(("..", "/")), f"{place}: lies outside {folder}; name an option below it")
-    text, files = plain_text(folder / place), _noted.get()
-    if files is not None:
-        files.setdefault(own, text)
-    return text
-
-
 def require_no_secret(files: Files) -> None:
-    """Refuse files that hold what would let somebody in: copies of them are kept.
-
-    Raises:
-        RequestError: the file, and what it holds.
-    """
+    """Refuse files that hold what would let somebody in: copies of them are kept."""
     for place, text in files.items():
-        what = exposed(text)
-        if what is not None:
+        if (what := exposed(text)) is not None:
             raise RequestError(f"{place}: holds {what}, and is copied into the folder of the run; {remedy(what)}")
 
 
@@ -121,14 +94,10 @@ def kept(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(home)): file.read_text(encoding="utf-8") for file in sorted(home.rglob("*.yaml"))}
 
 
-# ------------------------------------------------------------------------------------ options by name
-
-
 def shipped(name: str) -> dict[str, Any]:
     """The keys and values of ``conf/<name>.yaml``."""
     text = (conf_dir() / f"{name}.yaml").read_text(encoding="utf-8")
-    values: dict[str, Any] = yaml_loader()(text).get_single_data()
-    return values
+    return dict(yaml_loader()(text).get_single_data())
 
 
 @cache
@@ -146,14 +115,10 @@ def fill_in(node: object, key: str, folders: Sequence[Path]) -> None:
     if not (isinstance(node, dict) and folders):
         return
     name = node.get(key)
-    if isinstance(name, str) and name:
-        folder = _folder_of("dataset", name, folders)
-        node[key] = name if folder == conf_dir() else _option(folder, f"dataset/{name}.yaml")
-
-
-def _option(folder: Path, place: str) -> dict[str, Any]:
-    values = OmegaConf.to_container(OmegaConf.create(read(folder, place)), resolve=True)
-    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+    folder = _folder_of("dataset", name, folders) if isinstance(name, str) and name else conf_dir()
+    if folder != conf_dir():
+        values = OmegaConf.to_container(OmegaConf.create(_read(folder, f"dataset/{name}.yaml")), resolve=True)
+        node[key] = {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
 
 def load_option(group: str, option: str) -> dict[str, Any]:
@@ -166,50 +131,39 @@ def _folder_of(group: str, option: str, folders: Sequence[Path] = ()) -> Path:
     """Where an option stands; a shipped one is never replaced."""
     known = {path.stem: home for home in (*reversed(folders), conf_dir()) for path in (home / group).glob("*.yaml")}
     listed = sorted(known)
-    require(
-        option in known,
-        f"{group}={option}: no such option{did_you_mean(option, listed)} (options: {', '.join(listed)})",
-    )
+    near = did_you_mean(option, listed)
+    require(option in known, f"{group}={option}: no such option{near} (options: {', '.join(listed)})")
     return known[option]
 
 
-# ------------------------------------------------------------------------------------ plain or refused
-
-
-def plain_text(file: Path) -> str:
-    """The text of a config file; refused if it is no YAML mapping of plain values, or too large, too deep or endless.
-
-    Raises:
-        RequestError: with the file, what is wrong and, where known, the line.
-    """
+def _read(folder: Path, place: str) -> str:
+    """A config file's text, noted; refused if no YAML mapping of plain values, or too large, too deep or endless."""
+    own, file = os.path.normpath(place), folder / place
+    # A copy of it would lie elsewhere as well.
+    require(not own.startswith(("..", "/")), f"{place}: lies outside {folder}; name an option below it")
     size = file.stat().st_size
     require(size <= MOST_BYTES, f"{file}: has {size:,} bytes; a config file has at most {MOST_BYTES:,}")
-    too_deep = f"{file}: is nested more than {MOST_LEVELS} levels deep; write it flatter"
     try:
         text = file.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=get_yaml_loader())
         nodes = _size(root, {}, 0)[0]
-        get_yaml_loader()(text).get_single_data() if nodes <= MOST_NODES else None
+        if nodes <= MOST_NODES:
+            get_yaml_loader()(text).get_single_data()
     except RecursionError:
-        raise RequestError(too_deep) from None
+        raise RequestError(f"{file}: is nested more than {MOST_LEVELS} levels deep; write it flatter") from None
     except Exception as error:  # of many kinds: a byte that is no UTF-8, a tag of Python's, !!int of an empty text
         raise RequestError(f"{file}: cannot be read as YAML ({type(error).__name__}: {error})") from error
-    require(
-        root is None or isinstance(root, yaml.MappingNode),
-        f"{file}: holds no key: value pairs; an option is a mapping such as 'name: scratch'",
-    )
-    require(
-        nodes <= MOST_NODES, f"{file}: holds more than {MOST_NODES:,} values, repeated anchors counted; write fewer"
-    )
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        raise RequestError(f"{file}: holds no key: value pairs; an option is a mapping such as 'name: scratch'")
+    if nodes > MOST_NODES:
+        raise RequestError(f"{file}: holds more than {MOST_NODES:,} values, repeated anchors counted; write fewer")
+    if (files := _noted.get()) is not None:
+        files.setdefault(own, text)
     return text
 
 
 def _size(node: yaml.Node | None, known: dict[int, tuple[int, int]], level: int) -> tuple[int, int]:
-    """Values and levels of a node, those of repeated anchors each time.
-
-    Raises:
-        RecursionError: beyond `MOST_LEVELS`, so also where an anchor holds itself.
-    """
+    """Values and levels of a node, those of repeated anchors each time; an anchor that holds itself has too many."""
     if not isinstance(node, yaml.CollectionNode):
         return 1, 1
     if id(node) not in known:

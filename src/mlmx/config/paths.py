@@ -15,12 +15,9 @@ def conf_dir() -> Path:
 
 
 def outputs_dir() -> Path:
-    """Everything is written below this absolute folder: ``$MLMX_OUTPUTS``, else ``outputs/`` of the checkout,
-    else ``outputs/`` of the working folder."""
+    """Where all is written, absolute: ``$MLMX_OUTPUTS``, else ``outputs/`` of the checkout or of the working folder."""
     chosen = os.environ.get("MLMX_OUTPUTS")
-    if chosen:
-        return Path(chosen).expanduser().resolve()
-    return (CHECKOUT or Path.cwd()) / "outputs"
+    return Path(chosen).expanduser().resolve() if chosen else (CHECKOUT or Path.cwd()) / "outputs"
 
 
 def is_below_outputs(folder: Path) -> bool:

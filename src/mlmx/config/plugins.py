@@ -36,11 +36,7 @@ def _points(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
 
 
 def load(stage: str, name: str) -> Callable[..., Any]:
-    """A function of `plugins`.
-
-    Raises:
-        RequestError: two packages bring one of this name, or it cannot be imported.
-    """
+    """A function of `plugins`; refused where two packages bring one of this name, or it cannot be imported."""
     found = {point.value: point for point in _points(tuple(sys.path)) if point.name == f"{stage}.{name}"}
     require(len(found) == 1, f"{stage} '{name}': is brought by {' and by '.join(found)}; uninstall one of them")
     [value] = found
@@ -63,30 +59,22 @@ def states(**facts: object) -> Callable[[F], F]:
 
 
 def call(stage: str, function: Callable[..., R], *arguments: object, fits: Callable[[Any], bool], needed: str) -> R:
-    """What a stage's function gives, if it is what the stage needs.
-
-    Raises:
-        RequestError: it is not, or the function fails; in one line with stage and name.
-    """
+    """What a stage's function gives; refused with stage and name if it is not what is needed, or the function fails."""
     try:
         given = function(*arguments)
     except (RequestError, WorkError, OSError, MemoryError):  # these say what they are
         raise
     except Exception as error:  # of any kind: it is somebody else's code
         raise RequestError(f"{_title(stage, function)}: fails ({brief(error)})") from error
-    if not fits(given):
-        raise RequestError(f"{_title(stage, function)}: gives {_kind(given)}; {needed} is needed")
-    return given
+    if fits(given):
+        return given
+    names = given if isinstance(given, dict) else getattr(given, "column_names", None)
+    kind = type(given).__name__ + (f" of {', '.join(map(str, names))}" if names else "")
+    if hasattr(given, "dtype") and hasattr(given, "shape"):
+        kind = f"{given.dtype}{list(given.shape)}"  # ``int64[2, 8]``
+    raise RequestError(f"{_title(stage, function)}: gives {kind}; {needed} is needed")
 
 
 def _title(stage: str, function: Callable[..., Any]) -> str:
     own = function.func if isinstance(function, partial) else function
     return f"{stage} '{getattr(own, '__name__', own)}' of {own.__module__}"
-
-
-def _kind(given: object) -> str:
-    """``int64[2, 8]`` of an array, else the type, with the names of columns or keys where it has such."""
-    if hasattr(given, "dtype") and hasattr(given, "shape"):
-        return f"{given.dtype}{list(given.shape)}"
-    names = given if isinstance(given, dict) else getattr(given, "column_names", None)
-    return type(given).__name__ + (f" of {', '.join(map(str, names))}" if names else "")

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, TextIO
 from urllib.parse import quote, quote_plus
 
-from mlmx.config.errors import RequestError, require
+from mlmx.config.errors import RequestError
 from mlmx.config.trust import TRUST_FLAG
 
 STARS = "***"
@@ -49,7 +49,7 @@ def redact(text: str) -> str:
     >>> redact("cannot reach http://ann:s3cret@host:5000/api")
     'cannot reach http://***@host:5000/api'
     """
-    values = tuple(dict.fromkeys(form for _, value in _secrets() for form in _forms(value)))
+    values = tuple(value for _, value in _secrets())
     if values:
         text = _any_of(values).sub(STARS, text)
     if "://" in text:
@@ -104,21 +104,15 @@ def _is_secret(name: str | bytes) -> bool:
 @lru_cache(maxsize=256)
 def _forms(value: str) -> tuple[str, ...]:
     """A secret as it may stand in text: itself, in an address, in JSON, in an exception, on one line."""
-    return (
-        value,
-        quote(value, safe=""),
-        quote_plus(value),
-        json.dumps(value)[1:-1],
-        json.dumps(value, ensure_ascii=False)[1:-1],
-        repr(value)[1:-1],
-        " ".join(value.split()),
-    )
+    inside = json.dumps(value), json.dumps(value, ensure_ascii=False), repr(value)
+    return value, quote(value, safe=""), quote_plus(value), *(form[1:-1] for form in inside), " ".join(value.split())
 
 
 @lru_cache(maxsize=8)
 def _any_of(values: tuple[str, ...]) -> re.Pattern[str]:
-    """The longest first: one secret may begin another."""
-    return re.compile("|".join(re.escape(value) for value in sorted(values, key=len, reverse=True)))
+    forms = {form for value in values for form in _forms(value)}
+    # The longest first: one secret may begin another.
+    return re.compile("|".join(map(re.escape, sorted(forms, key=len, reverse=True))))
 
 
 class RedactedStream:
@@ -132,8 +126,7 @@ class RedactedStream:
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            self.write(line)
+        self.stream.writelines(map(redact, lines))
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (whatever the stream has)
         return getattr(self.stream, name)
@@ -144,55 +137,36 @@ def show_traceback(kind: type[BaseException], error: BaseException, trace: Trace
     sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
-# ---------------------------------------------------------------- What no config may hold, wherever a value comes from
-
-MOST_BITS = 4096  # of a whole number
-
-
 def refuse_code(values: object) -> None:
-    """Refuse a plain, resolved config that could run code: names are looked up in tables, never imported.
-
-    Raises:
-        RequestError: ``_target_`` or ``trust_remote_code`` anywhere in it.
-    """
+    """Refuse a plain, resolved config that could run code: names are looked up in tables, never imported."""
     for path, key, _ in entries(values):
-        require(
-            key != "_target_",
-            f"{redact(path)}: a config names functions by 'name:', _target_ is not accepted; "
-            "your own functions come in through the entry point group mlmx.plugins",
-        )
-        require(
-            "trust_remote_code" not in key,
-            f"{redact(path)}: cannot be switched on by a config; name the repository on the command line: "
-            f"{TRUST_FLAG}=owner/name@<40 hexadecimal digits>",
-        )
+        if key == "_target_":
+            raise RequestError(
+                f"{redact(path)}: a config names functions by 'name:', _target_ is not accepted; "
+                "your own functions come in through the entry point group mlmx.plugins"
+            )
+        if "trust_remote_code" in key:
+            raise RequestError(
+                f"{redact(path)}: cannot be switched on by a config; name the repository on the command line: "
+                f"{TRUST_FLAG}=owner/name@<40 hexadecimal digits>"
+            )
 
 
 def refuse_secrets(values: object) -> None:
-    """Refuse a plain config that holds what would let somebody in: it is going to be written to files.
-
-    Raises:
-        RequestError: credentials in an address, or an access token; the line shows ``***`` in their place.
-    """
+    """Refuse a plain config that holds what would let somebody in: it is going to be written to files."""
     for path, key, value in entries(values):
         for text in (key, value):
             what = exposed(text) if isinstance(text, str) else None
             if what is not None:
-                shown = f"={redact(value)}" if isinstance(value, str) else ""
-                raise RequestError(
-                    f"{redact(path)}{shown}: holds {what}, and a config is written to files; {remedy(what)}"
-                )
+                shown = redact(path) + (f"={redact(value)}" if isinstance(value, str) else "")
+                raise RequestError(f"{shown}: holds {what}, and a config is written to files; {remedy(what)}")
 
 
 def refuse_unwritable(values: object) -> None:
-    """Refuse what no file can hold as UTF-8, what would end a file's name early, and endless numbers.
-
-    Raises:
-        RequestError: half of a character (a byte of the command line that is no UTF-8), a NUL, a number too long.
-    """
+    """Refuse what no file can hold as UTF-8, what would end a file's name early, and endless numbers."""
     for path, key, value in entries(values):
-        if isinstance(value, int) and value.bit_length() > MOST_BITS:
-            raise RequestError(f"{path}: is a number of more than {MOST_BITS:,} bits; give a smaller one")
+        if isinstance(value, int) and value.bit_length() > 4096:
+            raise RequestError(f"{path}: is a number of more than 4,096 bits; give a smaller one")
         for text in (key, value):
             if isinstance(text, str) and any(sign == "\0" or "\ud800" <= sign <= "\udfff" for sign in text):
                 raise RequestError(f"{path}={value!r}: holds a NUL or half a character; write it in UTF-8")
@@ -200,22 +174,18 @@ def refuse_unwritable(values: object) -> None:
 
 def remedy(what: str) -> str:
     """What to do about a secret in a request, by what `exposed` calls it."""
-    if what == "credentials in an address":
-        return (
-            "leave them out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a tracking server, "
-            "HF_TOKEN for the hub, in the environment"
-        )
-    return "leave it out; libraries read it from the environment"
+    if what != "credentials in an address":
+        return "leave it out; libraries read it from the environment"
+    return (
+        "leave them out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a tracking server, "
+        "HF_TOKEN for the hub, in the environment"
+    )
 
 
 def entries(value: object, path: str = "") -> Iterator[tuple[str, str, Any]]:
     """``(path, key, value)`` of everything inside, lists and mappings included."""
-    items: Iterable[tuple[object, Any]] = ()
-    if isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, (list, tuple)):
-        items = enumerate(value)
-    for key, inner in items:
+    listed = enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for key, inner in value.items() if isinstance(value, Mapping) else listed:
         where = f"{path}.{key}" if path else str(key)
         yield where, str(key), inner
         yield from entries(inner, where)

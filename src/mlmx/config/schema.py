@@ -24,17 +24,19 @@ from mlmx.config.paths import conf_dir
 from mlmx.config.redaction import refuse_code, refuse_secrets, refuse_unwritable
 from mlmx.config.trust import with_trusted_revision
 
+C = TypeVar("C")
 Options = dict[str, Any]
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-ON_NAN = ("stop", "skip", "rollback")  # what becomes of a training step whose loss or gradient is not finite
-OUT_SUFFIXES = (".html", ".png", ".csv", ".md")
 KEEP_ALL, BEST_AND_LAST = "all", "best+last"  # or a whole number: which checkpoints stay
-MOST_EPOCHS = 1_000_000
-MOST_ROWS = 1_000_000  # of a batch
-
+MOST = 1_000_000  # epochs, checkpoints, rows of a batch
 
 TRAIN, PREPARE, EVALUATE, PREDICT = map(own_files.shipped, ("train", "prepare", "evaluate", "predict"))
 UI, SYNC, COMPARE, SWEEP = map(own_files.shipped, ("ui", "sync", "compare", "sweep/default"))
+
+
+def _dial(key: str, value: object, ok: bool, needed: str, usual: object = None) -> None:
+    """Refuse a dial's value unless ``ok``, in one form of words; ``usual``: the YAML's default, where it is told."""
+    shown, default = (f"{one:g}" if isinstance(one, float) else str(one) for one in (value, usual))
+    require(ok, f"{key}={shown}: {needed}" + (f"; the default is {default}" if usual is not None else ""))
 
 
 @dataclass
@@ -47,30 +49,19 @@ class Resume:
 
 @dataclass
 class Heldout:
-    """The ``heldout`` node: the yardstick's documents.
+    """The ``heldout`` node: the yardstick's documents."""
 
-    Attributes:
-        dataset: a dataset option (``rotten_tomatoes_packaged``) or the options of one to take documents from; null:
-            the dataset's own test split, else what the dataset names, else a share of it.
-        documents: at most so many are scored, chosen by content hash.
-        share: of the documents, taken out before chunking where there is no other source; 0 takes none, and then
-            nothing is held out.
-    """
-
+    # A dataset option (``rotten_tomatoes_packaged``) or the options of one to take documents from; null: the dataset's
+    # own test split, else what the dataset names, else a share of it.
     dataset: Any = TRAIN["heldout"]["dataset"]
-    documents: int = TRAIN["heldout"]["documents"]
+    documents: int = TRAIN["heldout"]["documents"]  # at most so many are scored, chosen by content hash
+    # Of the documents, taken out before chunking where there is no other source; 0 takes none: nothing is held out.
     share: float = TRAIN["heldout"]["share"]
 
     def __post_init__(self) -> None:
         self.dataset, usual = convert("heldout.dataset", self.dataset, str | Options | None), TRAIN["heldout"]
-        require(
-            self.documents >= 1,
-            f"heldout.documents={self.documents}: must be at least 1; the default is {usual['documents']}",
-        )
-        require(
-            0 <= self.share < 1,
-            f"heldout.share={self.share:g}: must be 0 or more and less than 1; the default is {usual['share']:g}",
-        )
+        _dial("heldout.documents", self.documents, self.documents >= 1, "must be at least 1", usual["documents"])
+        _dial("heldout.share", self.share, 0 <= self.share < 1, "must be 0 or more and less than 1", usual["share"])
 
 
 @dataclass
@@ -110,63 +101,35 @@ class TrainConfig:
     tracking: Options = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        few = "a chunk needs at least 3 tokens (two can be nothing but special tokens); give a whole number from 3 up "
+        _dial("chunk_size", self.chunk_size, self.chunk_size >= 3, few + "to what the model can hold")
+        share = "the share of tokens to mask must lie between 0 and 1, both excluded; the usual value is "
+        share += f"{TRAIN['mlm_probability']:g}"
+        _dial("mlm_probability", self.mlm_probability, 0 < self.mlm_probability < 1, share)
+        for key, ok, needed in (
+            ("lr", 0 < self.lr < math.inf, "must be a number greater than 0"),
+            ("epochs", 0 < self.epochs <= MOST, f"must be a number greater than 0 and at most {MOST:,}"),
+            ("batch_size", 1 <= self.batch_size <= MOST, f"must be at least 1 and at most {MOST:,}"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "must be 0 or more"),
+        ):
+            _dial(key, getattr(self, key), ok, needed, TRAIN[key])
+        _dial("seed", self.seed, 0 <= self.seed < 2**32, "must lie between 0 and 4294967295")
+        for key, choices in (("precision", ("auto", "fp32", "bf16", "fp16")), ("on_nan", ("stop", "skip", "rollback"))):
+            value = getattr(self, key)
+            _dial(key, value, value in choices, f"choose one of {', '.join(choices)}{did_you_mean(value, choices)}")
+        often, needed = self.save_minutes, "must be greater than 0, or null for none"
+        _dial("save_minutes", str(often), often is None or 0 < often < math.inf, needed, TRAIN["save_minutes"])
+        kept, limit = (BEST_AND_LAST, KEEP_ALL), self.trainer.get("save_total_limit")
         require(
-            self.chunk_size >= 3,
-            f"chunk_size={self.chunk_size}: a chunk needs at least 3 tokens (two can be nothing but special "
-            "tokens); give a whole number from 3 up to what the model can hold",
+            self.keep in kept or (self.keep.isascii() and self.keep.isdecimal() and 1 <= int(self.keep) <= MOST),
+            f"keep={self.keep}: choose {BEST_AND_LAST}, {KEEP_ALL}, or how many of the newest checkpoints stay, a "
+            f"whole number from 1{did_you_mean(self.keep, kept)}",
         )
-        require(
-            0 < self.mlm_probability < 1,
-            f"mlm_probability={self.mlm_probability:g}: the share of tokens to mask must lie between 0 and 1, "
-            f"both excluded; the usual value is {TRAIN['mlm_probability']:g}",
-        )
-        require(
-            0 < self.lr < math.inf, f"lr={self.lr:g}: must be a number greater than 0; the default is {TRAIN['lr']:g}"
-        )
-        require(
-            0 < self.epochs <= MOST_EPOCHS,
-            f"epochs={self.epochs:g}: must be a number greater than 0 and at most {MOST_EPOCHS:,}; the default is "
-            f"{TRAIN['epochs']:g}",
-        )
-        require(
-            1 <= self.batch_size <= MOST_ROWS,
-            f"batch_size={self.batch_size}: must be at least 1 and at most {MOST_ROWS:,}; the default is "
-            f"{TRAIN['batch_size']}",
-        )
-        require(
-            0 <= self.weight_decay < math.inf,
-            f"weight_decay={self.weight_decay:g}: must be 0 or more; the default is {TRAIN['weight_decay']:g}",
-        )
-        require(0 <= self.seed < 2**32, f"seed={self.seed}: must lie between 0 and 4294967295")
-        for name, choices in (("precision", PRECISIONS), ("on_nan", ON_NAN)):
-            value = getattr(self, name)
-            near = did_you_mean(value, choices)
-            require(value in choices, f"{name}={value}: choose one of {', '.join(choices)}{near}")
-        require(
-            self.save_minutes is None or 0 < self.save_minutes < math.inf,
-            f"save_minutes={self.save_minutes}: must be greater than 0, or null for none; the default is "
-            f"{TRAIN['save_minutes']:g}",
-        )
-        require_keep(self.keep, self.trainer)
-        require(
-            self.register is None or bool(re.fullmatch(r"\w[\w .\-]{0,199}", self.register)),
-            f"register={self.register!r}: is no name for a registered model; use letters, digits, spaces and . _ -, "
-            "at most 200 characters, the first a letter or digit",
-        )
-
-
-def require_keep(keep: str, trainer: Mapping[str, Any]) -> None:
-    """Refuse a ``keep`` that says nothing, or another thing than ``trainer.save_total_limit``."""
-    choices = (BEST_AND_LAST, KEEP_ALL)
-    require(
-        keep in choices or (keep.isascii() and keep.isdecimal() and 1 <= int(keep) <= MOST_EPOCHS),
-        f"keep={keep}: choose {BEST_AND_LAST}, {KEEP_ALL}, or how many of the newest checkpoints stay, a whole number "
-        f"from 1{did_you_mean(keep, choices)}",
-    )
-    require(
-        keep == KEEP_ALL or trainer.get("save_total_limit") is None,
-        f"keep={keep}: trainer.save_total_limit={trainer.get('save_total_limit')} says it another way; leave that out",
-    )
+        again = f"trainer.save_total_limit={limit} says it another way; leave that out"
+        _dial("keep", self.keep, self.keep == KEEP_ALL or limit is None, again)
+        is_name = self.register is None or bool(re.fullmatch(r"\w[\w .\-]{0,199}", self.register))
+        use = "use letters, digits, spaces and . _ -, at most 200 characters, the first a letter or digit"
+        _dial("register", repr(self.register), is_name, f"is no name for a registered model; {use}")
 
 
 @dataclass
@@ -195,14 +158,9 @@ class EvaluateConfig:
     tracking: Options = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        require(
-            1 <= self.batch_size <= MOST_ROWS,
-            f"batch_size={self.batch_size}: must be at least 1 and at most {MOST_ROWS:,}",
-        )
-        require(
-            self.chunk_size is None or self.chunk_size >= 3,
-            f"chunk_size={self.chunk_size}: a chunk needs at least 3 tokens",
-        )
+        rows, tokens = self.batch_size, self.chunk_size
+        _dial("batch_size", rows, 1 <= rows <= MOST, f"must be at least 1 and at most {MOST:,}")
+        _dial("chunk_size", tokens, tokens is None or tokens >= 3, "a chunk needs at least 3 tokens")
 
 
 @dataclass
@@ -214,7 +172,7 @@ class PredictConfig:
     top_k: int = PREDICT["top_k"]
 
     def __post_init__(self) -> None:
-        require(self.top_k >= 1, f"top_k={self.top_k}: must be at least 1; the default is {PREDICT['top_k']}")
+        _dial("top_k", self.top_k, self.top_k >= 1, "must be at least 1", PREDICT["top_k"])
 
 
 @dataclass
@@ -227,11 +185,9 @@ class UiConfig:
     tracking: Options = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        require(
-            bool(re.fullmatch(r"[A-Za-z0-9._:-]+", self.host)),
-            f"host={self.host!r}: is no name or address; the default is {UI['host']}",
-        )
-        require(1 <= self.port <= 65535, f"port={self.port}: must lie between 1 and 65535")
+        is_name = bool(re.fullmatch(r"[A-Za-z0-9._:-]+", self.host))
+        _dial("host", repr(self.host), is_name, "is no name or address", UI["host"])
+        _dial("port", self.port, 1 <= self.port <= 65535, "must lie between 1 and 65535")
 
 
 @dataclass
@@ -260,31 +216,19 @@ class CompareConfig:
     tracking: Options = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        require(
-            not (self.runs and self.sweep_folder),
-            f"runs=[{','.join(self.runs)}] and sweep={self.sweep_folder}: each says which runs to compare; give one of "
-            "them",
-        )
+        both = f"runs=[{','.join(self.runs)}] and sweep={self.sweep_folder}: each says which runs to compare"
+        require(not (self.runs and self.sweep_folder), f"{both}; give one of them")
+        kinds = (".html", ".png", ".csv", ".md")
         for path in self.out:
-            suffix = Path(path).suffix.lower()
-            require(
-                suffix in OUT_SUFFIXES,
-                f"out={path}: cannot be written; the name ends with one of {', '.join(OUT_SUFFIXES)}",
-            )
+            known = Path(path).suffix.lower() in kinds
+            _dial("out", path, known, f"cannot be written; the name ends with one of {', '.join(kinds)}")
 
 
 Config = (
     TrainConfig | PrepareConfig | EvaluateConfig | PredictConfig | UiConfig | DoctorConfig | SyncConfig | CompareConfig
 )
 CONFIGS: dict[str, type[Config]] = {
-    "train": TrainConfig,
-    "prepare": PrepareConfig,
-    "evaluate": EvaluateConfig,
-    "predict": PredictConfig,
-    "ui": UiConfig,
-    "doctor": DoctorConfig,
-    "sync": SyncConfig,
-    "compare": CompareConfig,
+    schema.__name__.removesuffix("Config").lower(): schema for schema in typing.get_args(Config)
 }
 
 
@@ -302,13 +246,10 @@ class Job:
 
 @functools.cache
 def register_schemas() -> None:
-    """Make each root's dataclass known to Hydra as ``<command>_schema``.
-
-    The groups and nodes accept any key at composition (``trainer.warmup_steps=10`` needs no ``+``): `bind` and
-    `from_plain` check them, and say more than "key not in struct".
-    """
+    """Make each root's dataclass known to Hydra as ``<command>_schema``."""
     for command, schema in CONFIGS.items():
         node = OmegaConf.structured(schema)
+        # Any key is taken at composition (``trainer.warmup_steps=10`` needs no ``+``) and checked later, in more words.
         for name in open_nodes(schema):
             OmegaConf.set_struct(node[name], False)
         ConfigStore.instance().store(name=f"{command}_schema", node=node)
@@ -329,28 +270,19 @@ def open_nodes(schema: type[Config]) -> list[str]:
 
 
 def to_config(command: str, composed: DictConfig, folders: Sequence[Path] = ()) -> Config:
-    """Hydra's composition as a plain dataclass, every root key checked (``+key=…`` slips past Hydra).
-
-    Args:
-        folders: of the user's own, in which datasets that are named are looked for as well.
-    """
+    """Hydra's composition, plain and checked; datasets are looked for in ``folders`` of the user's own as well."""
     known = [f.name for f in fields(CONFIGS[command])]
-    for key in map(str, composed):
-        require(
-            key in known,
-            f"{key}: unknown key{did_you_mean(key, known)} (python -m mlmx {command} --help lists them)",
-        )
+    for key in map(str, composed):  # +key=… slips past Hydra
+        near = did_you_mean(key, known)
+        require(key in known, f"{key}: unknown key{near} (python -m mlmx {command} --help lists them)")
     plain = typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
-    for node, key in (("heldout", "dataset"), ("dataset", "heldout")):
-        own_files.fill_in(plain.get(node), key, folders)
+    own_files.fill_in(plain.get("heldout"), "dataset", folders)
+    own_files.fill_in(plain.get("dataset"), "heldout", folders)
     refuse_code(plain)
     refuse_unwritable(plain)
     # What predict is given is shown again and written nowhere.
     refuse_secrets({key: value for key, value in plain.items() if (command, key) != ("predict", "text")})
     return from_plain(CONFIGS[command], with_trusted_revision(plain))
-
-
-C = TypeVar("C")
 
 
 def from_plain(schema: type[C], values: Mapping[str, Any], node: str = "") -> C:

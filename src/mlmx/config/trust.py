@@ -16,8 +16,6 @@ from typing import Any
 from mlmx.config.errors import RequestError, require
 
 TRUST_FLAG = "--trust-remote-code"
-COMMANDS = ("train", "prepare", "evaluate", "predict")  # those that load a model
-FORM = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)@(?P<revision>[0-9a-f]{40})")
 
 
 @dataclass(frozen=True)
@@ -50,21 +48,15 @@ def trusting(code: TrustedCode | None) -> Iterator[None]:
 
 
 def trusted_code_of(command: str, given: str) -> TrustedCode:
-    """The value of the flag.
-
-    Raises:
-        RequestError: not a repository with a full commit, or a command that loads no model.
-    """
-    asked = f"{TRUST_FLAG}={given}"
-    require(command in COMMANDS, f"{asked}: {command} loads no model; the flag is for {', '.join(COMMANDS)}")
-    named = FORM.fullmatch(given)
+    """The value of the flag; refused if it is no repository with a full commit, or the command loads no model."""
+    asked, loading = f"{TRUST_FLAG}={given}", ("train", "prepare", "evaluate", "predict")
+    require(command in loading, f"{asked}: {command} loads no model; the flag is for {', '.join(loading)}")
+    named = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)@([0-9a-f]{40})", given)
     if named is None:
         raise RequestError(f"{asked}: give a hub repository and its full commit, owner/name@<40 hexadecimal digits>")
-    code = TrustedCode(named["repo"], named["revision"])
-    require(
-        not Path(code.repo).exists(),
-        f"{asked}: a folder {code.repo} lies in {Path.cwd()} and would be read in its place; run elsewhere",
-    )
+    code = TrustedCode(named[1], named[2])
+    there = f"a folder {code.repo} lies in {Path.cwd()} and would be read in its place; run elsewhere"
+    require(not Path(code.repo).exists(), f"{asked}: {there}")
     return code
 
 
@@ -73,16 +65,11 @@ def require_trusted_model(model: Mapping[str, Any]) -> None:
     code = trusted_code()
     if code is None:
         return
-    path, revision = model.get("path"), model.get("revision")
-    require(
-        model.get("name") == "pretrained" and path == code.repo,
-        f"{TRUST_FLAG}={code}: the model is {path or model.get('name')}; the flag is for the model that is loaded, "
-        f"model.path={code.repo}",
-    )
-    require(
-        revision in (None, code.revision),
-        f"{TRUST_FLAG}={code}: model.revision is {revision}; give the same commit, or model.revision=null",
-    )
+    name, path, revision = (model.get(key) for key in ("name", "path", "revision"))
+    other = f"the model is {path or name}; the flag is for the model that is loaded, model.path={code.repo}"
+    require(name == "pretrained" and path == code.repo, f"{TRUST_FLAG}={code}: {other}")
+    other = f"model.revision is {revision}; give the same commit, or model.revision=null"
+    require(revision in (None, code.revision), f"{TRUST_FLAG}={code}: {other}")
 
 
 def with_trusted_revision(config: dict[str, Any]) -> dict[str, Any]:

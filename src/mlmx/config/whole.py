@@ -14,16 +14,11 @@ from pathlib import Path
 
 
 def write(path: Path, contents: str | bytes) -> None:
-    """A file; a reader finds what was there before or all of this.
-
-    Text is written as UTF-8; what has no place in it (half of a surrogate pair) is escaped as JSON does.
-
-    Raises:
-        OSError: this file could not be written (a full disk, say); what was there before is as it was.
-    """
+    """A file; a reader finds what was there before or all of this, also where writing fails (a full disk, say)."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with aside.open("wb") as file:
+            # Half of a surrogate pair has no place in UTF-8: escaped as JSON does.
             file.write(contents if isinstance(contents, bytes) else contents.encode(errors="backslashreplace"))
             file.flush()
             os.fsync(file.fileno())  # else a power cut may leave an empty file of that name
@@ -37,23 +32,15 @@ def write(path: Path, contents: str | bytes) -> None:
 
 @contextlib.contextmanager
 def folder(path: Path, to_disk: bool = True) -> Iterator[Path]:
-    """An empty folder to be filled inside the block; after it, it takes the place of what was there.
-
-    Args:
-        to_disk: wait until all of it is on the disk.
-
-    Raises:
-        OSError: as for `write`.
-    """
+    """An empty folder to be filled inside the block; then, once ``to_disk``, it takes the place of what was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     made, old = work / "new", work / "old"
     try:
         made.mkdir()
         yield made
-        if to_disk:
-            for part in (*made.rglob("*"), made):
-                _to_disk(part)
+        for part in (*made.rglob("*"), made) if to_disk else ():
+            _to_disk(part)
         if path.exists():
             path.rename(old)
         made.rename(path)

@@ -39,14 +39,8 @@ class Entry:
 class TokenCache:
     """Gives entries, and makes them only where nobody has yet.
 
-    Nothing is written before `keep`, so that a run which is refused leaves nothing behind::
-
-        with cache:
-            entry = cache.get(name, make)  # from memory, from the folder, or made
-            ...                            # whatever may still be refused
-            cache.keep()
-
-    From making to keeping, or to the end of the block, other processes that want the same entry wait for it.
+    Used as a context. Nothing is written before `keep`, so that a run which is refused leaves nothing behind; from
+    making to keeping, or to the end of the block, other processes that want the same entry wait for it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -64,10 +58,17 @@ class TokenCache:
         self._release()
 
     def get(self, name: str, make: Callable[[], Entry]) -> Entry:
-        """The entry of a name."""
         entry = self._memory.pop(name, None) or self._read(name)
         if entry is None:
-            self._lock(name)
+            # Wait for any process that is making it. The lock lies outside the folder, which may not exist yet.
+            digest = hashlib.sha256(f"{self.folder.absolute()}/{name}".encode()).hexdigest()[:16]
+            lock = FileLock(Path(tempfile.gettempdir()) / f"mlmx-{os.getuid()}-{digest}.lock")
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                log.info("another run is tokenising the same texts; waiting for it")
+                lock.acquire()
+            self._locks.append(lock)
             entry = self._read(name) or make()  # another process may have kept it while this one waited
         self._used.add(name)
         self._memory[name] = entry  # the newest last
@@ -80,36 +81,44 @@ class TokenCache:
     def keep(self) -> None:
         """Write what was used and is not in the folder yet."""
         for name in sorted(self._used):
-            target = self.folder / name
+            entry, target = self._memory[name], self.folder / name
             if name in self._damaged or not target.is_dir():
+                # Another process sees all of it or nothing; what a power cut makes of it, its checksums tell.
                 try:
-                    _write(self._memory[name], target)
+                    with whole.folder(target, to_disk=False) as made:
+                        files = {one: made / f"{one}.npy" for one in entry.arrays}
+                        for one, file in files.items():
+                            np.save(file, entry.arrays[one], allow_pickle=False)
+                        said = json.dumps([entry.facts, {one: _checksum(file) for one, file in files.items()}])
+                        contents = {"said": said, "crc32": zlib.crc32(said.encode())}
+                        (made / "entry.json").write_text(json.dumps(contents), encoding="utf-8")
                 except OSError as error:
-                    log.info("%s: the tokens cannot be kept for later runs (%s)", self.folder, error)
+                    if not target.is_dir():  # another process may have been faster, with the same tokens
+                        log.info("%s: the tokens cannot be kept for later runs (%s)", self.folder, error)
             self._damaged.discard(name)
         self._release()
 
     def _read(self, name: str) -> Entry | None:
-        folder = self.folder / name
+        """Memory-mapped arrays; None, and known to be damaged, where anything is not as it was written."""
+        folder, arrays = self.folder / name, {}
         if name in self._damaged or not folder.is_dir():
             return None
         try:
-            return _read(folder)
+            contents = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
+            if zlib.crc32(contents["said"].encode()) != contents["crc32"]:
+                raise ValueError("entry.json has changed")
+            facts, checksums = json.loads(contents["said"])
+            for one, checksum in checksums.items():
+                file = folder / f"{one}.npy"
+                if _checksum(file) != checksum:
+                    raise ValueError(f"{one}.npy has changed")
+                # Plain views of the mapped files: rows of a np.memmap are made several times more slowly.
+                arrays[one] = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
+            return Entry(arrays, facts)
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.info("%s: damaged, its tokens are made anew (%s)", folder, error)
             self._damaged.add(name)
             return None
-
-    def _lock(self, name: str) -> None:
-        """Wait for any process that is making this entry. The lock lies outside the folder, which may not exist yet."""
-        digest = hashlib.sha256(f"{self.folder.absolute()}/{name}".encode()).hexdigest()[:16]
-        lock = FileLock(Path(tempfile.gettempdir()) / f"mlmx-{os.getuid()}-{digest}.lock")
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            log.info("another run is tokenising the same texts; waiting for it")
-            lock.acquire()
-        self._locks.append(lock)
 
     def _release(self) -> None:
         while self._locks:
@@ -122,39 +131,6 @@ class TokenCache:
 def token_cache(folder: Path) -> TokenCache:
     """The cache of this process for a folder; the jobs of a sweep share it."""
     return TokenCache(folder)
-
-
-# ------------------------------------------------------------------------------------------- on disk
-
-
-def _write(entry: Entry, target: Path) -> None:
-    """Another process sees all of it or nothing; what a power cut makes of it, its checksums tell."""
-    try:
-        with whole.folder(target, to_disk=False) as made:
-            for name, array in entry.arrays.items():
-                np.save(made / f"{name}.npy", array, allow_pickle=False)
-            said = json.dumps([entry.facts, {name: _checksum(made / f"{name}.npy") for name in entry.arrays}])
-            contents = {"said": said, "crc32": zlib.crc32(said.encode())}
-            (made / "entry.json").write_text(json.dumps(contents), encoding="utf-8")
-    except OSError:
-        if not target.is_dir():  # another process may have been faster, with the same tokens
-            raise
-
-
-def _read(folder: Path) -> Entry:
-    """Memory-mapped arrays; ValueError, KeyError, TypeError or OSError where anything is not as it was written."""
-    contents = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
-    if zlib.crc32(contents["said"].encode()) != contents["crc32"]:
-        raise ValueError("entry.json has changed")
-    facts, checksums = json.loads(contents["said"])
-    for name, checksum in checksums.items():
-        if _checksum(folder / f"{name}.npy") != checksum:
-            raise ValueError(f"{name}.npy has changed")
-    # Plain views of the mapped files: rows of a np.memmap are made several times more slowly.
-    return Entry(
-        {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)) for name in checksums},
-        facts,
-    )
 
 
 def _checksum(path: Path) -> list[int]:

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,6 @@ from mlmx.config.plugins import call
 from mlmx.data.tokens import Tokens
 
 DOCUMENTS_PER_GROUP = 1000
-LONGEST_TRIED = 2**16
 
 
 @dataclass
@@ -27,22 +26,17 @@ class Chunks:
     """A map-style dataset that is a view of `Tokens`; a row is at most ``chunk_size`` tokens.
 
     ``chunks[i]`` → ``{"input_ids": int32[T], "word_starts": bool[T] | None, "sample": int, "epoch": int}``
-
-    Attributes:
-        starts, lengths: int64[n], each row's own tokens within ``tokens.ids``.
-        prefix, suffix: special tokens set around each row (document chunking), else empty.
-        samples: int64[n], a row's number among all chunks of the corpus; masks are keyed by it.
-        epoch: set by training at the start of each epoch, before workers copy the dataset.
     """
 
     tokens: Tokens
     chunk_size: int
-    starts: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    samples: NDArray[np.int64]
+    starts: NDArray[np.int64]  # [n], where each row's own tokens begin within ``tokens.ids``
+    lengths: NDArray[np.int64]  # [n], and how many they are
+    samples: NDArray[np.int64]  # [n], a row's number among all chunks of the corpus; masks are keyed by it
+    # Special tokens set around each row (document chunking).
     prefix: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     suffix: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
-    epoch: int = 0
+    epoch: int = 0  # set by training at the start of each epoch, before workers copy the dataset
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -55,15 +49,14 @@ class Chunks:
         if len(self.prefix) or len(self.suffix):
             ids = np.concatenate([self.prefix, ids, self.suffix])
             if starts is not None:
-                edges = np.ones(len(self.prefix), np.bool_), np.ones(len(self.suffix), np.bool_)
-                starts = np.concatenate([edges[0], starts, edges[1]])
+                before, after = np.ones(len(self.prefix), np.bool_), np.ones(len(self.suffix), np.bool_)
+                starts = np.concatenate([before, starts, after])
         return {"input_ids": ids, "word_starts": starts, "sample": int(self.samples[index]), "epoch": self.epoch}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any] | list[dict[str, Any]]:
         """Several rows at once, as torch's DataLoader asks for them.
 
-        Rows of one length come stacked, under the same names: ``{"input_ids": int32[B, T], "word_starts": bool[B, T] |
-        None, "sample": int64[B], "epoch": int64[B]}``; others one by one.
+        Rows of one length come stacked, under the same names and with one more axis; others one by one.
         """
         rows = np.asarray(indices)
         starts, lengths = self.starts[rows], self.lengths[rows]
@@ -71,8 +64,8 @@ class Chunks:
             return [self[index] for index in indices]
         ids, words = self.tokens.ids, self.tokens.word_starts
         return {
-            "input_ids": windows(ids, lengths[0])[starts],
-            "word_starts": None if words is None else windows(words, lengths[0])[starts],
+            "input_ids": _windows(ids, lengths[0])[starts],
+            "word_starts": None if words is None else _windows(words, lengths[0])[starts],
             "sample": self.samples[rows],
             "epoch": np.full(len(rows), self.epoch),
         }
@@ -82,7 +75,7 @@ class Chunks:
         return replace(self, starts=self.starts[rows], lengths=self.lengths[rows], samples=self.samples[rows])
 
 
-def windows(flat: NDArray[Any], length: int) -> NDArray[Any]:
+def _windows(flat: NDArray[Any], length: int) -> NDArray[Any]:
     """Every run of ``length`` neighbours as a row, [N - length + 1, length], a view.
 
     ``sliding_window_view`` gives the same, but takes several times longer than the rows themselves.
@@ -118,49 +111,35 @@ def document(tokens: Tokens, chunk_size: int) -> Chunks:
     piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     starts = np.repeat(first, pieces) + piece * room
     lengths = np.minimum(np.repeat(last, pieces) - starts, room)
-    edge = tokens.offsets[:2]
-    return Chunks(
-        tokens,
-        chunk_size,
-        starts,
-        lengths,
-        np.arange(len(starts)),
-        prefix=tokens.ids[edge[0] : edge[0] + tokens.num_prefix],
-        suffix=tokens.ids[edge[1] - tokens.num_suffix : edge[1]],
-    )
+    begin, end = tokens.offsets[:2]
+    prefix, suffix = tokens.ids[begin : begin + tokens.num_prefix], tokens.ids[end - tokens.num_suffix : end]
+    return Chunks(tokens, chunk_size, starts, lengths, np.arange(len(starts)), prefix, suffix)
 
 
 CHUNKINGS: dict[str, Callable[..., Chunks]] = table(concat, document)
 
 
 def cut(chunking: Callable[..., Chunks], tokens: Tokens, chunk_size: int) -> Chunks:
-    """The chunks that a function of `CHUNKINGS`, or a plugin's, makes of tokens.
+    """The chunks that a function of `CHUNKINGS`, or a plugin's, makes of tokens; refused if they break its contract."""
 
-    Raises:
-        RequestError: it gives something else, or rows that are longer or lie elsewhere than they may.
-    """
+    def fits(given: object) -> bool:
+        if not isinstance(given, Chunks) or given.chunk_size != chunk_size:
+            return False
+        arrays = given.starts, given.lengths, given.samples
+        kinds = {(getattr(array, "dtype", None), getattr(array, "shape", None)) for array in arrays}
+        if kinds != {(np.dtype(np.int64), (len(given.starts),))}:
+            return False
+        longest = chunk_size - len(given.prefix) - len(given.suffix)
+        inside = (given.starts >= 0) & (given.starts + given.lengths <= len(given.tokens.ids))
+        return bool((inside & (given.lengths >= 1) & (given.lengths <= longest)).all())
+
     needed = f"Chunks of rows of 1 to {chunk_size} tokens that there are, int64[n] starts, lengths and samples,"
-    chunks: Chunks = call(
-        "chunking", chunking, tokens, chunk_size, fits=partial(_are_chunks, chunk_size), needed=needed
-    )
-    return chunks
-
-
-def _are_chunks(chunk_size: int, given: object) -> bool:
-    if not isinstance(given, Chunks) or given.chunk_size != chunk_size:
-        return False
-    arrays = given.starts, given.lengths, given.samples
-    kinds = {(getattr(array, "dtype", None), getattr(array, "shape", None)) for array in arrays}
-    if kinds != {(np.dtype(np.int64), (len(given.starts),))}:
-        return False
-    longest = chunk_size - len(given.prefix) - len(given.suffix)
-    inside = (given.starts >= 0) & (given.starts + given.lengths <= len(given.tokens.ids))
-    return bool((inside & (given.lengths >= 1) & (given.lengths <= longest)).all())
+    return call("chunking", chunking, tokens, chunk_size, fits=fits, needed=needed)
 
 
 def try_out(chunking: Callable[..., Chunks], chunk_size: int) -> None:
     """Let a chunking function judge its options, and see that it keeps to its contract, on two made-up documents."""
-    size = min(chunk_size, LONGEST_TRIED)
+    size = min(chunk_size, 2**16)
     offsets = np.array([0, 2 * size, 3 * size])
     cut(chunking, Tokens(np.arange(3 * size, dtype=np.int32), np.ones(3 * size, np.bool_), offsets, 1, 1), size)
 
@@ -168,13 +147,7 @@ def try_out(chunking: Callable[..., Chunks], chunk_size: int) -> None:
 def split_chunks(
     chunks: Chunks, *, train_chunks: float = 10_000, eval_chunks: float = 1_000, split_seed: int = 42
 ) -> tuple[Chunks, Chunks]:
-    """Rows for training and for evaluation, drawn after chunking as ``datasets``' ``train_test_split`` draws them.
-
-    Args:
-        train_chunks, eval_chunks: numbers of chunks, or shares between 0 and 1.
-    Raises:
-        RequestError: the corpus has fewer chunks than asked for.
-    """
+    """Rows for training and for evaluation, drawn after chunking as ``datasets``' ``train_test_split`` draws them."""
     wanted = require_amounts(train_chunks, eval_chunks, split_seed)
     # Shares are rounded as the library does, but 0.9 and 0.1 of 37 chunks are not more than 37 of them.
     counts = [w if isinstance(w, int) else round(w * len(chunks), 6) for w in wanted.values()]
@@ -198,23 +171,16 @@ def require_amounts(train_chunks: float = 1, eval_chunks: float = 1, split_seed:
     """Both amounts as whole numbers of chunks, or shares that leave something to the other."""
     if split_seed < 0:
         raise RequestError(f"dataset.split_seed={split_seed}: must be 0 or more; the default is 42")
-    given = {"train_chunks": train_chunks, "eval_chunks": eval_chunks}
-    wanted = {name: _amount(name, value) for name, value in given.items()}
-    shares = sum(value for value in wanted.values() if isinstance(value, float))
-    if shares > 1 + 1e-9:
-        raise RequestError(
-            f"dataset.train_chunks={train_chunks:g} and dataset.eval_chunks={eval_chunks:g}: shares of one corpus "
-            "must not exceed 1 together"
-        )
+    wanted: dict[str, int | float] = {}
+    for name, value in (("train_chunks", train_chunks), ("eval_chunks", eval_chunks)):
+        wanted[name] = int(value) if value >= 1 and float(value).is_integer() else float(value)
+        if isinstance(wanted[name], float) and not 0 < value < 1:
+            needed = "give a number of chunks from 1 up, or a share between 0 and 1"
+            raise RequestError(f"dataset.{name}={value:g}: {needed}")
+    if sum(value for value in wanted.values() if isinstance(value, float)) > 1 + 1e-9:
+        given = f"dataset.train_chunks={train_chunks:g} and dataset.eval_chunks={eval_chunks:g}"
+        raise RequestError(f"{given}: shares of one corpus must not exceed 1 together")
     return wanted
-
-
-def _amount(name: str, value: float) -> int | float:
-    if value >= 1 and float(value).is_integer():
-        return int(value)
-    if not 0 < value < 1:
-        raise RequestError(f"dataset.{name}={value:g}: give a number of chunks from 1 up, or a share between 0 and 1")
-    return float(value)
 
 
 def rows_sha256(chunks: Chunks) -> str:

@@ -18,41 +18,32 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-NUMBER = 20
 BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])\s+|\s*<[^<>]*>\s*|\s*\n\s*")
 FEWEST_WORDS, MOST_WORDS = 6, 40
-MOST_TOKENS = 64
+NUMBER, MOST_TOKENS = 20, 64
 FEWEST_LETTERS = 4  # of a word that is asked for: shorter ones are mostly grammar
 ORDER = 7  # of documents; another than theirs for the yardstick
 
 
 @dataclass(frozen=True)
 class Example:
-    """``The acting was [MASK] throughout.``, with "superb" to be found.
-
-    Attributes:
-        input_ids: special tokens included, the target in place.
-        position: of the target in them; it is one token.
-    """
+    """``The acting was [MASK] throughout.``, with "superb" to be found."""
 
     sentence: str
     target: str
-    input_ids: tuple[int, ...]
-    position: int
+    input_ids: tuple[int, ...]  # special tokens included, the target in place
+    position: int  # of the target in them; it is one token
 
 
-def choose_examples(texts: Dataset, tokenizer: PreTrainedTokenizerBase, number: int = NUMBER) -> tuple[Example, ...]:
-    """Sentences, and a word of each, chosen by hashes of what they say; one of each document before a second of any.
-
-    None of a tokenizer that does not tell where its tokens stand in the text.
-    """
+def choose_examples(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[Example, ...]:
+    """Sentences, and a word of each, chosen by hashes of what they say; one of each document before a second of any."""
     backend = take_whole(tokenizer)
     if backend is None:
-        return ()
+        return ()  # the tokenizer does not tell where its tokens stand in the text
     order = hashed_order(document_keys(texts), ORDER)
     waiting = deque(_examples(texts, int(row), backend, str(tokenizer.mask_token)) for row in order)
     found: dict[str, Example] = {}
-    while waiting and len(found) < number:
+    while waiting and len(found) < NUMBER:
         document = waiting.popleft()
         example = next(document, None)
         if example is not None:
@@ -65,26 +56,18 @@ def _examples(texts: Dataset, row: int, backend: Tokenizer, mask: str) -> Iterat
     """Those of a document, best first; nothing is looked at before it is asked for."""
     sentences = dict.fromkeys(sentence.strip() for sentence in BETWEEN_SENTENCES.split(texts[row]["text"]))
     for sentence in sorted(sentences, key=_rank):
-        if FEWEST_WORDS <= len(WORD.findall(sentence)) <= MOST_WORDS and mask not in sentence:
-            example = _with_a_gap(sentence, backend)
-            if example is not None:
-                yield example
-
-
-def _with_a_gap(sentence: str, backend: Tokenizer) -> Example | None:
-    """The sentence without one of its words that are a single token; None where there is none, or it is too long."""
-    encoding = backend.encode(sentence, add_special_tokens=True)
-    long_enough = (match for match in WORD.finditer(sentence) if len(match.group()) >= FEWEST_LETTERS)
-    words = {match.span() for match in long_enough if match.group().isalpha()}
-    # Some tokens hold the space before a word.
-    spans = [(end - len(sentence[start:end].lstrip()), end) for start, end in encoding.offsets]
-    places = [(position, *span) for position, span in enumerate(spans) if span in words]
-    if not places or len(encoding.ids) > MOST_TOKENS:
-        return None
-    position, start, end = min(places, key=lambda place: _rank(f"{place[1]} {sentence}"))
-    return Example(
-        f"{sentence[:start]}[MASK]{sentence[end:]}", sentence[start:end], tuple(map(int, encoding.ids)), position
-    )
+        if mask in sentence or not FEWEST_WORDS <= len(WORD.findall(sentence)) <= MOST_WORDS:
+            continue
+        encoding = backend.encode(sentence, add_special_tokens=True)
+        long_enough = (match for match in WORD.finditer(sentence) if len(match.group()) >= FEWEST_LETTERS)
+        words = {match.span() for match in long_enough if match.group().isalpha()}
+        # Some tokens hold the space before a word.
+        spans = [(end - len(sentence[start:end].lstrip()), end) for start, end in encoding.offsets]
+        places = [(position, *span) for position, span in enumerate(spans) if span in words]
+        if places and len(encoding.ids) <= MOST_TOKENS:
+            position, start, end = min(places, key=lambda place: _rank(f"{place[1]} {sentence}"))
+            gapped = f"{sentence[:start]}[MASK]{sentence[end:]}"
+            yield Example(gapped, sentence[start:end], tuple(map(int, encoding.ids)), position)
 
 
 def _rank(text: str) -> bytes:

@@ -10,8 +10,6 @@ import importlib.metadata
 import importlib.util
 import logging
 import tempfile
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,9 +22,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 log = logging.getLogger("mlmx")
-
-# Texts → their ids end to end, and how many each has.
-Encode = Callable[[list[str]], tuple[NDArray[np.integer[Any]], NDArray[np.integer[Any]]]]
 
 WORTH_BYTES = 2_000_000  # of text; the reference needs about half a second for them
 SAMPLE_DOCUMENTS = 300
@@ -54,22 +49,36 @@ ODD_TEXTS = (
 
 
 def agreeing_ids(texts: Dataset, reference: Tokenizer) -> tuple[NDArray[np.int32], NDArray[np.int64], str] | None:
-    """All documents' ids end to end, how many each has, and by what they were made; None where tokie is not for this.
-
-    Args:
-        reference: the ``tokenizers.Tokenizer`` whose ids are right.
-    """
+    """Documents' ids end to end, how many each has, and by what they were made; None where tokie is not for this."""
     if importlib.util.find_spec("tokie") is None or sum(utf8(batch)[0][-1] for batch in batches(texts)) < WORTH_BYTES:
         return None
     try:
-        encode, sample = _load(reference), _sample(texts)
-        wrong = _first_difference(encode, reference, [*_stumbling_stones(texts, reference), *sample])
+        tokie: Any = importlib.import_module("tokie")
+        with tempfile.TemporaryDirectory(prefix="mlmx-tokie-") as folder:
+            path = f"{folder}/tokenizer.json"
+            reference.save(path)
+            tokenizer = tokie.Tokenizer.from_json(path)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        encode, sample = tokenizer.encode_batch_flat, _sample(texts)
+        # Special tokens written out in text, and each unusual character of the corpus in three places.
+        special = [token.content for token in reference.get_added_tokens_decoder().values()]
+        written = [f"{t} a {t} b{t}c {t}{t} {t.lower()} [ {t.strip('[]<>')} ]" for t in special]
+        characters: set[str] = set()
+        for batch in batches(texts):
+            characters |= set(bytes(utf8(batch)[1]).translate(None, PRINTABLE).decode())
+        unusual = [f"a{c}b {c} x{c}" for c in sorted(characters)]
+        probes = [*ODD_TEXTS, *written, *unusual, *sample]
+        ids, lengths = encode(probes)  # end to end, and how many each has
+        own = np.split(ids, np.cumsum(lengths.astype(np.int64))[:-1])
+        pairs = zip(probes, own, reference.encode_batch_fast(probes, add_special_tokens=True), strict=False)
+        different = (text for text, tried, right in pairs if tried.tolist() != right.ids)
+        wrong = next(different, None) if len(lengths) == len(probes) else probes[0]
         if wrong is None:
             made = [encode(batch.to_pylist()) for batch in batches(texts)]
             ids = np.concatenate([some for some, _ in made], dtype=np.int32, casting="same_kind")
             lengths = np.concatenate([own for _, own in made]).astype(np.int64)
-            version = importlib.metadata.version("tokie")
-            return ids, lengths, f"tokie {version}, checked on {len(sample)} documents"
+            return ids, lengths, f"tokie {importlib.metadata.version('tokie')}, checked on {len(sample)} documents"
         reason = f"it differs from tokenizers on {wrong[:40]!r}"
     except (KeyboardInterrupt, SystemExit):
         raise
@@ -79,40 +88,9 @@ def agreeing_ids(texts: Dataset, reference: Tokenizer) -> tuple[NDArray[np.int32
     return None
 
 
-def _load(reference: Tokenizer) -> Encode:
-    tokie: Any = importlib.import_module("tokie")
-    with tempfile.TemporaryDirectory(prefix="mlmx-tokie-") as folder:
-        path = Path(folder) / "tokenizer.json"
-        reference.save(str(path))
-        tokenizer = tokie.Tokenizer.from_json(str(path))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    encode: Encode = tokenizer.encode_batch_flat
-    return encode
-
-
 def _sample(texts: Dataset) -> list[str]:
     """Documents chosen by content hash, as many as the limits allow and at least one."""
     order = hashed_order(document_keys(texts))[:SAMPLE_DOCUMENTS]
     chosen = [text for batch in batches(texts.select(order)) for text in batch.to_pylist()]
     before = np.cumsum([0, *map(len, chosen)])[:-1]
     return chosen[: max(1, int((before < SAMPLE_CHARACTERS).sum()))]
-
-
-def _stumbling_stones(texts: Dataset, reference: Tokenizer) -> list[str]:
-    """Odd texts, special tokens written out in text, and each unusual character of the corpus in three places."""
-    characters: set[str] = set()
-    for batch in batches(texts):
-        characters |= set(bytes(utf8(batch)[1]).translate(None, PRINTABLE).decode())
-    special = [token.content for token in reference.get_added_tokens_decoder().values()]
-    written = [f"{t} a {t} b{t}c {t}{t} {t.lower()} [ {t.strip('[]<>')} ]" for t in special]
-    return [*ODD_TEXTS, *written, *(f"a{c}b {c} x{c}" for c in sorted(characters))]
-
-
-def _first_difference(encode: Encode, reference: Tokenizer, probes: list[str]) -> str | None:
-    ids, lengths = encode(probes)
-    if len(lengths) != len(probes):
-        return probes[0]
-    own = np.split(ids, np.cumsum(lengths.astype(np.int64))[:-1])
-    right = reference.encode_batch_fast(probes, add_special_tokens=True)
-    return next((p for p, a, b in zip(probes, own, right, strict=True) if a.tolist() != b.ids), None)

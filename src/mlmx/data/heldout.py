@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,16 +28,11 @@ WORD_RATE = 0.15
 
 
 def hold_out(texts: Dataset, share: float, most: int) -> tuple[Dataset, Dataset]:
-    """Take a content-hashed share of documents out; every copy of a text goes to the same side.
-
-    Returns:
-        ``(training texts, held-out texts)``, both in their original order; at most ``most`` documents are held out.
-    """
+    """Training and held-out texts, order kept: a content-hashed share is taken out, every copy of a text together."""
     keys = document_keys(texts)
     unique = np.unique(keys)
     number = min(most, round(share * len(unique)), len(unique) - 1)
-    chosen = unique[hashed_order(unique)[:number]]
-    out = np.isin(keys, chosen)
+    out = np.isin(keys, unique[hashed_order(unique)[:number]])
     return texts.select(np.flatnonzero(~out)), choose(texts.select(np.flatnonzero(out)), most)
 
 
@@ -45,51 +40,32 @@ def choose(texts: Dataset, most: int) -> Dataset:
     """At most ``most`` different documents, chosen by hash, in their original order."""
     keys = document_keys(texts)
     _, first = np.unique(keys, return_index=True)
-    chosen = first[hashed_order(keys[first])[:most]]
-    return texts.select(np.sort(chosen))
+    return texts.select(np.sort(first[hashed_order(keys[first])[:most]]))
 
 
 @dataclass(frozen=True)
 class Split:
-    """Training and held-out documents, which share no text.
-
-    Attributes:
-        origin: where the held-out documents come from, in words.
-        left_out: documents of the held-out source that also stand in the training texts, and so are not scored.
-    """
+    """Training and held-out documents, which share no text."""
 
     train: Dataset
     heldout: Dataset | None
-    origin: str
-    left_out: int = 0
+    origin: str  # where the held-out documents come from, in words
+    left_out: int = 0  # documents of that source that also stand in the training texts, and so are not scored
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetHeldout:
-    """What a dataset says of its held-out documents.
+    """What a dataset says of its held-out documents."""
 
-    Attributes:
-        heldout: the dataset option, or the options of one, they come from where the dataset has no split of its own.
-        allow_overlap: leave held-out documents that also stand in the training texts unscored, instead of refusing.
-    """
-
+    # The dataset option, or the options of one, they come from where the dataset has no split of its own.
     heldout: str | dict[str, Any] | None = None
-    allow_overlap: bool = False
+    allow_overlap: bool = False  # leave those that also stand in the training texts unscored, instead of refusing
 
 
 def split_off(
-    texts: Mapping[str, Dataset],
-    other: Dataset | None,
-    origin: str,
-    documents: int,
-    share: float,
-    allow_overlap: bool,
+    texts: Mapping[str, Dataset], other: Dataset | None, origin: str, documents: int, share: float, allow_overlap: bool
 ) -> Split:
-    """Held-out documents: of another source where one is given, else the dataset's own, else a share of it.
-
-    Raises:
-        RequestError: held-out documents stand in the training texts too (counted, the first one quoted).
-    """
+    """Held-out documents: of another source where one is given, else the dataset's own, else a share of it."""
     source = texts.get("heldout") if other is None else other
     return _split_off(texts["train"], source, origin, documents, share, allow_overlap)
 
@@ -116,37 +92,30 @@ def _split_off(
     return Split(train, choose(remaining, documents), origin, count)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class HeldoutChunks(Chunks):
     """Rows of held-out documents, each document by itself, short tails kept; longest rows first.
 
     Beside ``input_ids`` a row tells its ``document`` (key), ``position`` (of its first own token in the document) and
     ``chosen``: bool[T], the tokens of the words that are scored in bits per byte.
-
-    Attributes:
-        keys: uint64[D], each document's key.
-        rows_of: int64[n], each row's document number.
-        chosen: bool[N], tokens of chosen words.
-        word_bytes: int64[D], UTF-8 bytes of each document's chosen words.
     """
 
-    keys: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
-    rows_of: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    chosen: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
-    word_bytes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    keys: NDArray[np.uint64]  # [D], each document's
+    rows_of: NDArray[np.int64]  # [n], each row's document number
+    chosen: NDArray[np.bool_]  # [N], tokens of chosen words
+    word_bytes: NDArray[np.int64]  # [D], UTF-8 bytes of each document's chosen words
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row, number = super().__getitem__(index), int(self.rows_of[index])
-        first = int(self.starts[index])
+        number, first = int(self.rows_of[index]), int(self.starts[index])
         own = self.chosen[first : first + int(self.lengths[index])]
-        edges = [np.zeros(len(edge), np.bool_) for edge in (self.prefix, self.suffix)]
+        before, after = (np.zeros(len(edge), np.bool_) for edge in (self.prefix, self.suffix))
         return {
-            **row,
+            **super().__getitem__(index),
             "document": self.keys[number],
             "position": first - int(self.tokens.offsets[number]) - self.tokens.num_prefix,
-            "num_prefix": len(self.prefix),
-            "num_suffix": len(self.suffix),
-            "chosen": np.concatenate([edges[0], own, edges[1]]),
+            "num_prefix": len(before),
+            "num_suffix": len(after),
+            "chosen": np.concatenate([before, own, after]),
         }
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
@@ -157,13 +126,13 @@ def heldout_chunks(
     texts: Dataset, tokenizer: PreTrainedTokenizerBase, chunk_size: int, cache: TokenCache | None = None
 ) -> HeldoutChunks:
     """The held-out documents as rows of at most ``chunk_size`` tokens, nothing dropped."""
-    make = partial(mark_words, texts, tokenizer)
+    make = partial(_mark_words, texts, tokenizer)
     entry = make() if cache is None else cache.get(entry_name("heldout", texts, tokenizer), make)
     tokens = tokens_of(entry)
     rows = document(tokens, chunk_size)
     rows = rows.select(np.argsort(-rows.lengths, kind="stable"))
     return HeldoutChunks(
-        **{name: getattr(rows, name) for name in rows.__dataclass_fields__},
+        **vars(rows),
         keys=document_keys(texts),
         rows_of=np.searchsorted(tokens.offsets, rows.starts, side="right") - 1,
         chosen=entry.arrays["chosen"],
@@ -171,15 +140,12 @@ def heldout_chunks(
     )
 
 
-def mark_words(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Entry:
+def _mark_words(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Entry:
     """The texts' tokens, those of words chosen by (document, character span), and these words' bytes per document.
 
     A word is a run of letters and digits ("don't" is one); whether it is chosen is drawn from its document's key and
     its first character's position, so the choice knows no tokenizer. A token that touches a chosen word is
     scored with it.
-
-    Returns:
-        Tokens as the cache keeps them, and ``chosen`` and ``word_bytes`` of `HeldoutChunks`.
     """
     tokens, keys = tokenize(texts, tokenizer), document_keys(texts)
     chosen = np.zeros(len(tokens.ids), np.bool_)
@@ -190,29 +156,16 @@ def mark_words(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Entry:
     for batch in batches(texts):
         documents = batch.to_pylist()
         for text, encoding in zip(documents, backend.encode_batch(documents, add_special_tokens=True), strict=True):
-            picked = _picked_words(text, keys[number])
+            spans = np.array([match.span() for match in WORD.finditer(text)], np.int64).reshape(-1, 2)
+            picked = spans[uniform(sample_keys(5, np.full(len(spans), keys[number]), spans[:, 0])) < WORD_RATE]
             word_bytes[number] = sum(len(text[a:b].encode()) for a, b in picked)
-            own = slice(tokens.offsets[number], tokens.offsets[number + 1])
-            chosen[own] = _touching(np.array(encoding.offsets, np.int64).reshape(-1, 2), picked)
+            begin, end = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+            last = np.searchsorted(picked[:, 0], end, side="left") - 1  # the last word beginning before a token's end
+            touches = (last >= 0) & (end > begin) & ((picked[last, 1] if len(picked) else 0) > begin)
+            chosen[tokens.offsets[number] : tokens.offsets[number + 1]] = touches
             number += 1
     return entry_of(tokens, chosen=chosen, word_bytes=word_bytes)
 
-
-def _picked_words(text: str, key: np.uint64) -> NDArray[np.int64]:
-    """Character spans of the text's words that are chosen, int64[n, 2]."""
-    spans = np.array([match.span() for match in WORD.finditer(text)], np.int64).reshape(-1, 2)
-    return spans[uniform(sample_keys(5, np.full(len(spans), key), spans[:, 0])) < WORD_RATE]
-
-
-def _touching(offsets: NDArray[np.int64], picked: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which tokens, by their character spans, hold a character of a picked word."""
-    last = np.searchsorted(picked[:, 0], offsets[:, 1], side="left") - 1  # the last word beginning before its end
-    touches = (last >= 0) & (offsets[:, 1] > offsets[:, 0])
-    touches &= (picked[last, 1] if len(picked) else 0) > offsets[:, 0]
-    return touches
-
-
-# ------------------------------------------------------------------------------- word frequencies
 
 # A word's occurrences in the training tokens → its band.
 BANDS = {"unseen": 0, "rare": 1, "medium": 10, "common": 1000}
@@ -226,11 +179,16 @@ def token_groups(heldout: Tokens, training: Chunks) -> NDArray[np.int8]:
     """
     ends = training.starts + training.lengths
     rows = [slice(first, last) for first, last in zip(training.starts.tolist(), ends.tolist(), strict=True)]
-    ids, starts = training.tokens.ids, training.tokens.word_starts
-    known, counts = _count_words(
-        np.concatenate([ids[row] for row in rows]),
-        None if starts is None else np.concatenate([starts[row] for row in rows]),
-    )
+    ids, marked = np.concatenate([training.tokens.ids[row] for row in rows]), training.tokens.word_starts
+    starts = np.ones(len(ids), np.bool_) if marked is None else np.concatenate([marked[row] for row in rows])
+    starts[:1] = True
+    whole = starts & np.append(starts[1:], True)  # words of one piece, which are most, are counted by their id
+    by_id = np.bincount(ids[whole])
+    of_one = np.flatnonzero(by_id).astype(np.int32)
+    of_more, counts = np.unique(_words(ids[~whole], starts[~whole])[0], return_counts=True)
+    known, counts = np.append(_words(of_one, None)[0], of_more), np.append(by_id[of_one], counts)
+    order = np.argsort(known)
+    known, counts = known[order], counts[order]
     words, first_pieces = _words(heldout.ids, heldout.word_starts)
     place = np.minimum(np.searchsorted(known, words), len(known) - 1)
     occurrences = np.where(known[place] == words, counts[place], 0)
@@ -240,33 +198,13 @@ def token_groups(heldout: Tokens, training: Chunks) -> NDArray[np.int8]:
     return groups
 
 
-def _count_words(
-    ids: NDArray[np.int32], word_starts: NDArray[np.bool_] | None
-) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Hashes of the different words, uint64[U], sorted, and how often each occurs."""
-    starts = _begins(ids, word_starts)
-    whole = starts & np.append(starts[1:], True)  # words of one piece, which are most, are counted by their id
-    by_id = np.bincount(ids[whole])
-    of_one = np.flatnonzero(by_id).astype(np.int32)
-    of_more, counts = np.unique(_words(ids[~whole], starts[~whole])[0], return_counts=True)
-    known = np.concatenate([_words(of_one, None)[0], of_more])
-    order = np.argsort(known)
-    return known[order], np.concatenate([by_id[of_one], counts])[order]
-
-
 def _words(
     ids: NDArray[np.int32], word_starts: NDArray[np.bool_] | None
 ) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
     """A hash of each word's pieces, uint64[W], and where words begin, bool[N]."""
-    starts = _begins(ids, word_starts)
+    starts = np.ones(len(ids), np.bool_) if word_starts is None else np.array(word_starts)
+    starts[:1] = True  # even where a row was cut within a word
     positions = np.arange(len(starts))
     piece = positions - np.maximum.accumulate(np.where(starts, positions, 0))
     hashes = mix(ids.astype(np.uint64) + (piece.astype(np.uint64) << np.uint64(32)))
     return np.add.reduceat(hashes, np.flatnonzero(starts)), starts
-
-
-def _begins(ids: NDArray[np.int32], word_starts: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
-    """Where words begin; the first token begins one even where a row was cut within a word."""
-    starts = np.ones(len(ids), np.bool_) if word_starts is None else np.array(word_starts)
-    starts[:1] = True
-    return starts

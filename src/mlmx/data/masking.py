@@ -36,10 +36,6 @@ Draws = NDArray[np.uint32]
 LAST = np.uint32(2**32 - 1)  # stands behind every unit
 # Rows of chunks, each a mapping of its own, or those of one length stacked: the same names, one more axis.
 Rows = Mapping[str, Any] | Sequence[Mapping[str, Any]]
-
-
-# --------------------------------------------------------------------------------- the strategies
-
 # float64[B, T] uniforms in [0, 1), bool[B, T] word starts, float64[B, 1] targets to have → bool[B, T] unit starts.
 Strategy = Callable[..., Bools]
 
@@ -47,9 +43,7 @@ Strategy = Callable[..., Bools]
 def strategy(*, words: bool, uniforms: bool) -> Callable[[F], F]:
     """What a strategy needs; one that does not say is taken to need both.
 
-    Args:
-        words: the tokenizer has to tell where words begin.
-        uniforms: numbers to place units by, drawn from (seed, epoch, sample); drawing takes time. Else it gets zeros.
+    A tokenizer that tells where words begin; uniforms to place units by, else it gets zeros: drawing takes time.
     """
     return states(needs_words=words, needs_uniforms=uniforms)
 
@@ -72,9 +66,8 @@ def span(
 ) -> Bools:
     """A unit is a span of whole words, its length geometric (SpanBERT, Joshi et al. 2020).
 
-    Args:
-        geometric_p: probability that a span ends after a word; mean length 1/p words before the cut.
-        max_words: longer spans are cut here, and where a single one would exceed half the row's budget.
+    ``geometric_p`` is the probability that a span ends after a word: 1/p words in the mean, before it is cut at
+    ``max_words``, and where a single one would exceed half the row's budget.
     """
     require(0 < geometric_p <= 1, f"masking.geometric_p={geometric_p:g}: must be above 0 and at most 1; usual is 0.2")
     require(max_words >= 1, f"masking.max_words={max_words}: must be at least 1; the usual value is 10")
@@ -90,30 +83,21 @@ def span(
 MASKINGS: dict[str, Strategy] = table(token, whole_word, span)
 
 
-def place_units(strategy: Strategy, uniforms: Floats, word_starts: Bools, budgets: Floats) -> Bools:
-    """Where a strategy lets units begin, bool[B, T].
+def _place_units(strategy: Strategy, uniforms: Floats, word_starts: Bools, budgets: Floats) -> Bools:
+    """Where a strategy lets units begin, bool[B, T]; refused if it gives something else."""
 
-    Raises:
-        RequestError: it gives something else.
-    """
-    shape = word_starts.shape
-    units: Bools = call(
-        "masking",
-        strategy,
-        *(uniforms, word_starts, budgets),
-        fits=lambda given: isinstance(given, np.ndarray) and given.shape == shape and given.dtype.kind == "b",
-        needed="bool[B, T], where units begin,",
-    )
-    return units
+    def fits(given: object) -> bool:
+        return isinstance(given, np.ndarray) and given.shape == word_starts.shape and given.dtype.kind == "b"
+
+    needed = "bool[B, T], where units begin,"
+    return call("masking", strategy, uniforms, word_starts, budgets, fits=fits, needed=needed)
 
 
 def try_out(strategy: Strategy) -> None:
     """Let a strategy judge its options, and see that it keeps to its contract, on two rows of words."""
     word_starts = np.array([[True, False, True, True, False, False, True, False], [True] * 8])
-    place_units(strategy, uniform32(random_halves(np.arange(2, dtype=np.uint64), 8)), word_starts, np.full((2, 1), 1.2))
-
-
-# ------------------------------------------------------------------------------- rate and shares
+    uniforms = uniform32(random_halves(np.arange(2, dtype=np.uint64), 8))
+    _place_units(strategy, uniforms, word_starts, np.full((2, 1), 1.2))
 
 
 def replacement_shares(
@@ -134,61 +118,42 @@ def rate_schedule(*, final_probability: float | None = None) -> float | None:
 
     It moves from epoch to epoch, not from step to step: a mask stays a function of (seed, epoch, sample).
     """
-    require(
-        final_probability is None or 0 < final_probability < 1,
-        f"masking.final_probability={final_probability}: must lie between 0 and 1, both excluded",
-    )
+    is_share = final_probability is None or 0 < final_probability < 1
+    require(is_share, f"masking.final_probability={final_probability}: must lie between 0 and 1, both excluded")
     return final_probability
 
 
-def require_budget(key: str, rate: float, chunk_size: int, num_special: int = 2) -> None:
+def require_budget(key: str, rate: float, chunk_size: int) -> None:
     """Refuse a rate at which a chunk would have less than one target."""
-    tokens = chunk_size - num_special
-    smallest = np.ceil(1000 / tokens) / 1000
+    tokens = chunk_size - 2  # the others are special
     if rate * tokens < 1:
+        smallest = np.ceil(1000 / tokens) / 1000
         works = f"the smallest that works is {smallest:g}, or choose" if smallest < 1 else "choose"
-        raise RequestError(
-            f"{key}={rate:g}: leaves a chunk of {chunk_size} less than one token to predict; {works} "
-            "a larger chunk_size"
-        )
-
-
-# ---------------------------------------------------------------------------------- the vocabulary
+        few = f"leaves a chunk of {chunk_size} less than one token to predict"
+        raise RequestError(f"{key}={rate:g}: {few}; {works} a larger chunk_size")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What masking needs to know of a tokenizer.
+    """What masking needs to know of a tokenizer."""
 
-    Attributes:
-        special: bool[V], ids that are never targets and never replacements.
-        ordinary: int32[≤ V], the other ids.
-    """
-
-    special: Bools
-    ordinary: NDArray[np.int32]
+    special: Bools  # [V], ids that are never targets and never replacements
+    ordinary: NDArray[np.int32]  # [≤ V], the other ids
     mask_id: int
     pad_id: int
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-    """Masking's view of a ``PreTrainedTokenizerBase``.
-
-    Raises:
-        RequestError: the tokenizer has no mask token.
-    """
-    if tokenizer.mask_token_id is None:
-        raise RequestError(
-            f"{tokenizer.name_or_path}: its tokenizer has no mask token, so it is no masked language model; "
-            "choose an encoder such as distilbert, bert_base or roberta_base"
-        )
+    """Masking's view of a tokenizer; refused if it has no mask token."""
+    require(
+        tokenizer.mask_token_id is not None,
+        f"{tokenizer.name_or_path}: its tokenizer has no mask token, so it is no masked language model; "
+        "choose an encoder such as distilbert, bert_base or roberta_base",
+    )
     special = np.zeros(len(tokenizer), np.bool_)
     special[[i for i in tokenizer.all_special_ids if i < len(special)]] = True
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.mask_token_id
     return Vocabulary(special, np.flatnonzero(~special).astype(np.int32), tokenizer.mask_token_id, pad)
-
-
-# ---------------------------------------------------------------------------------------- batches
 
 
 @dataclass(frozen=True)
@@ -199,20 +164,15 @@ class Masker:
     (``{"input_ids": int32[B, T], "word_starts": bool[B, T], "sample": int64[B], "epoch": int64[B]}``), →
     ``{"input_ids", "labels"[, "attention_mask"]}: LongTensor[B, T]``; ``attention_mask`` only where rows
     differ in length, so that fused attention applies to full ones.
-
-    Attributes:
-        rates: masking rate of each epoch; the last one holds from there on.
-        fixed: one mask per sample for the whole run, at the first rate (evaluation).
-        draws_units: whether the strategy is given uniforms to place its units by, else zeros.
     """
 
     strategy: Strategy
     vocabulary: Vocabulary
-    rates: tuple[float, ...]
+    rates: tuple[float, ...]  # of each epoch; the last one holds from there on
     seed: int
     shares: tuple[float, float] = (0.8, 0.1)
-    fixed: bool = False
-    draws_units: bool = True
+    fixed: bool = False  # one mask per sample for the whole run, at the first rate (evaluation)
+    draws_units: bool = True  # the strategy is given uniforms to place its units by, else zeros
 
     def __call__(self, rows: Rows) -> dict[str, torch.Tensor]:
         ids, word_starts, real = pad(rows, self.vocabulary.pad_id)
@@ -220,34 +180,29 @@ class Masker:
         epochs = np.zeros_like(samples) if self.fixed else column(rows, "epoch")
         keys = sample_keys(self.seed, epochs, samples, stream=1 if self.fixed else 0)
         rates = np.array(self.rates)[np.minimum(epochs, len(self.rates) - 1)]
-        at = np.flatnonzero(self.targets(word_starts, real & ~self.vocabulary.special.take(ids), keys, rates))
+        candidates = real & ~self.vocabulary.special.take(ids)
+        # Which tokens are to be predicted: ``rate`` of each row's candidates in expectation.
+        budgets = (rates * candidates.sum(axis=1, dtype=np.int32))[:, None]
+        uniforms = uniform32(random_halves(keys, ids.shape[1])) if self.draws_units else np.zeros(ids.shape)
+        unit_starts = _place_units(self.strategy, uniforms, word_starts, budgets)
+        draws = random_halves(keys, 1 + ids.shape[1], stream=1)
+        at = np.flatnonzero(take_units(unit_starts, candidates, budgets, draws[:, 1:], uniform32(draws[:, :1])))
         row = at // ids.shape[1]
         bits = bits_at(keys[row], at - row * ids.shape[1], stream=2)
         return batch(ids, at, shown(ids.take(at), bits, self.vocabulary, self.shares), real)
-
-    def targets(self, word_starts: Bools, candidates: Bools, keys: Words, rates: Floats) -> Bools:
-        """Which tokens are to be predicted, bool[B, T]: ``rate`` of each row's candidates in expectation."""
-        length = word_starts.shape[1]
-        budgets = (rates * candidates.sum(axis=1, dtype=np.int32))[:, None]
-        uniforms = uniform32(random_halves(keys, length)) if self.draws_units else np.zeros(word_starts.shape)
-        unit_starts = place_units(self.strategy, uniforms, word_starts, budgets)
-        draws = random_halves(keys, 1 + length, stream=1)
-        return take_units(unit_starts, candidates, budgets, draws[:, 1:], uniform32(draws[:, :1]))
 
 
 def take_units(unit_starts: Bools, candidates: Bools, budgets: Floats, draws: Draws, coins: Floats) -> Bools:
     """Whole units in random order until each row has its budget of targets, bool[B, T].
 
     The unit that would exceed the budget is taken with the probability that makes the expected number exactly
-    the budget; a row with any candidate gets at least one target.
-
-    Args:
-        draws: uint32[B, T], the draw at a unit's first token is its place in the order; equal draws make one unit.
-        coins: float64[B, 1] uniforms, one for the unit that would exceed the row's budget.
+    the budget; a row with any candidate gets at least one target. The draw at a unit's first token, uint32[B, T], is
+    its place in the order, and equal draws make one unit; coins, float64[B, 1] uniforms, are for those that exceed.
     """
     order = draws >> np.uint32(1)  # below LAST
-    if not unit_starts.all():
-        order = draws_of_units(unit_starts, order)
+    if not unit_starts.all():  # at every token the draw at its unit's first; a row's first token begins one
+        places = np.arange(order.size).reshape(order.shape)
+        order = order.take(np.maximum.accumulate(np.where(unit_starts, places, places[:, :1]), axis=1))
     order[~candidates] = LAST
     # The unit at the budget's edge is that of the token at rank `budget`. Where rows differ in it, what lies below the
     # highest is sorted: partitioning by several ranks takes longer.
@@ -266,33 +221,18 @@ def take_units(unit_starts: Bools, candidates: Bools, budgets: Floats, draws: Dr
     # A row left without any, its first unit being longer than its whole budget: its shortest unit instead.
     empty = (~taken & (before == 0) & (edge < LAST))[:, 0]
     if empty.any():
-        targets[empty] = order[empty] == shortest(order[empty])
+        units = order[empty]
+        ranked = np.sort(units, axis=1)
+        flat = (np.arange(len(units), dtype=np.uint64)[:, None] << np.uint64(32) | ranked).ravel()
+        sizes = (np.searchsorted(flat, flat, "right") - np.searchsorted(flat, flat, "left")).reshape(units.shape)
+        sizes[ranked == LAST] = units.shape[1] + 1
+        shortest = sizes.argmin(axis=1)[:, None]  # among several, the first in order
+        targets[empty] = units == np.take_along_axis(ranked, shortest, axis=1)
     return targets
 
 
-def draws_of_units(unit_starts: Bools, draws: Draws) -> Draws:
-    """At every token the draw at its unit's first token, uint32[B, T]; a row's first token begins one."""
-    places = np.arange(draws.size).reshape(draws.shape)
-    starts = np.where(unit_starts, places, places[:, :1])
-    return draws.take(np.maximum.accumulate(starts, axis=1))
-
-
-def shortest(order: Draws) -> Draws:
-    """The draw of each row's shortest unit, uint32[B, 1]; among several, the first in order."""
-    ranked = np.sort(order, axis=1)
-    flat = (np.arange(len(order), dtype=np.uint64)[:, None] << np.uint64(32) | ranked).ravel()
-    sizes = (np.searchsorted(flat, flat, "right") - np.searchsorted(flat, flat, "left")).reshape(order.shape)
-    sizes[ranked == LAST] = order.shape[1] + 1
-    return np.take_along_axis(ranked, sizes.argmin(axis=1)[:, None], axis=1)
-
-
 def shown(right: Ids, bits: Words, vocabulary: Vocabulary, shares: tuple[float, float]) -> Ids:
-    """What the model sees of each target, int64[M]: ``[MASK]``, an ordinary random token, or the token itself.
-
-    Args:
-        right: int64[M], the targets' own ids.
-        bits: uint64[M], a random word for each.
-    """
+    """What the model sees of each target, [M]: ``[MASK]``, an ordinary token at random, or the ``right`` id."""
     mask_share, random_share = shares
     fate = bits >> np.uint64(11)  # of 2⁵³
     masked = fate < mask_share * 2**53
@@ -324,12 +264,7 @@ def pad(rows: Rows, pad_id: int) -> tuple[Ids, Bools, Bools]:
 
 
 def batch(ids: Ids, at: Ids, seen: Ids | int, real: Bools) -> dict[str, torch.Tensor]:
-    """Tensors for the model, made of ``ids`` in place: ``labels`` hold the original ids at targets, −100 elsewhere.
-
-    Args:
-        at: int64[M], the targets' places in the flattened ``ids``.
-        seen: int64[M], what the model sees there.
-    """
+    """Tensors for the model, made of ``ids`` in place: it sees ``seen`` at the targets, int64[M] flat places ``at``."""
     import torch
 
     labels = np.full(ids.shape, IGNORE_INDEX)
@@ -350,11 +285,7 @@ def masker(
     final_probability: float | None = None,
     epochs: float = 1,
 ) -> Masker:
-    """The masker of a run's training batches.
-
-    Raises:
-        RequestError: no mask token, or whole words asked of a tokenizer that does not tell words apart.
-    """
+    """The masker of a run's training batches; refused where whole words are asked of a tokenizer that knows none."""
     require(
         getattr(tokenizer, "backend_tokenizer", None) is not None or not getattr(strategy.func, "needs_words", True),
         f"masking={strategy.func.__name__}: {tokenizer.name_or_path} has no fast tokenizer, which alone tells where "

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mlmx.data.heldout import HeldoutChunks
-from mlmx.data.masking import Bools, Vocabulary, batch, pad, shown
+from mlmx.data.masking import Vocabulary, batch, pad, shown
 from mlmx.data.rng import bits_at, random_bits, uniform
 
 if TYPE_CHECKING:
@@ -30,20 +29,21 @@ YARDSTICK_VERSION = 1
 
 @dataclass(frozen=True)
 class Yardstick:
-    """Collates rows of held-out chunks; each token is a target with probability 15 %, shown 80/10/10.
-
-    Rows are those of `data.HeldoutChunks`: ``document`` (uint64 key) and ``position`` (of the row's first own token
-    in its document) beside ``input_ids``.
-    """
+    """Collates rows of `HeldoutChunks`; each token is a target with probability 15 %, shown 80/10/10."""
 
     vocabulary: Vocabulary
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         ids, _, real = pad(rows, self.vocabulary.pad_id)
-        keys, first = places(rows)
+        keys = np.array([row["document"] for row in rows], np.uint64)
+        # The counter at which a row, special tokens included, begins; below 0 it wraps round, and so do those after it.
+        first = np.array([row["position"] - row["num_prefix"] for row in rows], np.int64).astype(np.uint64)
         chosen = uniform(random_bits(keys, ids.shape[1], stream=3, first=first)) < RATE
-        targets = chosen & own(rows, real) & ~self.vocabulary.special[ids]
-        at = np.flatnonzero(targets)
+        begin = np.array([row["num_prefix"] for row in rows])[:, None]
+        end = np.array([len(row["input_ids"]) - row["num_suffix"] for row in rows])[:, None]
+        positions = np.arange(ids.shape[1])
+        own = (positions >= begin) & (positions < end)  # not the special tokens around them
+        at = np.flatnonzero(chosen & own & ~self.vocabulary.special[ids])
         row, column = np.divmod(at, ids.shape[1])
         bits = bits_at(keys[row], first[row] + column.astype(np.uint64), stream=4)
         return batch(ids, at, shown(ids.take(at), bits, self.vocabulary, SHARES), real)
@@ -53,8 +53,7 @@ class Yardstick:
 class WholeWords:
     """Collates rows for bits per byte: the tokens of chosen words, all shown as ``[MASK]``.
 
-    Words are chosen by (document, character span), so they are the same words for every tokenizer; rows carry
-    ``chosen``: bool[T], true at their tokens.
+    Words are chosen by (document, character span), so they are the same words for every tokenizer.
     """
 
     vocabulary: Vocabulary
@@ -66,34 +65,13 @@ class WholeWords:
         return batch(ids, np.flatnonzero(targets), self.vocabulary.mask_id, real)
 
 
-def places(rows: Sequence[Mapping[str, Any]]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """Document keys and the counter at which each row, special tokens included, begins; both uint64[B]."""
-    keys = np.array([row["document"] for row in rows], np.uint64)
-    first = np.array([row["position"] - row["num_prefix"] for row in rows], np.int64)
-    return keys, first.astype(np.uint64)  # a negative start wraps round, and so do the counters after it
-
-
-def own(rows: Sequence[Mapping[str, Any]], real: Bools) -> Bools:
-    """Positions that hold a row's own tokens, not the special ones set around them."""
-    positions = np.arange(real.shape[1])
-    first = np.array([row["num_prefix"] for row in rows])[:, None]
-    last = np.array([len(row["input_ids"]) - row["num_suffix"] for row in rows])[:, None]
-    return (positions >= first) & (positions < last)
-
-
 def protocol_id(rows: HeldoutChunks, tokenizer: PreTrainedTokenizerBase) -> str:
     """What ``heldout/*`` was measured on: documents, their tokens, rate, shares and the version of the draws.
 
     Only runs of one id scored the same targets; runs of different ids are never ranked together.
     """
-    what = [
-        np.sort(rows.keys).tolist(),
-        _tokens_sha256(rows),
-        sorted(tokenizer.all_special_ids),
-        len(tokenizer),
-        [RATE, *SHARES],
-        YARDSTICK_VERSION,
-    ]
+    what = [np.sort(rows.keys).tolist(), _tokens_sha256(rows), sorted(tokenizer.all_special_ids), len(tokenizer)]
+    what += [[RATE, *SHARES], YARDSTICK_VERSION]
     return "heldout-" + hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
 
 

