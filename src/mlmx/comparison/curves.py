@@ -10,18 +10,13 @@ from mlmx.comparison.ranking import Table
 from mlmx.comparison.rows import Points, Row
 
 Curves = list[tuple[Row, Points]]
-CLOSE = 0.6  # of all heights those after step 0, below which they are drawn alone
-NAMED = 6  # curves that are called by name at their end
 DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # by column, then row from the top
 
 
 def plain_curves(table: Table, width: int = 60, height: int = 12) -> str:
-    """The loss of every run over epochs, step 0 included; the best ones are named where they end.
+    """The loss of every run over epochs, step 0 included, in so many characters; the best are named where they end.
 
     Empty where no run has two points.
-
-    Args:
-        width, height: characters.
     """
     drawn = [(row, points) for row, points in curves_of(table) if len(points) > 1]
     if not drawn:
@@ -44,7 +39,7 @@ def plain_curves(table: Table, width: int = 60, height: int = 12) -> str:
             for step in range(steps + 1):
                 across, down = round(x + (next_x - x) * step / steps), round(y + (next_y - y) * step / steps)
                 cells[down // 4][across // 2] |= DOTS[across % 2][down % 4]
-        if number < NAMED:
+        if number < 6:  # the best ones
             names[round(ys[-1]) // 4].append(row.name[:24])
     digits = max(0, 1 - math.floor(math.log10(top - bottom)))
     labels = [f"{top:.{digits}f}", *[""] * (height - 2), f"{bottom:.{digits}f}"]
@@ -59,16 +54,16 @@ def plain_curves(table: Table, width: int = 60, height: int = 12) -> str:
 
 def curves_of(table: Table) -> Curves:
     """The finite points of the runs whose curves may be drawn together, where there are any."""
-    curves = [(row, row.curves.get(table.curve, [])) for row in table.alike]
-    finite = [(row, [point for point in points if all(map(math.isfinite, point))]) for row, points in curves]
+    drawn = [(row, row.curves.get(table.curve, [])) for row in table.alike]
+    finite = [(row, [point for point in points if all(map(math.isfinite, point))]) for row, points in drawn]
     return [(row, points) for row, points in finite if points]
 
 
 def without_step_0(curves: Curves) -> Curves:
     """From the first epoch on, where what the runs began with would hide how they differ; else none."""
     later = [(row, points[1:]) for row, points in curves if len(points) > 2]
-    first, all_of_them = ([y for _, points in some for _, y in points] for some in (later, curves))
-    return later if later and max(first) - min(first) < CLOSE * (max(all_of_them) - min(all_of_them)) else []
+    some, every = ([y for _, points in those for _, y in points] for those in (later, curves))
+    return later if later and max(some) - min(some) < 0.6 * (max(every) - min(every)) else []
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:

@@ -14,11 +14,7 @@ from mlmx.comparison.text import columns, group_title, parts_of, remarks
 
 
 def report(table: Table, title: str, charts: Sequence[Path] = ()) -> str:
-    """One HTML page that needs no other file: the table, what is to be said of it, and the charts.
-
-    Args:
-        charts: PNG files, as `plots` makes them.
-    """
+    """One HTML page that needs no other file: the table, what is to be said of it, and PNG files that `plots` made."""
     loader, strict = FileSystemLoader(Path(__file__).parent), StrictUndefined
     page = Environment(loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
     return page.get_template("page.html.j2").render(

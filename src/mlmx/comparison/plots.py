@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps, rc_context
@@ -38,21 +38,15 @@ OF_A_RUN = {
     "loss (nats per masked token)": ("train/loss", "eval/loss", "heldout/loss"),
     "perplexity (log scale)": ("eval/perplexity", "heldout/perplexity"),
 }
-LINE_CHARACTERS = 60  # of labels side by side below an axis
 MANY = len(COLOURS)  # more curves than these are coloured by their loss, not one by one
-MOST_DIALS = 8  # axes of the parallel coordinates, and plots of one dial
-MOST_TICKS = 8
-LOG_FROM = 8.0  # times from the least to the most from which an axis is logarithmic
 
 
 literally = functools.partial(rc_context, {"text.parse_math": False})  # names and values may hold a $
 
 
-def new_figure(
-    width: float = 7.5, height: float = 4.6, dpi: float = DPI, layout: Literal["constrained"] | None = "constrained"
-) -> Figure:
+def new_figure(width: float = 7.5, height: float = 4.6) -> Figure:
     """A figure of that many inches, made without pyplot and its state."""
-    figure = Figure(figsize=(width, height), dpi=dpi, layout=layout)
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
@@ -82,9 +76,8 @@ def plot_run(rows: Sequence[Mapping[str, Any]], folder: Path, title: str) -> lis
     written = []
     for label, names in OF_A_RUN.items():
         axes, figure = _frame(label)
-        for old in [*axes.lines, axes.get_legend()]:
-            if old is not None:
-                old.remove()
+        for old in filter(None, [*axes.lines, axes.get_legend()]):
+            old.remove()
         colours = {"train": GREY, "eval": COLOURS[0], "heldout": COLOURS[1]}
         for name in names:
             points = [(row["epoch"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
@@ -107,7 +100,8 @@ def plot_run(rows: Sequence[Mapping[str, Any]], folder: Path, title: str) -> lis
 @literally()
 def _frame(label: str) -> tuple[Axes, Figure]:
     """Empty axes, kept for the next run of a sweep: making them and their ticks costs more than the curves."""
-    figure = new_figure(7, 4.2, dpi=110, layout=None)  # one that measures every label costs twice the drawing
+    figure = Figure(figsize=(7, 4.2), dpi=110)  # a layout that measures every label costs twice the drawing
+    FigureCanvasAgg(figure)
     axes = styled(figure.add_axes((0.13, 0.12, 0.85, 0.79)), EPOCH, label)
     axes.xaxis.set_label_coords(0.5, -0.085)  # else every tick label is measured for them, twice
     axes.yaxis.set_label_coords(-0.115, 0.5)
@@ -135,7 +129,7 @@ def plot_table(table: Table, folder: Path) -> list[Path]:
     rows = [row for row in table.groups[0].rows if row.dials or row.varies] if table.groups else []
     known = [key for key in keys_shown(table)[0] if all(key in row.varies for row in rows)]
     varying = [key for key in known if len({_key(row.varies[key]) for row in rows}) > 1]
-    dials = [_dial(key, rows) for key in varying[:MOST_DIALS]]
+    dials = [_dial(key, rows) for key in varying[:8]]
     if len(rows) > 1 and dials:
         made["parallel.png"] = _parallel(table, rows, dials)
         for dial in dials:
@@ -146,19 +140,12 @@ def plot_table(table: Table, folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Dial:
-    """What varies, as an axis.
-
-    Attributes:
-        values: its values in the order of the axis.
-        at: where a value lies; categories at 0, 1, 2, …
-        ticks: values that are marked.
-        is_log: whether the axis is logarithmic.
-    """
+    """What varies, as an axis."""
 
     key: str
-    values: list[Any]
-    at: Callable[[Any], float]
-    ticks: list[Any]
+    values: list[Any]  # in the order of the axis
+    at: Callable[[Any], float]  # where a value lies; categories at 0, 1, 2, …
+    ticks: list[Any]  # values that are marked
     is_log: bool
 
     def share(self, value: object) -> float:
@@ -181,8 +168,8 @@ def _dial(key: str, rows: Sequence[Row]) -> Dial:
     values = list({_key(row.varies[key]): row.varies[key] for row in rows}.values())
     if all(type(value) in (int, float) and math.isfinite(value) for value in values):
         values.sort()
-        is_log = values[0] > 0 and (key == "lr" or values[-1] >= LOG_FROM * values[0])
-        every = math.ceil(len(values) / MOST_TICKS)
+        is_log = values[0] > 0 and (key == "lr" or values[-1] >= 8 * values[0])
+        every = math.ceil(len(values) / 8)
         return Dial(key, values, float, values[::every], is_log)
     values.sort(key=lambda value: (value is not None, value_text(value)))
     places = {_key(value): float(place) for place, value in enumerate(values)}
@@ -308,7 +295,7 @@ def _against(table: Table, rows: Sequence[Row], dial: Dial, others: Sequence[Dia
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     marks = sorted(zip(map(dial.share, dial.ticks), map(len, texts), strict=True))
     crowded = any(
-        (right - left) * LINE_CHARACTERS < (one + other) / 2
+        (right - left) * 60 < (one + other) / 2  # as many characters stand side by side below an axis
         for (left, one), (right, other) in itertools.pairwise(marks)
     )
     axes.set_xticks(ticks, texts, rotation=25 if crowded else 0, ha="right" if crowded else "center")

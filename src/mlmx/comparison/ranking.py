@@ -38,41 +38,25 @@ NOT_PART_OF_IT = ("source", "number")
 
 @dataclass(frozen=True)
 class Group:
-    """Finished runs that may be ranked together, best first.
+    """Finished runs that may be ranked together, best first."""
 
-    Attributes:
-        key: their protocol, or another name of what they were measured on.
-        parts: what that is made of.
-        best: the one that the others are compared with.
-    """
-
-    key: str
-    parts: dict[str, Any]
+    key: str  # their protocol, or another name of what they were measured on
+    parts: dict[str, Any]  # what that is made of
     rows: list[Row]
-    best: Row
+    best: Row  # the one that the others are compared with
 
 
 @dataclass(frozen=True)
 class Table:
-    """Runs side by side.
+    """Runs side by side."""
 
-    Attributes:
-        rows: best first within a group, the largest group first, what is not ranked last.
-        keys: dials that vary.
-        groups: the ranked rows, by what they were measured on.
-        differences: the paired difference of each row's ``heldout/loss`` to the best of its group, by `Row.name`.
-        sort: what rows are sorted by.
-        judge: what decides which is the best.
-        refusal: why not all of them are ranked together, in one sentence; empty where they are.
-    """
-
-    rows: list[Row]
-    keys: list[str]
-    groups: list[Group]
-    differences: dict[str, Difference]
-    sort: str
-    judge: str
-    refusal: str
+    rows: list[Row]  # best first within a group, the largest group first, what is not ranked last
+    keys: list[str]  # dials that vary
+    groups: list[Group]  # the ranked rows, by what they were measured on
+    differences: dict[str, Difference]  # of each row's ``heldout/loss`` to the best of its group, paired, by `Row.name`
+    sort: str  # what rows are sorted by
+    judge: str  # what decides which is the best
+    refusal: str  # why not all of them are ranked together, in one sentence; empty where they are
 
     @property
     def best(self) -> Row | None:
@@ -108,20 +92,11 @@ class Table:
 
 def tabulate(
     runs: Sequence[Run],
-    sort: str = YARDSTICK,
-    keys: Sequence[str] | None = None,
-    failures: Mapping[Path, str] | None = None,
+    sort: str = YARDSTICK,  # from its best value; with ``-`` before it from the highest, also if that is not known here
+    keys: Sequence[str] | None = None,  # dials to show, also groups (``model``); else those that vary
+    failures: Mapping[Path, str] | None = None,  # why jobs failed, by their folders, which may not be there
 ) -> Table:
-    """Read runs and set them side by side.
-
-    Args:
-        sort: a metric, from its best value; ``-`` before it: from the highest, also where that is not known here.
-        keys: dials to show, also groups (``model``); those that vary if None.
-        failures: why jobs failed, by their folders, which may not be there.
-
-    Raises:
-        RequestError: no run has the metric.
-    """
+    """Read runs and set them side by side; `RequestError` where none has the metric."""
     rows = rows_for(runs, failures or {})
     chosen = list(keys) if keys is not None else varying(rows)
     rows = [replace(row, varies={key: value for key in chosen for value in _value(row, key)}) for row in rows]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from mlmx.runs.records import MlflowRecord, Result, SplitRecord, Status, numbers
 from mlmx.runs.run import HELDOUT_FILE, Run
 
 CURVES = ("heldout/loss", "eval/loss")  # what is drawn over epochs
-RESOLVED = ("precision", "processes")  # inputs of a run that say more than its config does
 MOST_CONFIG_BYTES = 100_000
 MOST_HELDOUT_BYTES = 100_000_000
 LAST_LINES = 20  # of metrics.jsonl, which are read whole
@@ -29,42 +28,25 @@ Points = list[tuple[float, float]]  # (epoch, value)
 
 @dataclass(frozen=True)
 class Row:
-    """A run as it stands in a table.
-
-    Attributes:
-        name: what it is called in the table, no two alike.
-        title: the name it was given, or that of its dials.
-        varies: values of the table's keys; a key that is not in its config is missing.
-        dials: all of its config that makes it what it is, flat.
-        choices: the options of its groups (``{"model": "minilm"}``), where known.
-        metrics: the last value of each, and ``minutes``; may hold NaN.
-        interval: 95 % of its ``heldout/loss`` over documents.
-        protocol: what ``heldout/*`` was measured on; None where nothing was.
-        parts: what its protocol is made of, as far as it was recorded.
-        validation: what ``eval/*`` was measured on.
-        resumable: whether it ended early and can go on.
-        pruned: whether its search ended it early, as no better than other trials.
-        note: what could not be read, or why it failed.
-        curves: for each of `CURVES` its points over epochs, step 0 included.
-    """
+    """A run as it stands in a table."""
 
     run: Run
-    name: str
-    varies: dict[str, Any]
-    metrics: dict[str, float]
-    interval: tuple[float, float] | None
+    run_id: str | None
+    name: str  # what it is called in the table, no two alike
+    title: str  # the name it was given, or that of its dials
+    varies: dict[str, Any]  # values of the table's keys; a key that is not in its config is missing
+    dials: dict[str, Any]  # all of its config that makes it what it is, flat
+    choices: dict[str, str]  # the options of its groups (``{"model": "minilm"}``), where known
+    metrics: dict[str, float]  # the last value of each, and ``minutes``; may hold NaN
+    interval: tuple[float, float] | None  # 95 % of its ``heldout/loss`` over documents
+    protocol: str | None  # what ``heldout/*`` was measured on; None where nothing was
+    parts: dict[str, Any]  # what its protocol is made of, as far as it was recorded
+    validation: dict[str, Any]  # what ``eval/*`` was measured on
     status: Status
-    protocol: str | None
-    resumable: bool
-    pruned: bool = False
-    title: str = ""
-    dials: dict[str, Any] = field(default_factory=dict)
-    choices: dict[str, str] = field(default_factory=dict)
-    parts: dict[str, Any] = field(default_factory=dict)
-    validation: dict[str, Any] = field(default_factory=dict)
-    note: str = ""
-    run_id: str | None = None
-    curves: dict[str, Points] = field(default_factory=dict)
+    resumable: bool  # it ended early and can go on
+    pruned: bool  # its search ended it early, as no better than other trials
+    note: str  # what could not be read, or why it failed
+    curves: dict[str, Points]  # for each of `CURVES` its points over epochs, step 0 included
 
     def value(self, metric: str) -> float:
         """A metric's last value; NaN where there is none."""
@@ -72,13 +54,10 @@ class Row:
 
 
 def rows_for(runs: Sequence[Run], failures: Mapping[Path, str]) -> list[Row]:
-    """A row per run, each folder once, and one per failed job that never had a run.
+    """A row per run, each folder once, and one per failed job (why, by its folder) that never had a run.
 
     A row is called by the name its run was given, where it is its own; else by the end of its folder's path, as long
     as it takes.
-
-    Args:
-        failures: why jobs failed, by their folder.
     """
     folders = list(dict.fromkeys([*(run.folder for run in runs), *failures]))
     rows = [_read(Run(folder), failures.get(folder, "")) for folder in folders]
@@ -103,7 +82,8 @@ def _read(run: Run, failure: str) -> Row:
     config, dials = settings_of(run, notes), dict[str, Any]()
     try:
         dials = identity.recorded_dials(config)
-        dials |= {key: inputs[key] for key in RESOLVED if dials and key in inputs}
+        resolved = ("precision", "processes")  # inputs that say more than the config does
+        dials |= {key: inputs[key] for key in resolved if dials and key in inputs}
     except (ValueError, RecursionError):  # an anchor that holds itself, or many times many
         notes.append("config.yaml cannot be read")
     # The curves, and the last value of each metric as far as the last lines and those of scorings tell.

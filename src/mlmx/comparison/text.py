@@ -225,11 +225,8 @@ def plain(table: Table) -> str:
 
 
 def rich_table(table: Table, width: int) -> rich.table.Table:
-    """For a terminal: best in bold, groups apart under what they are called, what is not ranked dim.
-
-    Args:
-        width: characters; columns that are worth least are left out where they do not fit.
-    """
+    """For a terminal: best in bold, groups apart under what they are called, what is not ranked dim; columns that are
+    worth least are left out where they do not fit into ``width`` characters."""
     from rich.console import Console
 
     console, across = Console(width=UNLIMITED), columns(table)

@@ -48,18 +48,19 @@ class Artifacts:
             self._put(path, folder)
         return len(lacking)
 
-    def names(self) -> set[str]:
-        """Of the files beside the folders."""
-        if self.local is not None:
-            return {path.name for path in self.local.glob("*")}
-        return {one.path for one in self.remote.list_artifacts()}
-
-    def write(self, texts: Mapping[str, str]) -> None:
-        """Files by their texts."""
+    def write(self, texts: Mapping[str, str], again: bool) -> int:
+        """Put those of these files, by their texts, that are not there (``again``: all of them); returns how many."""
+        there: set[str] = set()
+        if not again and self.local is not None:
+            there = {path.name for path in self.local.glob("*")}
+        elif not again:
+            there = {one.path for one in self.remote.list_artifacts()}
+        lacking = [name for name in texts if name not in there]
         with tempfile.TemporaryDirectory(prefix="mlmx-") as aside:
-            for name, text in texts.items():
-                (Path(aside) / name).write_text(text, encoding="utf-8")
+            for name in lacking:
+                (Path(aside) / name).write_text(texts[name], encoding="utf-8")
                 self._put(Path(aside) / name)
+        return len(lacking)
 
     def remove(self) -> None:
         """All of them."""

@@ -21,7 +21,6 @@ SEND_EVERY_SECONDS = 1.0
 RETRY_AFTER_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 LINES_AT_ONCE = 64  # that do not wait for the second to pass, so that little is left for the end of a run
 PATIENCE_SECONDS = 5.0  # at the end of a run, for an MLflow that is away
-SWITCH_SECONDS = 0.0005  # how long training waits for Python when this thread has it; by default ten times as long
 STALL_SECONDS = 300.0  # at the end of a run, for one thing of an MLflow that answers (weights on their way to a server)
 
 
@@ -30,14 +29,12 @@ class Follower:
 
     The file is the queue: memory stays bounded and nothing is lost while MLflow is away. Numbers go about once a
     second, many of them sooner; the rest at once, after the numbers logged before it. Whatever fails is tried again,
-    later and later.
-
-    Args:
-        opened: called in the thread with the id of the MLflow run, once there is one.
+    later and later. ``opened`` is called in the thread with the id of the MLflow run, once there is one.
     """
 
     def __init__(self, run: Run, store: Store, opened: Callable[[str], None]) -> None:
         self.mirror = Mirror(run, store, opened)
+        self.by_hand = f"later: python -m mlmx sync run={shlex.quote(str(run.folder))}"
         self.begun = self.ending = self.given_up = self.done = False
         self.refused: set[str] = set()  # to be tried once more at the end
         self.waiting_lines = 0
@@ -45,7 +42,9 @@ class Follower:
         self.failed_to_end = False  # the last attempt, which was one to finish
         self.something, self.at_once = threading.Event(), threading.Event()
         self.something.set()
-        sys.setswitchinterval(min(SWITCH_SECONDS, sys.getswitchinterval()))
+        sys.setswitchinterval(
+            min(0.0005, sys.getswitchinterval())
+        )  # what training waits for Python; else ten times that
         self.thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self.thread.start()
 
@@ -76,8 +75,7 @@ class Follower:
         self.look()
         while self.thread.is_alive() and self.begun:
             patience = PATIENCE_SECONDS if self.failed_to_end else STALL_SECONDS
-            left = self.mirror.heard + patience - time.monotonic()
-            if left <= 0:
+            if (left := self.mirror.heard + patience - time.monotonic()) <= 0:
                 break
             self.thread.join(min(left, 0.5))
         self.given_up = not self.done
@@ -87,7 +85,7 @@ class Follower:
             points = sum(len(row) - len(("step", "time")) for row in rows)
             missing = ", ".join([f"{points:,} points", *(thing.name for thing in mirror.lacking())])
             unsent = "MLflow did not get all of this run (%s); missing there: %s; all of it is in %s; %s"
-            log.warning(unsent, self.reason or "no answer", missing, mirror.run.folder, self._by_hand())
+            log.warning(unsent, self.reason or "no answer", missing, mirror.run.folder, self.by_hand)
 
     def _work(self) -> None:
         while not (self.given_up or self.done):
@@ -132,10 +130,7 @@ class Follower:
                 assert self.mirror.mlflow is not None
                 self.mirror.mlflow.ping()
                 if last:
-                    then = self._by_hand() if self.ending else "it is tried again at the end of the run"
+                    then = self.by_hand if self.ending else "it is tried again at the end of the run"
                     log.warning("MLflow did not take %s (%s); %s", name, brief(error), then)
                     self.refused.add(name)
         return {}
-
-    def _by_hand(self) -> str:
-        return f"later: python -m mlmx sync run={shlex.quote(str(self.mirror.run.folder))}"

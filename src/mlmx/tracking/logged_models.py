@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 
 from mlflow.entities import LoggedModel, LoggedModelOutput, Metric
@@ -27,30 +26,21 @@ from mlmx.tracking.store import pages
 REGISTERED = "mlmx.registered"
 VERSIONS = "mlflow.modelVersions"  # set by MLflow, also where a person registers a model in its UI
 MODEL_ID, PROTOCOL, METRIC, LOSS, ENDED = "mlmx.model_id", "mlmx.protocol", "mlmx.metric", "mlmx.loss", "mlmx.ended"
-ATTEMPTS = 10  # to set the aliases while others do
-VERSIONS_AT_ONCE = 200  # as many as MLflow gives
 Versions = Mapping[int, Mapping[str, str]]  # number → tags
 
 
-@dataclass
 class Known:
     """A LoggedModel and what of it is there."""
 
-    model_id: str
-    address: str
-    tags: dict[str, str]
-    ready: bool
-    scored: set[str]
-    files: Artifacts
-    linked: bool = False
+    def __init__(self, one: LoggedModel, tracking_uri: str) -> None:
+        self.model_id, self.address, self.tags = one.model_id, one.artifact_location, dict(one.tags)
+        self.files = Artifacts(self.address, tracking_uri)
+        self.scored = {metric.key for metric in one.metrics or []}
+        self.ready, self.linked = str(one.status) == "READY", False
 
 
 class Models:
-    """The LoggedModels of a run; every method raises what the store raises, and may then be called again.
-
-    Args:
-        mlflow: the run, whose ``datasets`` the scores of a model are linked to.
-    """
+    """The LoggedModels of a run; every method raises what the store raises, and may then be called again."""
 
     def __init__(self, mlflow: MlflowRun) -> None:
         self.mlflow, self.client = mlflow, mlflow.client
@@ -60,16 +50,15 @@ class Models:
         """What MLflow has; of what lost answers have doubled, one is left."""
         if self.known is None:
             known: dict[tuple[str, str], Known] = {}
+            run = self.client.get_run(self.mlflow.run_id)
+            outputs = {output.model_id for output in (run.outputs.model_outputs if run.outputs else [])}
             of_the_run = f"source_run_id = '{self.mlflow.run_id}'"
             found = pages(partial(self.client.search_logged_models, [self.mlflow.experiment], of_the_run))
             for model in sorted(found, key=lambda one: (one.creation_timestamp, one.model_id)):
-                one = self._known(model)
+                one = Known(model, self.client.tracking_uri)
+                one.linked = one.model_id in outputs
                 if known.setdefault((model.name, one.tags.get(STEP, "")), one) is not one:
                     self._remove(one)
-            run = self.client.get_run(self.mlflow.run_id)
-            outputs = {output.model_id for output in (run.outputs.model_outputs if run.outputs else [])}
-            for one in known.values():
-                one.linked = one.model_id in outputs
             self.known = known
         return self.known
 
@@ -84,14 +73,13 @@ class Models:
                 tags |= {} if saved.final else {CHECKPOINT: saved.folder.name}
                 tags |= {name: run.record.tags[name] for name in (PROTOCOL, "mlmx.folder") if name in run.record.tags}
                 given = run.experiment, saved.name, run.run_id, tags, dict(run.record.params), "fill-mask"
-                known = self.all()[key] = self._known(self.client.create_logged_model(*given))
+                known = Known(self.client.create_logged_model(*given), self.client.tracking_uri)
+                self.all()[key] = known
             files = model_files.model_files(saved.folder)
             for place in (model_files.MODEL, model_files.TOKENIZER):
                 missing |= known.files.bring([path for path in files if place_of(path) == place], place) > 0
             texts = model_files.descriptions(saved.folder, files, known.model_id, run.run_id)
-            there = known.files.names() if known.ready else ()
-            unsaid = {name: text for name, text in texts.items() if name not in there}
-            known.files.write(unsaid)
+            unsaid = known.files.write(texts, again=not known.ready)
             if not known.ready:
                 self.client.finalize_logged_model(known.model_id, "READY")
             scored = []  # the very points that the run has, so that those are there once
@@ -133,11 +121,6 @@ class Models:
         self.client.delete_logged_model(known.model_id)
         known.files.remove()
 
-    def _known(self, one: LoggedModel) -> Known:
-        files = Artifacts(one.artifact_location, self.client.tracking_uri)
-        scored = {metric.key for metric in one.metrics or []}
-        return Known(one.model_id, one.artifact_location, dict(one.tags), str(one.status) == "READY", scored, files)
-
     def register(
         self, name: str, saved: Iterable[Saved], scores: Mapping[int, Mapping[str, Score]], ended: int
     ) -> dict[str, int]:
@@ -146,10 +129,6 @@ class Models:
         Args:
             scores: of each step that was scored.
             ended: milliseconds since 1970.
-
-        Raises:
-            LookupError: none of the run's models is in MLflow.
-            RuntimeError: others set the aliases each time that it did.
         """
         order = sorted(saved, key=lambda one: not one.final)  # the final model where its step has no checkpoint
         found = {one.step: self.all().get((one.name, str(one.step))) for one in order}
@@ -160,7 +139,7 @@ class Models:
         best, last = checkpoints.best_step(losses), max(by_step)
         there = {tags.get(MODEL_ID) for tags in self._versions(name).values()}
         metric = checkpoints.loss_name(losses.values())
-        made = 0
+        added = 0
         for step in dict.fromkeys([last if best is None else best, last]):
             known = by_step[step]
             if known.model_id not in there:
@@ -168,39 +147,38 @@ class Models:
                 tags |= {MODEL_ID: known.model_id, ENDED: str(ended), STEP: str(step)}
                 if metric and metric in losses[step]:
                     tags |= {METRIC: metric, LOSS: repr(losses[step][metric])}
-                self._add_version(name, known, tags)
-                made += 1
-        for _ in range(ATTEMPTS):  # looked at again after each change: whoever sets one last has seen every version
+                try:
+                    self.client.create_registered_model(name)
+                except MlflowException as error:
+                    if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                        raise
+                self.client.set_logged_model_tags(
+                    known.model_id, {REGISTERED: name}
+                )  # first: from here on its files stay
+                known.tags[REGISTERED] = name
+                made = self.client.create_model_version(
+                    name, known.address, self.mlflow.run_id, tags, await_creation_for=0, model_id=known.model_id
+                )
+                # What the model's page shows; a server has written it itself.
+                listed = json.loads(self.client.get_logged_model(known.model_id).tags.get(VERSIONS, "[]"))
+                if (one := {"name": name, "version": made.version}) not in listed:
+                    self.client.set_logged_model_tags(known.model_id, {VERSIONS: json.dumps([*listed, one])})
+                added += 1
+        for _ in range(10):  # looked at again after each change: whoever sets one last has seen every version
             wanted = aliases_of(self._versions(name))
             set_now = {alias: int(number) for alias, number in self.client.get_registered_model(name).aliases.items()}
             wrong = {alias: number for alias, number in wanted.items() if set_now.get(alias) != number}
             if not wrong:
-                return {"versions": made}
+                return {"versions": added}
             for alias, number in wrong.items():
                 self.client.set_registered_model_alias(name, alias, str(number))
         raise RuntimeError(f"the aliases of {name} were set by others again and again")
 
     def _versions(self, name: str) -> Versions:
         """The versions of a registered model that runs of ours have made."""
-        found = pages(partial(self.client.search_model_versions, f"name='{name}'", max_results=VERSIONS_AT_ONCE))
+        most = 200  # that MLflow gives at a time
+        found = pages(partial(self.client.search_model_versions, f"name='{name}'", max_results=most))
         return {int(one.version): dict(one.tags) for one in found if ENDED in one.tags}
-
-    def _add_version(self, name: str, known: Known, tags: dict[str, str]) -> None:
-        try:
-            self.client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        self.client.set_logged_model_tags(known.model_id, {REGISTERED: name})  # first: from here on its files stay
-        known.tags[REGISTERED] = name
-        made = self.client.create_model_version(
-            name, known.address, self.mlflow.run_id, tags=tags, await_creation_for=0, model_id=known.model_id
-        )
-        # What the model's page shows; a server has written it itself.
-        listed = json.loads(self.client.get_logged_model(known.model_id).tags.get(VERSIONS, "[]"))
-        one = {"name": name, "version": made.version}
-        if one not in listed:
-            self.client.set_logged_model_tags(known.model_id, {VERSIONS: json.dumps([*listed, one])})
 
 
 def aliases_of(versions: Versions) -> dict[str, int]:

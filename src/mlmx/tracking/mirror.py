@@ -52,38 +52,24 @@ OF_A_SWEEP = ("table.md", "table.csv", "report.html", SweepRecord.FILE)
 FILES = (*OF_A_RUN, *LINEAGE, EXAMPLES_FILE, HELDOUT_FILE, *OF_A_SWEEP)
 COUNTED = ("runs", "params", "tags", "datasets", "points", "models", "files", "versions", "endings")
 Deed = Callable[[], Mapping[str, int]]
-READ_BYTES = 65_536  # of metrics.jsonl at a time: some 1,000 points
+SCORES = ("eval/", "heldout/")  # metrics that say how good a model is; the rest is about the steps before it
 
 
 @dataclass(frozen=True)
 class Thing:
-    """Something of a run's folder that MLflow is to have.
-
-    Attributes:
-        state: what it is like now; MLflow lacks it where it was brought in another state, or not at all.
-        bring: makes the MLflow run, and its models, have it; says how many of what were not there.
-    """
+    """Something of a run's folder that MLflow is to have."""
 
     name: str
-    state: Any
-    bring: Callable[[Models], Mapping[str, int]]
+    state: Any  # what it is like now; MLflow lacks it where it was brought in another state, or not at all
+    bring: Callable[[Models], Mapping[str, int]]  # says how many of what were not there
 
 
 class Mirror:
     """A run's folder, or a sweep's, and its MLflow run.
 
     A point whose first sending had arrived after all is not doubled: the store knows it by key, step, time and value.
-    What MLflow has of a run that it knew before is not sent again; where that is to go on, it is open again.
-
-    Args:
-        opened: told the id of the MLflow run.
-
-    Attributes:
-        changed: there is something new besides numbers; to be set by whoever writes it, afterwards.
-        brought: the state that each thing was brought in.
-        also: other things that are to be done in MLflow.
-        samples: what the machine did.
-        heard: when MLflow last took something, by the monotonic clock.
+    What MLflow has of a run that it knew before is not sent again; where that is to go on, it is open again. ``opened``
+    is told the id of the MLflow run.
     """
 
     def __init__(self, run: Run, store: Store, opened: Callable[[str], None] | None = None) -> None:
@@ -97,12 +83,13 @@ class Mirror:
         self.metrics = run.folder / "metrics.jsonl"
         self.sent_bytes = 0
         self.scores: dict[int, dict[str, Score]] = {}  # of the steps that were sent
-        self.changed, self.scored = True, False
-        self.brought: dict[str, Any] = {}
-        self.also: list[Thing] = []
-        self.samples: deque[Sample] = deque()
+        self.changed = True  # there is something new besides numbers; to be set by whoever writes it, afterwards
+        self.scored = False  # there are scores that a model may lack
+        self.brought: dict[str, Any] = {}  # the state that each thing was brought in
+        self.also: list[Thing] = []  # other things that are to be done in MLflow
+        self.samples: deque[Sample] = deque()  # what the machine did
         self.saved: dict[Path, Saved] = {}
-        self.heard = time.monotonic()
+        self.heard = time.monotonic()  # when MLflow last took something
 
     def update(self, bring: Callable[[str, Deed], Mapping[str, int]] = lambda name, deed: deed()) -> Counter[str]:
         """Bring MLflow what it lacks of the folder as it is now, and say how many of each of `COUNTED` that were.
@@ -111,8 +98,7 @@ class Mirror:
             bring: does what brings the thing of that name, unless its failing is to end the update.
 
         Raises:
-            RequestError: the run was never announced to any store.
-            Exception: what MLflow raises; the update can be called again.
+            RequestError: the run was never announced to any store. What MLflow raises comes, too; call it again then.
         """
         if looks := self.changed or self.scored:
             self.changed = False  # what is written from here on is looked at the next time
@@ -122,9 +108,8 @@ class Mirror:
             models = self._opened()
             mlflow = models.mlflow
             counts["runs"] = int(mlflow.made and not known)
-            if (
-                file_of(self.store) != self.file
-            ):  # with a write-ahead log sqlite would not notice, and lose what it wrote
+            # With a write-ahead log sqlite would not notice, and what it wrote would be lost with the file.
+            if file_of(self.store) != self.file:
                 raise FileExistsError(f"{self.store.database} was replaced by another file while this run wrote to it")
             things = list(self._things()) if looks else []  # before the numbers: what is listed comes after its numbers
             counts["points"] = self.send_numbers()
@@ -140,7 +125,7 @@ class Mirror:
                     self.brought[thing.name] = copy(thing.state)
                     self.heard = time.monotonic()
             has = mlflow.has.items()  # a file that was lost in part, or put back from a copy, repeats its later steps
-            mlflow.has = {one: at for one, at in has if one[1] >= mlflow.epoch_at or is_score(one[0])}
+            mlflow.has = {one: at for one, at in has if one[1] >= mlflow.epoch_at or one[0].startswith(SCORES)}
             return counts
         except BaseException:
             self.changed, self.connected = True, None
@@ -161,10 +146,10 @@ class Mirror:
             sent += mlflow.log(rows)
             self.sent_bytes += sum(map(len, lines))
             for row in rows:
-                if own := [name for name in row if is_score(name)]:
+                if own := [name for name in row if name.startswith(SCORES)]:
                     at = int(datetime.fromisoformat(row["time"]).timestamp() * 1000)  # of the last word on a step
                     self.scores.setdefault(row["step"], {}).update({name: (float(row[name]), at) for name in own})
-                    self.scored = True  # a model may have been brought before
+                    self.scored = True
             self.heard = time.monotonic()
         return sent
 
@@ -247,17 +232,8 @@ class Mirror:
 
 
 def update(run: Run, store: Store, own: bool = True) -> Counter[str]:
-    """Bring MLflow what it lacks of the folder of a run that no process is making; see `Mirror.update`.
-
-    Args:
-        own: the store is that of the run, whose id its files name.
-    """
+    """`Mirror.update` of a run that no process is making; its files name the id of a store that is its ``own``."""
     return Mirror(run, store, None if own else lambda run_id: None).update()
-
-
-def is_score(name: str) -> bool:
-    """Whether a metric says how good a model is; the rest is about the steps before it."""
-    return name.startswith(("eval/", "heldout/"))
 
 
 def record_of(run: Run) -> MlflowRecord | None:
@@ -304,7 +280,7 @@ def batches(metrics: Path, start: int) -> Iterator[list[bytes]]:
         end = os.fstat(file.fileno()).st_size  # what is added meanwhile waits: it must not keep anything else waiting
         file.seek(start)
         os.fsync(file.fileno())
-        while file.tell() < end and (lines := file.readlines(min(READ_BYTES, end - file.tell()))):
+        while file.tell() < end and (lines := file.readlines(min(65_536, end - file.tell()))):  # some 1,000 points
             if whole := [line for line in lines if line.endswith(b"\n")]:
                 yield whole
             if len(whole) < len(lines):

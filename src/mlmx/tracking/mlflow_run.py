@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mlmx")
 
-CONTEXTS = {"train": "training", "eval": "validation", "heldout": "testing"}  # of the splits, as MLflow calls them
 MOST_POINTS, MOST_PARAMS = 1000, 100  # that MLflow takes in one call
 LONGEST_TAG = 8000  # characters; it cuts longer ones
 SYSTEM = "system/"  # metrics of the machine, by MLflow's own prefix
@@ -35,14 +34,8 @@ Point = tuple[str, int, float | str]
 
 
 class MlflowRun:
-    """The MLflow run of a run folder, found or made; every method raises what the store raises.
-
-    Args:
-        make: whether one that is not there is made; else it is a `LookupError`.
-
-    Attributes:
-        has: the points that it had, and when they are from; none of them is sent to it.
-    """
+    """The MLflow run of a run folder, found or made (with ``make`` false, a `LookupError`); every method raises what
+    the store raises."""
 
     def __init__(self, client: MlflowClient, experiment: str, record: MlflowRecord, make: bool = True) -> None:
         self.client, self.experiment, self.record = client, experiment, record
@@ -60,7 +53,7 @@ class MlflowRun:
         run = found or client.create_run(experiment, record.started, dict(record.tags), record.name)
         self.run_id: str = run.info.run_id
         self.files = Artifacts(run.info.artifact_uri, client.tracking_uri)
-        self.has: dict[Point, int] = {}
+        self.has: dict[Point, int] = {}  # the points that it had, and when they are from; none of them is sent to it
         for name in found.data.metrics if found else ():
             if not name.startswith(SYSTEM):
                 points = client.get_metric_history(self.run_id, name)
@@ -99,7 +92,7 @@ class MlflowRun:
                 self.client.log_batch(self.run_id, params=some, tags=along)
         known = {(one.dataset.name, one.dataset.digest) for one in (run.inputs.dataset_inputs if run.inputs else [])}
         lacking = []
-        for name, context in CONTEXTS.items():
+        for name, context in (("train", "training"), ("eval", "validation"), ("heldout", "testing")):
             if split := report.get(name):
                 counts = {"documents": split.documents, "tokens": split.tokens, "chunks": split.chunks}
                 source, title = json.dumps({"source": split.source}), f"{split.source} {name}"[:500]
@@ -157,12 +150,8 @@ class MlflowRun:
             raise RuntimeError(f"run {self.run_id} was deleted in MLflow; mlflow runs restore brings it back")
 
     def finish(self, status: str, resumable: bool, ended: int) -> bool:
-        """Close the run with its final status; returns whether that was not there.
-
-        Args:
-            resumable: whether a run that ended early can go on; said by a tag.
-            ended: milliseconds since 1970.
-        """
+        """Close the run with its final status, at ``ended`` (milliseconds since 1970), and where it ended early with a
+        tag that says whether it can go on; returns whether that was not there."""
         tag = str(resumable).lower() if status in ("KILLED", "FAILED") else None
         run = self.client.get_run(self.run_id)
         there = (run.info.status, run.info.end_time, run.data.tags.get(RESUMABLE))

@@ -30,6 +30,7 @@ MODEL, TOKENIZER = "model", "components/tokenizer"
 FINAL = "model"
 STEP, CHECKPOINT = "mlmx.step", "mlmx.checkpoint"  # tags of a model
 Score = tuple[float, int]  # value, milliseconds since 1970
+version = cache(metadata.version)  # which reads and parses a file each time
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,10 @@ def descriptions(folder: Path, files: Sequence[Path], model_id: str, run_id: str
                 "source_model_name": "",
                 "task": "fill-mask",
                 "tokenizer_type": "AutoTokenizer",
-                "transformers_version": _version("transformers"),
+                "transformers_version": version("transformers"),
             },
         },
-        "mlflow_version": _version("mlflow"),
+        "mlflow_version": version("mlflow"),
         "model_id": model_id,
         "model_size_bytes": sum(path.stat().st_size for path in files),
         "model_uuid": model_id.removeprefix("m-"),
@@ -115,11 +116,6 @@ def descriptions(folder: Path, files: Sequence[Path], model_id: str, run_id: str
     }
 
 
-@cache
-def _version(name: str) -> str:
-    return metadata.version(name)  # reads and parses a file each time
-
-
 def _yaml(value: object) -> str:
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the one in Python takes five times as long
     return str(yaml.dump(value, Dumper=dumper, allow_unicode=True))
@@ -129,7 +125,7 @@ def _yaml(value: object) -> str:
 def _environment() -> dict[str, str]:
     """What the model needs, pinned to what made it; nobody is asked for it."""
     python, packages = platform.python_version(), ("mlflow", "torch", "transformers", "tokenizers", "safetensors")
-    pinned = [f"{name}=={_version(name).partition('+')[0]}" for name in packages]
+    pinned = [f"{name}=={version(name).partition('+')[0]}" for name in packages]
     dependencies = [f"python={python}", "pip", {"pip": pinned}]
     virtualenv = {"python": python, "build_dependencies": ["pip"], "dependencies": ["-r requirements.txt"]}
     return {

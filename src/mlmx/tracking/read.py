@@ -17,17 +17,14 @@ from mlmx.runs import records
 from mlmx.runs.provenance import PARENT
 from mlmx.runs.records import MlflowRecord, Status
 from mlmx.runs.run import HELDOUT_FILE, Run
-from mlmx.tracking.store import client_of, experiments_of, found_runs, trouble
+from mlmx.tracking.store import Store, client_of, experiments_of, found_runs, trouble
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient, entities
 
-    from mlmx.tracking.store import Store
-
 FILES = ("config.yaml", "overrides.yaml", "data.json", "result.json", HELDOUT_FILE)
 CURVES = ("heldout/loss", "eval/loss", "epoch")  # whose histories are read; of other metrics the last value
 MOST_BYTES = 100_000_000  # of a file
-AT_ONCE = 8  # runs that are read at a time
 
 
 def fetch(store: Store, folder: Path, *, run_ids: Sequence[str] = (), parent: str | None = None) -> list[Run]:
@@ -61,7 +58,7 @@ def fetch(store: Store, folder: Path, *, run_ids: Sequence[str] = (), parent: st
         ids = [re.sub(r"\W", "_", run.info.run_id)[:64] for run in found]  # what a server calls its runs is no path
         short = [one[:8] for one in ids]
         folders = [folder / one for one in (short if len(set(short)) == len(ids) else ids)]
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        with ThreadPoolExecutor(8) as pool:
             return list(pool.map(partial(_as_folder, client), found, folders))
     except (RequestError, WorkError):
         raise

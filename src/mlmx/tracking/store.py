@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import re
 import shlex
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Run as Found
 
 SQLITE = "sqlite:///"
-ANSWER_SECONDS = 3.0
 # Disks whose other machines do not see the memory that a write-ahead log is shared by.
 OF_A_NETWORK = ("nfs", "cifs", "smb", "9p", "fuse", "lustre", "gpfs", "beegfs", "ceph", "afs", "gfs", "ocfs")
 # Before MLflow is imported: nothing is sent to its makers or printed, and a call that fails does so in seconds and
@@ -56,16 +56,12 @@ PAGE = 1000  # runs or experiments that MLflow gives at a time
 
 @dataclass(frozen=True)
 class Store:
-    """An MLflow store: its absolute address, the experiment, and where local artifacts lie (None: the server's).
+    """An MLflow store."""
 
-    Attributes:
-        system_metrics: whether a run samples the machine for it.
-    """
-
-    uri: str
+    uri: str  # absolute
     experiment: str
-    artifacts: Path | None
-    system_metrics: bool = field(default=False, compare=False)
+    artifacts: Path | None  # where local ones lie; else they are the server's
+    system_metrics: bool = field(default=False, compare=False)  # whether a run samples the machine for it
 
     @property
     def database(self) -> Path | None:
@@ -94,11 +90,7 @@ TRACKINGS: dict[str, Callable[..., Store | None]] = table(local, server, none)
 
 
 def bound_store(options: Mapping[str, Any]) -> Store | None:
-    """The store that a config's ``tracking`` asks for; None for none.
-
-    Raises:
-        RequestError: an unknown name or option, a wrong type or value.
-    """
+    """The store that a config's ``tracking`` asks for; None for none, `RequestError` for what is no store."""
     (named,) = bind("tracking", options, TRACKINGS)
     store: Store | None = named()
     return store
@@ -114,10 +106,8 @@ def store_of(run: Run) -> Store | None:
 
 def file_of(store: Store) -> tuple[int, int] | None:
     """Which file a local store is, whatever its name; None for a server's. `OSError` where it is not there."""
-    if store.database is None:
-        return None
-    found = store.database.stat()
-    return found.st_dev, found.st_ino
+    found = store.database and store.database.stat()
+    return (found.st_dev, found.st_ino) if found else None
 
 
 def make(store: Store) -> None:
@@ -147,9 +137,8 @@ def _make(path: Path, artifacts: Path) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     aside = path.with_name(f".{path.name}.new")
-    for half in (aside, path):  # a log without its database would be taken for the new one's
-        for ending in ("", "-wal", "-shm"):
-            half.with_name(half.name + ending).unlink(missing_ok=True)
+    for half, ending in itertools.product((aside, path), ("", "-wal", "-shm")):
+        half.with_name(half.name + ending).unlink(missing_ok=True)  # a log alone would be taken for the new one's
     made = SqlAlchemyStore(f"{SQLITE}{aside}", artifacts.as_uri())  # type: ignore[no-untyped-call]
     made.engine.dispose()  # nothing stays open
     if not is_of_a_network(aside):  # readers and a writer then do not wait for each other; it stays in the file
@@ -177,7 +166,15 @@ def trouble(store: Store) -> str | None:
     """Why a store cannot be used, and what to do, in one line; None where nothing is wrong that can be seen."""
     path, uri = store.database, store.uri
     if path is None:
-        return _silence(uri)
+        try:  # whether somebody answers there, whatever the answer
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=3.0).close()
+        except urllib.error.HTTPError as error:
+            if error.code >= 500:
+                return f"{uri} answers with {error.code} {error.reason}; look after the server"
+        except (OSError, ValueError) as error:
+            why = getattr(error, "reason", None) or error
+            return f"{uri} does not answer ({why}); start the server, or correct tracking.uri"
+        return None
     if not path.exists() and path.parent.is_dir():
         return None
     try:
@@ -204,26 +201,12 @@ def trouble(store: Store) -> str | None:
     )
 
 
-def _silence(uri: str) -> str | None:
-    """Whether somebody answers there, whatever the answer."""
-    try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=ANSWER_SECONDS).close()
-    except urllib.error.HTTPError as error:
-        if error.code >= 500:
-            return f"{uri} answers with {error.code} {error.reason}; look after the server"
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        return f"{uri} does not answer ({reason}); start the server, or correct tracking.uri"
-    return None
-
-
 @cache
 def newest_schema() -> str | None:
     """The schema of the installed MLflow: the migration that no other one follows; None where that cannot be told."""
     found = importlib.util.find_spec("mlflow")
     mlflow = Path((found.origin if found else None) or "").parent
-    made: set[str] = set()
-    followed: set[str] = set()
+    made, followed = set[str](), set[str]()
     for script in (mlflow / "store" / "db_migrations" / "versions").glob("*.py"):
         for line in re.findall(r"^(?:down_)?revision\b.*$", script.read_text(encoding="utf-8"), re.MULTILINE):
             (followed if line.startswith("down_") else made).update(re.findall(r"['\"](\w+)['\"]", line))
@@ -279,5 +262,5 @@ def experiments_of(client: MlflowClient) -> dict[str, str]:
 def found_runs(client: MlflowClient, wanted: str, experiments: Iterable[str] | None = None) -> list[Found]:
     """The runs that a filter of MLflow's finds, oldest first; in these experiments, else in all of the store."""
     where = list(experiments_of(client).values() if experiments is None else experiments)
-    order = ["attributes.start_time ASC"]
-    return list(pages(partial(client.search_runs, where, wanted, max_results=PAGE, order_by=order)))
+    oldest = ["attributes.start_time ASC"]
+    return list(pages(partial(client.search_runs, where, wanted, max_results=PAGE, order_by=oldest)))

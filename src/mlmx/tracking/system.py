@@ -15,8 +15,6 @@ from typing import Any
 from mlmx.runs.records import milliseconds
 
 EVERY_SECONDS = 10.0
-MOST_WAITING = 8640  # samples for an MLflow that is away: a day; then the oldest are dropped
-
 Sample = tuple[int, int, dict[str, float]]  # step, milliseconds since 1970, values by MLflow's names for them
 
 
@@ -31,7 +29,7 @@ class SystemMetrics:
 
     def __init__(self, started: int, sampled: Callable[[], None]) -> None:
         self.started, self.sampled = started, sampled
-        self.waiting: deque[Sample] = deque(maxlen=MOST_WAITING)
+        self.waiting: deque[Sample] = deque(maxlen=8640)  # a day, if MLflow is away; then the oldest are dropped
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._work, name="system metrics", daemon=True)
         self.thread.start()

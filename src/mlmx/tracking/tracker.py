@@ -62,21 +62,15 @@ class Tracker:
     def start(
         self,
         name: str,
-        protocol: str,
+        protocol: str,  # id of what the scores are measured on
         params: Mapping[str, Any],
         tags: Mapping[str, str],
-        report: Mapping[str, Mapping[str, Any]],
-        registered: str | None = None,
-        rotates: bool = False,
+        report: Mapping[str, Mapping[str, Any]],  # of the data; its splits become the MLflow run's datasets
+        registered: str
+        | None = None,  # the name of its best and last models in MLflow's registry, once it has finished
+        rotates: bool = False,  # older checkpoints are deleted as new ones come, and so are their models in MLflow
     ) -> None:
-        """Write what is known before training; MLflow is asked for the run.
-
-        Args:
-            protocol: id of what the scores are measured on.
-            report: the data report; its splits become the MLflow run's datasets.
-            registered: by what name its best and last models go into MLflow's registry when it has finished.
-            rotates: older checkpoints are deleted as new ones come, and so are their models in MLflow.
-        """
+        """Write what is known before training; MLflow is asked for the run."""
         name, params, tags, report = (redacted(given) for given in (name, params, tags, report))
         self.run.write_json("data.json", report)
         self.opening = tags.get(NOTE, "")
@@ -159,11 +153,7 @@ class Tracker:
             self._look()
 
     def finish(self, status: str, seconds: Mapping[str, float], resumable: bool = False) -> None:
-        """Write the result, with the true status (FINISHED, FAILED, KILLED), and have MLflow follow.
-
-        Args:
-            resumable: whether a run that ended early can go on.
-        """
+        """Write the true status: FINISHED, FAILED or KILLED, and then whether it is ``resumable``; MLflow follows."""
         self.lines.close()
         if self.system is not None:
             self.system.ended.set()
