@@ -60,7 +60,8 @@ def curves_of(table: Table) -> Curves:
 
 
 def without_step_0(curves: Curves) -> Curves:
-    """From the first epoch on, where what the runs began with would hide how they differ; else none."""
+    """From the first epoch on, where what the runs began with would hide how they differ: in less than 0.6 of all
+    heights. Else none."""
     later = [(row, points[1:]) for row, points in curves if len(points) > 2]
     some, every = ([y for _, points in those for _, y in points] for those in (later, curves))
     return later if later and max(some) - min(some) < 0.6 * (max(every) - min(every)) else []

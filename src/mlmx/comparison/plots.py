@@ -129,7 +129,7 @@ def plot_table(table: Table, folder: Path) -> list[Path]:
     rows = [row for row in table.groups[0].rows if row.dials or row.varies] if table.groups else []
     known = [key for key in keys_shown(table)[0] if all(key in row.varies for row in rows)]
     varying = [key for key in known if len({_key(row.varies[key]) for row in rows}) > 1]
-    dials = [_dial(key, rows) for key in varying[:8]]
+    dials = [_dial(key, rows) for key in varying[:8]]  # as many axes can be read, and plots be looked at
     if len(rows) > 1 and dials:
         made["parallel.png"] = _parallel(table, rows, dials)
         for dial in dials:
@@ -169,7 +169,7 @@ def _dial(key: str, rows: Sequence[Row]) -> Dial:
     if all(type(value) in (int, float) and math.isfinite(value) for value in values):
         values.sort()
         is_log = values[0] > 0 and (key == "lr" or values[-1] >= 8 * values[0])
-        every = math.ceil(len(values) / 8)
+        every = math.ceil(len(values) / 8)  # at most 8 are marked
         return Dial(key, values, float, values[::every], is_log)
     values.sort(key=lambda value: (value is not None, value_text(value)))
     places = {_key(value): float(place) for place, value in enumerate(values)}

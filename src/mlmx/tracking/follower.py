@@ -42,9 +42,8 @@ class Follower:
         self.failed_to_end = False  # the last attempt, which was one to finish
         self.something, self.at_once = threading.Event(), threading.Event()
         self.something.set()
-        sys.setswitchinterval(
-            min(0.0005, sys.getswitchinterval())
-        )  # what training waits for Python; else ten times that
+        # How long training waits for Python when this thread has it; by default ten times as long.
+        sys.setswitchinterval(min(0.0005, sys.getswitchinterval()))
         self.thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self.thread.start()
 
