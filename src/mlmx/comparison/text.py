@@ -38,10 +38,10 @@ def keys_shown(table: Table) -> tuple[list[str], dict[str, str]]:
     following: dict[str, str] = {}
     rows = [row for row in table.rows if row.dials]
     for key in sorted(table.keys, key=lambda key: not key.endswith((".path", ".source"))):
-        for leader in kept:
+        group = key.partition(".")[0]
+        for leader in [one for one in kept if "." in one and one.partition(".")[0] == group]:
             pairs = {(str(row.varies.get(leader)), str(row.varies.get(key))) for row in rows}
-            alike = "." in leader and leader.partition(".")[0] == key.partition(".")[0]
-            if alike and len(pairs) == len({value for value, _ in pairs}):
+            if len(pairs) == len({value for value, _ in pairs}):
                 following[key] = leader
                 break
         else:

@@ -152,9 +152,7 @@ class Models:
                 except MlflowException as error:
                     if error.error_code != "RESOURCE_ALREADY_EXISTS":
                         raise
-                self.client.set_logged_model_tags(
-                    known.model_id, {REGISTERED: name}
-                )  # first: from here on its files stay
+                self.client.set_logged_model_tags(known.model_id, {REGISTERED: name})  # first: now its files stay
                 known.tags[REGISTERED] = name
                 made = self.client.create_model_version(
                     name, known.address, self.mlflow.run_id, tags, await_creation_for=0, model_id=known.model_id
