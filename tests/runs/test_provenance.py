@@ -172,7 +172,7 @@ def test_the_machine_is_sampled_on_while_a_device_fails(monkeypatch: pytest.Monk
     monkeypatch.setattr(system, "sample", lambda: dict(next(values)))
     sampler = system.SystemMetrics(0, lambda: None)
     until(lambda: len(sampler.waiting) == 2)
-    sampler.stop()
+    sampler.ended.set()
     sampler.thread.join()
     assert [found for *_, found in sampler.waiting] == [{"a": 1.0}, {"a": 2.0}]
 
@@ -180,7 +180,8 @@ def test_the_machine_is_sampled_on_while_a_device_fails(monkeypatch: pytest.Monk
 def test_a_gpu_without_nvidias_package_tells_its_memory(monkeypatch: pytest.MonkeyPatch):
     memory = {"is_initialized": lambda: True, "device_count": lambda: 1, "mem_get_info": lambda i: (10**9, 4 * 10**9)}
     monkeypatch.setitem(system.sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(**memory)))
-    assert system._gpu_memory() == {"gpu_0_memory_usage_megabytes": 3000.0, "gpu_0_memory_usage_percentage": 75.0}
+    found = {name: value for name, value in system.sample().items() if name.startswith("gpu")}
+    assert found == {"gpu_0_memory_usage_megabytes": 3000.0, "gpu_0_memory_usage_percentage": 75.0}
 
 
 # ---------------------------------------------------------------------------------------- the description

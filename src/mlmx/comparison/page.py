@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mlmx.comparison.plots import DPI
 from mlmx.comparison.ranking import Table
 from mlmx.comparison.text import columns, group_title, parts_of, remarks
 
 
-@cache
-def _template() -> Template:
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("page.html.j2")
-
-
 def report(table: Table, title: str, charts: Sequence[Path] = ()) -> str:
-    """One HTML page that needs no other file: the table, what is to be said of it, and the charts.
-
-    Args:
-        charts: PNG files, as `plots` makes them.
-    """
-    return _template().render(
+    """One HTML page that needs no other file: the table, what is to be said of it, and PNG files that `plots` made."""
+    loader, strict = FileSystemLoader(Path(__file__).parent), StrictUndefined
+    page = Environment(loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
+    return page.get_template("page.html.j2").render(
         title=title,
         table=table,
         columns=columns(table),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from mlmx.comparison.rows import Row, documents_of, rows_for
 from mlmx.config.errors import RequestError, did_you_mean
-from mlmx.evaluation.bootstrap import Difference, DocumentSums, resampled
+from mlmx.evaluation.bootstrap import Difference, DocumentSums, Resampled, resampled
 from mlmx.evaluation.metrics import higher_is_better
 from mlmx.runs import identity
 from mlmx.runs.run import Run
@@ -38,43 +38,30 @@ NOT_PART_OF_IT = ("source", "number")
 
 @dataclass(frozen=True)
 class Group:
-    """Finished runs that may be ranked together, best first.
+    """Finished runs that may be ranked together, best first."""
 
-    Attributes:
-        key: their protocol, or another name of what they were measured on.
-        parts: what that is made of.
-        best: the one that the others are compared with.
-    """
-
-    key: str
-    parts: dict[str, Any]
+    key: str  # their protocol, or another name of what they were measured on
+    parts: dict[str, Any]  # what that is made of
     rows: list[Row]
-    best: Row
+    best: Row  # the one that the others are compared with
 
 
 @dataclass(frozen=True)
 class Table:
-    """Runs side by side.
+    """Runs side by side."""
 
-    Attributes:
-        rows: best first within a group, the largest group first, what is not ranked last.
-        keys: dials that vary.
-        groups: the ranked rows, by what they were measured on.
-        best: the best of all; None where the runs are of several groups.
-        differences: the paired difference of each row's ``heldout/loss`` to the best of its group, by `Row.name`.
-        sort: what rows are sorted by.
-        judge: what decides which is the best.
-        refusal: why not all of them are ranked together, in one sentence; empty where they are.
-    """
+    rows: list[Row]  # best first within a group, the largest group first, what is not ranked last
+    keys: list[str]  # dials that vary
+    groups: list[Group]  # the ranked rows, by what they were measured on
+    differences: dict[str, Difference]  # of each row's ``heldout/loss`` to the best of its group, paired, by `Row.name`
+    sort: str  # what rows are sorted by
+    judge: str  # what decides which is the best
+    refusal: str  # why not all of them are ranked together, in one sentence; empty where they are
 
-    rows: list[Row]
-    keys: list[str]
-    groups: list[Group]
-    best: Row | None
-    differences: dict[str, Difference]
-    sort: str
-    judge: str
-    refusal: str
+    @property
+    def best(self) -> Row | None:
+        """The best of all; None where the runs are of several groups."""
+        return self.groups[0].best if len(self.groups) == 1 else None
 
     @property
     def unranked(self) -> list[Row]:
@@ -83,10 +70,9 @@ class Table:
 
     def standing(self, row: Row) -> Literal["best", "ranked", "unranked"]:
         """Whether a row is the best of its group, one of the others, or in none."""
-        for group in self.groups:
-            if any(row is one for one in group.rows):
-                return "best" if row is group.best else "ranked"
-        return "unranked"
+        if any(row is group.best for group in self.groups):
+            return "best"
+        return "ranked" if any(row is one for group in self.groups for one in group.rows) else "unranked"
 
     @property
     def alike(self) -> list[Row]:
@@ -106,41 +92,47 @@ class Table:
 
 def tabulate(
     runs: Sequence[Run],
-    sort: str = YARDSTICK,
-    keys: Sequence[str] | None = None,
-    failures: Mapping[Path, str] | None = None,
+    sort: str = YARDSTICK,  # from its best value; with ``-`` before it from the highest, also if that is not known here
+    keys: Sequence[str] | None = None,  # dials to show, also groups (``model``); else those that vary
+    failures: Mapping[Path, str] | None = None,  # why jobs failed, by their folders, which may not be there
 ) -> Table:
-    """Read runs and set them side by side.
-
-    Args:
-        sort: a metric, from its best value; ``-`` before it: from the highest, also where that is not known here.
-        keys: dials to show, also groups (``model``); those that vary if None.
-        failures: why jobs failed, by their folders, which may not be there.
-
-    Raises:
-        RequestError: no run has the metric.
-    """
+    """Read runs and set them side by side; `RequestError` where none has the metric."""
     rows = rows_for(runs, failures or {})
     chosen = list(keys) if keys is not None else varying(rows)
     rows = [replace(row, varies={key: value for key in chosen for value in _value(row, key)}) for row in rows]
-    sort, highest_first = _order(sort, rows)
-    place = partial(_place, metric=sort, highest_first=highest_first)
-    judge = ACROSS_TOKENIZERS if sort == ACROSS_TOKENIZERS else YARDSTICK if _have(rows, YARDSTICK) else OWN
-    rows, samples = _measured(rows, judge)
-    groups = _groups(rows, place, judge)
-    ranked = [row for group in groups for row in group.rows]
-    rest = [row for row in rows if not any(row is one for one in ranked)]
+    names = dict.fromkeys(name for row in rows for name in row.metrics)
+    metric = sort.removeprefix("-")
+    if metric not in names and metric != YARDSTICK:
+        known = f"{did_you_mean(sort, names)} (known: {', '.join(list(names)[:20]) or 'none'})"
+        raise RequestError(f"sort={sort}: none of these runs has such a metric{known}")
+    if metric not in names and OWN in names:
+        metric = OWN
+    place = partial(_place, metric=metric, highest_first=sort.startswith("-") or higher_is_better(metric))
+    judge = ACROSS_TOKENIZERS if metric == ACROSS_TOKENIZERS else YARDSTICK if _have(rows, YARDSTICK) else OWN
+    samples = {} if judge == OWN else _samples(rows)
+    intervals = {name: drawn.interval(at) for name, (drawn, at) in samples.items()}
+    alike: dict[str, tuple[dict[str, Any], list[Row]]] = {}
+    rest = []
+    for row in [replace(row, interval=intervals.get(row.name)) for row in rows]:
+        if measured := _measured_on(row, judge):
+            alike.setdefault(measured[0], (measured[1], []))[1].append(row)
+        else:
+            rest.append(row)
+    groups: list[Group] = []
+    differences: dict[str, Difference] = {}
+    for key, (parts, those) in alike.items():
+        those.sort(key=place)
+        best = min(those, key=partial(_place, metric=judge))
+        groups.append(Group(key, parts, those, best))
+        drawn, of_best = samples.get(best.name, (None, 0))
+        for row in those:
+            own, at = samples.get(row.name, (None, 0))
+            if drawn is not None and own is drawn and row is not best:
+                differences[row.name] = drawn.difference(at, of_best)
+    groups.sort(key=lambda group: (-len(group.rows), _place(group.best, judge)))
     rest.sort(key=lambda row: (row.protocol or "~", place(row)))
-    return Table(
-        rows=[*ranked, *rest],
-        keys=chosen,
-        groups=groups,
-        best=groups[0].best if len(groups) == 1 else None,
-        differences=_differences(groups, samples),
-        sort=sort,
-        judge=judge,
-        refusal=_refusal(groups, judge),
-    )
+    ordered = [row for group in groups for row in group.rows] + rest
+    return Table(ordered, chosen, groups, differences, metric, judge, _refusal(groups, judge))
 
 
 def varying(rows: Sequence[Row]) -> list[str]:
@@ -159,20 +151,6 @@ def _value(row: Row, key: str) -> list[Any]:
     return [option for option in options if option is not None][:1]
 
 
-def _order(sort: str, rows: Sequence[Row]) -> tuple[str, bool]:
-    """The metric to sort by, and whether from its highest value."""
-    names = dict.fromkeys(name for row in rows for name in row.metrics)
-    metric = sort.removeprefix("-")
-    if metric == YARDSTICK and metric not in names:
-        return (OWN if OWN in names else metric), sort != metric
-    if metric in names:
-        return metric, sort != metric or higher_is_better(metric)
-    raise RequestError(
-        f"sort={sort}: none of these runs has such a metric{did_you_mean(sort, names)} "
-        f"(known: {', '.join(list(names)[:20]) or 'none'})"
-    )
-
-
 def _have(rows: Iterable[Row], metric: str) -> bool:
     return any(math.isfinite(row.value(metric)) for row in rows)
 
@@ -185,35 +163,35 @@ def _place(row: Row, metric: str, highest_first: bool = False) -> float:
     return -value if highest_first else value
 
 
-# ------------------------------------------------------------------------------- who with whom
+def _samples(rows: Iterable[Row]) -> dict[str, tuple[Resampled, int]]:
+    """Bootstrap samples of rows that scored the same targets: by a row's name those it is in, and its place there."""
+    same: list[tuple[str, list[str], list[DocumentSums]]] = []
+    for row in rows:
+        documents = documents_of(row) if row.status == "FINISHED" and row.protocol else None
+        if documents is None or row.protocol is None:
+            continue
+        for protocol, names, others in same:
+            if protocol == row.protocol and others[0].same_targets(documents):
+                names.append(row.name)
+                others.append(documents)
+                break
+        else:
+            same.append((row.protocol, [row.name], [documents]))
+    drawn = [(names, resampled(those)) for _, names, those in same]
+    return {name: (samples, place) for names, samples in drawn for place, name in enumerate(names)}
 
 
 def _measured_on(row: Row, judge: str) -> tuple[str, dict[str, Any]] | None:
     """What a finished run was measured on, as a name that is that of all runs it may be ranked with."""
     if row.status != "FINISHED" or not math.isfinite(row.value(judge)):
         return None
+    name = partial(json.dumps, sort_keys=True, default=str)
     if judge == OWN:
-        return (_digest(row.validation), row.validation) if row.validation else None
+        return (name(row.validation), row.validation) if row.validation else None
     texts = {key: row.parts.get(key) for key in ("documents", "rate", "version")}
     if judge == ACROSS_TOKENIZERS and texts["documents"]:
-        return _digest(texts), texts | {key: row.parts.get(key) for key in NOT_PART_OF_IT}
+        return name(texts), texts | {key: row.parts.get(key) for key in NOT_PART_OF_IT}
     return (row.protocol, row.parts) if row.protocol else None
-
-
-def _digest(values: object) -> str:
-    return json.dumps(values, sort_keys=True, default=str)
-
-
-def _groups(rows: Sequence[Row], place: Callable[[Row], float], judge: str) -> list[Group]:
-    found: dict[str, Group] = {}
-    for row in rows:
-        measured = _measured_on(row, judge)
-        if measured is not None:
-            found.setdefault(measured[0], Group(*measured, [], row)).rows.append(row)
-    for key, group in found.items():
-        group.rows.sort(key=place)
-        found[key] = replace(group, best=min(group.rows, key=lambda row: _place(row, judge)))
-    return sorted(found.values(), key=lambda group: (-len(group.rows), _place(group.best, judge)))
 
 
 def _refusal(groups: Sequence[Group], judge: str) -> str:
@@ -222,13 +200,12 @@ def _refusal(groups: Sequence[Group], judge: str) -> str:
     first, reasons = groups[0], []
     for group in groups[1:]:
         reasons += [reason for reason in what_differs(first.parts, group.parts) if reason not in reasons]
-    because = " and ".join(reasons) if reasons else "something that was not recorded"
-    hint = ""
+    because = " and ".join(reasons) or "something that was not recorded"
+    because += " differ" if len(reasons) > 1 else " differs"
     same_texts = len({str(group.parts.get("documents")) for group in groups}) == 1
     if judge == YARDSTICK and same_texts and all(_have(group.rows, ACROSS_TOKENIZERS) for group in groups):
-        hint = f"; sort={ACROSS_TOKENIZERS} compares across tokenizers"
-    verb = "differ" if len(reasons) > 1 else "differs"
-    return f"these runs were not all measured alike and are ranked apart: {because} {verb}{hint}"
+        because += f"; sort={ACROSS_TOKENIZERS} compares across tokenizers"
+    return f"these runs were not all measured alike and are ranked apart: {because}"
 
 
 def what_differs(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
@@ -241,44 +218,3 @@ def what_differs(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     found = [key for key in dict.fromkeys(keys) if one[key] != other[key]]
     told = [key for key in found if not set(EXPLAINED_BY.get(key, ())) & set(found)]
     return [IN_WORDS.get(key, key) for key in told]
-
-
-# ------------------------------------------------------------------------------- by how much
-
-
-Samples = dict[str, tuple[Any, int]]  # a row's name → the samples it is in, and its place there
-
-
-def _measured(rows: Sequence[Row], judge: str) -> tuple[list[Row], Samples]:
-    """Rows with their intervals, and bootstrap samples of those that scored the same targets."""
-    if judge == OWN:
-        return list(rows), {}
-
-    same: list[list[tuple[Row, DocumentSums]]] = []
-    for row in rows:
-        documents = documents_of(row) if row.status == "FINISHED" and row.protocol else None
-        if documents is None:
-            continue
-        for others in same:
-            if others[0][0].protocol == row.protocol and others[0][1].same_targets(documents):
-                others.append((row, documents))
-                break
-        else:
-            same.append([(row, documents)])
-    samples: Samples = {}
-    for those in same:
-        drawn = resampled([documents for _, documents in those])
-        samples |= {row.name: (drawn, place) for place, (row, _) in enumerate(those)}
-    intervals = {name: drawn.interval(place) for name, (drawn, place) in samples.items()}
-    return [replace(row, interval=intervals.get(row.name)) for row in rows], samples
-
-
-def _differences(groups: Sequence[Group], samples: Samples) -> dict[str, Difference]:
-    found: dict[str, Difference] = {}
-    for group in groups:
-        drawn, of_best = samples.get(group.best.name, (None, 0))
-        for row in group.rows:
-            own, place = samples.get(row.name, (None, 0))
-            if drawn is not None and own is drawn and row is not group.best:
-                found[row.name] = drawn.difference(place, of_best)
-    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from mlmx.runs.records import MlflowRecord, Result, SplitRecord, Status, numbers
 from mlmx.runs.run import HELDOUT_FILE, Run
 
 CURVES = ("heldout/loss", "eval/loss")  # what is drawn over epochs
-RESOLVED = ("precision", "processes")  # inputs of a run that say more than its config does
 MOST_CONFIG_BYTES = 100_000
 MOST_HELDOUT_BYTES = 100_000_000
 LAST_LINES = 20  # of metrics.jsonl, which are read whole
@@ -29,42 +28,25 @@ Points = list[tuple[float, float]]  # (epoch, value)
 
 @dataclass(frozen=True)
 class Row:
-    """A run as it stands in a table.
-
-    Attributes:
-        name: what it is called in the table, no two alike.
-        title: the name it was given, or that of its dials.
-        varies: values of the table's keys; a key that is not in its config is missing.
-        dials: all of its config that makes it what it is, flat.
-        choices: the options of its groups (``{"model": "minilm"}``), where known.
-        metrics: the last value of each, and ``minutes``; may hold NaN.
-        interval: 95 % of its ``heldout/loss`` over documents.
-        protocol: what ``heldout/*`` was measured on; None where nothing was.
-        parts: what its protocol is made of, as far as it was recorded.
-        validation: what ``eval/*`` was measured on.
-        resumable: whether it ended early and can go on.
-        pruned: whether its search ended it early, as no better than other trials.
-        note: what could not be read, or why it failed.
-        curves: for each of `CURVES` its points over epochs, step 0 included.
-    """
+    """A run as it stands in a table."""
 
     run: Run
-    name: str
-    varies: dict[str, Any]
-    metrics: dict[str, float]
-    interval: tuple[float, float] | None
+    run_id: str | None
+    name: str  # what it is called in the table, no two alike
+    title: str  # the name it was given, or that of its dials
+    varies: dict[str, Any]  # values of the table's keys; a key that is not in its config is missing
+    dials: dict[str, Any]  # all of its config that makes it what it is, flat
+    choices: dict[str, str]  # the options of its groups (``{"model": "minilm"}``), where known
+    metrics: dict[str, float]  # the last value of each, and ``minutes``; may hold NaN
+    interval: tuple[float, float] | None  # 95 % of its ``heldout/loss`` over documents
+    protocol: str | None  # what ``heldout/*`` was measured on; None where nothing was
+    parts: dict[str, Any]  # what its protocol is made of, as far as it was recorded
+    validation: dict[str, Any]  # what ``eval/*`` was measured on
     status: Status
-    protocol: str | None
-    resumable: bool
-    pruned: bool = False
-    title: str = ""
-    dials: dict[str, Any] = field(default_factory=dict)
-    choices: dict[str, str] = field(default_factory=dict)
-    parts: dict[str, Any] = field(default_factory=dict)
-    validation: dict[str, Any] = field(default_factory=dict)
-    note: str = ""
-    run_id: str | None = None
-    curves: dict[str, Points] = field(default_factory=dict)
+    resumable: bool  # it ended early and can go on
+    pruned: bool  # its search ended it early, as no better than other trials
+    note: str  # what could not be read, or why it failed
+    curves: dict[str, Points]  # for each of `CURVES` its points over epochs, step 0 included
 
     def value(self, metric: str) -> float:
         """A metric's last value; NaN where there is none."""
@@ -72,42 +54,57 @@ class Row:
 
 
 def rows_for(runs: Sequence[Run], failures: Mapping[Path, str]) -> list[Row]:
-    """A row per run, each folder once, and one per failed job that never had a run.
+    """A row per run, each folder once, and one per failed job (why, by its folder) that never had a run.
 
-    Args:
-        failures: why jobs failed, by their folder.
+    A row is called by the name its run was given, where it is its own; else by the end of its folder's path, as long
+    as it takes.
     """
     folders = list(dict.fromkeys([*(run.folder for run in runs), *failures]))
-    rows = [read(Run(folder), failures.get(folder, "")) for folder in folders]
-    return [replace(row, name=name) for row, name in zip(rows, _names(rows), strict=True)]
-
-
-def _names(rows: Sequence[Row]) -> list[str]:
-    """The name a run was given, where it is its own; else the end of its folder's path, as long as it takes."""
-    length, paths = 1, [row.run.folder.parts for row in rows]
-    while len({path[-length:] for path in paths}) < len(paths):
+    rows = [_read(Run(folder), failures.get(folder, "")) for folder in folders]
+    length = 1
+    while len({folder.parts[-length:] for folder in folders}) < len(folders):
         length += 1
-    ends = ["/".join(path[-length:]) for path in paths]
+    ends = ["/".join(folder.parts[-length:]) for folder in folders]
     given = Counter([row.name for row in rows] + ends)
-    return [row.name if row.name and given[row.name] == 1 else shown(end) for row, end in zip(rows, ends, strict=True)]
+    own = [row.name if row.name and given[row.name] == 1 else shown(end) for row, end in zip(rows, ends, strict=True)]
+    return [replace(row, name=name) for row, name in zip(rows, own, strict=True)]
 
 
-def read(run: Run, failure: str = "") -> Row:
-    """A run's row; its ``name`` is the one it was given, if any."""
+def _read(run: Run, failure: str) -> Row:
     notes = [failure] if failure else []
     found = records.read(Result, run.folder, notes)
     result, splits = found or Result(), records.read_splits(run.folder, notes)
-    inputs, config = _inputs(run, notes), settings_of(run, notes)
-    dials = _dials(config, inputs, notes)
-    curves, last = _points(run, notes)
-    seconds = result.seconds.get("total")
+    inputs: dict[str, Any] = {}
+    try:
+        inputs = run.read_json("inputs.json")
+    except (OSError, ValueError):
+        notes.append("inputs.json cannot be read")
+    config, dials = settings_of(run, notes), dict[str, Any]()
+    try:
+        dials = identity.recorded_dials(config)
+        resolved = ("precision", "processes")  # inputs that say more than the config does
+        dials |= {key: inputs[key] for key in resolved if dials and key in inputs}
+    except (ValueError, RecursionError):  # an anchor that holds itself, or many times many
+        notes.append("config.yaml cannot be read")
+    # The curves, and the last value of each metric as far as the last lines and those of scorings tell.
+    curves: dict[str, Points] = {name: [] for name in CURVES}
+    last: dict[str, float] = {}
+    try:
+        for line in _telling_rows(run.folder / "metrics.jsonl"):
+            values = numbers(line)
+            last |= {name: value for name, value in values.items() if "/" in name}
+            for name in CURVES:
+                if name in values and "epoch" in values:
+                    curves[name].append((values["epoch"], values[name]))
+    except OSError:
+        notes.append("metrics.jsonl cannot be read")
     if found is None:
         status = Status.FAILED if failure else Status.UNKNOWN
     elif result.status == Status.RUNNING and not process.is_alive(run):
         status = Status.KILLED  # what a process that is gone could not say
     else:
         status = result.status
-    heldout = splits.get("heldout", SplitRecord())
+    seconds, heldout = result.seconds.get("total"), splits.get("heldout", SplitRecord())
     parts = {**heldout.protocol_parts, "source": heldout.source, "number": heldout.documents}
     # What eval/* asks: the chunks, and the masks on them.
     chunks = splits.get("eval", SplitRecord()).sha256
@@ -129,16 +126,9 @@ def read(run: Run, failure: str = "") -> Row:
         validation={"chunks": chunks, **masks} if chunks else {},
         note=shown("; ".join(notes)),
         run_id=result.run_id,
-        curves=curves,
+        # A resumed run repeats what it lost: the last word on an epoch counts.
+        curves={name: sorted(dict(points).items()) for name, points in curves.items() if points},
     )
-
-
-def _inputs(run: Run, notes: list[str]) -> dict[str, Any]:
-    try:
-        return run.read_json("inputs.json")
-    except (OSError, ValueError):
-        notes.append("inputs.json cannot be read")
-        return {}
 
 
 def settings_of(run: Run, notes: list[str]) -> dict[str, Any]:
@@ -156,32 +146,6 @@ def settings_of(run: Run, notes: list[str]) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         notes.append("config.yaml cannot be read")
         return {}
-
-
-def _dials(config: Mapping[str, Any], inputs: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    try:
-        found = identity.recorded_dials(config)
-    except (ValueError, RecursionError):  # an anchor that holds itself, or many times many
-        notes.append("config.yaml cannot be read")
-        return {}
-    return found | {key: inputs[key] for key in RESOLVED if found and key in inputs}
-
-
-def _points(run: Run, notes: list[str]) -> tuple[dict[str, Points], dict[str, float]]:
-    """The curves, and the last value of each metric as far as the last lines and those of scorings tell."""
-    curves: dict[str, Points] = {name: [] for name in CURVES}
-    last: dict[str, float] = {}
-    try:
-        for row in _telling_rows(run.folder / "metrics.jsonl"):
-            found = numbers(row)
-            last |= {name: value for name, value in found.items() if "/" in name}
-            for name in CURVES:
-                if name in found and "epoch" in found:
-                    curves[name].append((found["epoch"], found[name]))
-    except OSError:
-        notes.append("metrics.jsonl cannot be read")
-    # A resumed run repeats what it lost: the last word on an epoch counts.
-    return {name: sorted(dict(points).items()) for name, points in curves.items() if points}, last
 
 
 def _telling_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -10,42 +10,23 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mlmx.comparison.ranking import OWN, YARDSTICK, Group, Table
+from mlmx.comparison.ranking import ACROSS_TOKENIZERS, OWN, YARDSTICK, Group, Table
 from mlmx.comparison.rows import Row, shown
 
 if TYPE_CHECKING:
     import rich.table
 
-METRICS = {
-    "heldout/loss": "heldout/loss",
-    "heldout/bits_per_byte": "heldout/bits_per_byte",
-    "heldout/perplexity": "heldout/perplexity",
-    "eval/perplexity": "eval/perplexity",
-    "train/tokens_per_second": "tokens/s",
-    "minutes": "minutes",
-}
+USUAL = ("heldout/loss", "heldout/perplexity", "eval/perplexity", "train/tokens_per_second", "minutes")
+HEADINGS = {"train/tokens_per_second": "tokens/s"}
 INTERVAL, DIFFERENCE = "95 %", "vs best [95 %]"
 NOTHING = "–"
-UNRANKED = "not ranked"
 WORTH_LEAST = ("eval/perplexity", INTERVAL, "minutes", "tokens/s", "heldout/perplexity")  # where there is no space
 UNLIMITED = 10**9  # characters of a line
-LONGEST = 32  # characters of a value
-BEST, SAME = "*", "≈"
+SAME = "≈"
 EXPLAINED = (
     "95 %: over held-out documents. vs best: the paired difference in heldout/loss; "
     f"{SAME} where its interval includes 0, so that these documents do not tell the two apart"
 )
-
-
-# ------------------------------------------------------------------------------------------ cells
-
-
-def metrics_shown(table: Table) -> list[str]:
-    """The metrics that get a column: the usual ones of which there is any, and what rows are sorted by."""
-    usual = [name for name in METRICS if name != "heldout/bits_per_byte"]
-    names = [name for name in usual if any(name in row.metrics for row in table.rows)]
-    extra = [name for name in dict.fromkeys((table.sort, table.judge)) if name not in names]
-    return [*(name for name in extra if any(name in row.metrics for row in table.rows)), *names]
 
 
 def keys_shown(table: Table) -> tuple[list[str], dict[str, str]]:
@@ -55,20 +36,17 @@ def keys_shown(table: Table) -> tuple[list[str], dict[str, str]]:
     """
     kept: list[str] = []
     following: dict[str, str] = {}
+    rows = [row for row in table.rows if row.dials]
     for key in sorted(table.keys, key=lambda key: not key.endswith((".path", ".source"))):
         group = key.partition(".")[0]
-        leaders = [one for one in kept if "." in one and one.partition(".")[0] == group and _tells(table, one, key)]
-        if leaders:
-            following[key] = leaders[0]
+        for leader in [one for one in kept if "." in one and one.partition(".")[0] == group]:
+            pairs = {(str(row.varies.get(leader)), str(row.varies.get(key))) for row in rows}
+            if len(pairs) == len({value for value, _ in pairs}):
+                following[key] = leader
+                break
         else:
             kept.append(key)
     return [key for key in table.keys if key in kept], following
-
-
-def _tells(table: Table, leader: str, key: str) -> bool:
-    seen: dict[str, str] = {}
-    pairs = [(str(row.varies.get(leader)), str(row.varies.get(key))) for row in table.rows if row.dials]
-    return all(seen.setdefault(one, other) == other for one, other in pairs)
 
 
 @dataclass(frozen=True)
@@ -92,32 +70,40 @@ def columns(table: Table) -> list[Column]:
     def interval(row: Row) -> str:
         return f"{row.interval[0]:.4f} … {row.interval[1]:.4f}" if row.interval else NOTHING
 
+    def difference(row: Row) -> str:
+        """``+0.0067 [+0.0012, +0.0120]``, with a sign where that does not tell the two apart."""
+        if table.standing(row) == "best":
+            return "*"
+        if (found := table.differences.get(row.name)) is None:
+            return NOTHING
+        sign = "" if found.is_told_apart else f"{SAME} "
+        return f"{sign}{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+
     def status(row: Row) -> str:
         ended_early = "pruned" if row.pruned else "resumable" if row.resumable and row.status != "FINISHED" else ""
         return f"{row.status}, {ended_early}" if ended_early else str(row.status)
 
     found = [Column("run", lambda row: row.name, is_words=True)]
     found += [Column(shown(key), partial(dial, key), is_words=True) for key in keys_shown(table)[0]]
-    for name in metrics_shown(table):
-        found.append(Column(shown(METRICS.get(name, name)), partial(metric, name)))
+    # The usual metrics of which there is any, before them what rows are sorted and judged by.
+    there = {name for row in table.rows for name in row.metrics}
+    extra = [name for name in dict.fromkeys((table.sort, table.judge)) if name not in USUAL]
+    for name in [name for name in (*extra, *USUAL) if name in there]:
+        found.append(Column(shown(HEADINGS.get(name, name)), partial(metric, name)))
         if name == YARDSTICK:
             found += [Column(INTERVAL, interval)] if any(row.interval for row in table.rows) else []
-            found += [Column(DIFFERENCE, partial(_difference_text, table), is_words=True)] if table.differences else []
+            found += [Column(DIFFERENCE, difference, is_words=True)] if table.differences else []
     return [*found, Column("status", status, is_words=True)]
 
 
 def value_text(value: object) -> str:
     """A dial's value; of a long one the middle is left out."""
     if isinstance(value, float):
-        text = f"{value:g}"
-    elif value is None:
-        text = "null"
-    else:
-        text = shown(str(value))
-    return shortened(text)
+        return f"{value:g}"
+    return "null" if value is None else shortened(shown(str(value)), 32)
 
 
-def shortened(text: str, longest: int = LONGEST) -> str:
+def shortened(text: str, longest: int) -> str:
     """A text without its middle where it is too long."""
     return text if len(text) <= longest else f"{text[: longest // 2 - 1]}…{text[-(longest // 2) :]}"
 
@@ -139,104 +125,76 @@ def number_text(value: float | None, metric: str = "") -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _difference_text(table: Table, row: Row) -> str:
-    """``+0.0067 [+0.0012, +0.0120]``, with a sign where that does not tell the two apart."""
-    found = table.differences.get(row.name)
-    if table.standing(row) == "best":
-        return BEST
-    if found is None:
-        return NOTHING
-    sign = "" if found.is_told_apart else f"{SAME} "
-    return f"{sign}{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
-
-
-# ---------------------------------------------------------------------------------------- remarks
-
-
 def group_title(table: Table, group: Group) -> str:
     """What the runs of a group were measured on."""
-    number, source = group.parts.get("number"), group.parts.get("source")
-    what = f"{number:,} documents of {source}" if isinstance(number, int) else ""
     if table.judge == OWN:
         return "the same validation chunks and masks"
+    number, source = group.parts.get("number"), group.parts.get("source")
+    what = f"{number:,} documents of {source}" if isinstance(number, int) else ""
     name = group.key if group.key.startswith("heldout-") else ""
-    return shown(f"{name}: {what}" if name and what else name or what or "held-out documents")
+    return shown(": ".join(filter(None, [name, what])) or "held-out documents")
 
 
 def remarks(table: Table) -> list[str]:
     """What a reader has to know beside the table, a sentence each."""
-    said = []
-    if table.refusal:
-        said.append(table.refusal)
-    for group in table.groups:
-        said += [_winner(table, group)] if len(group.rows) > 1 else []
+    said = [table.refusal] if table.refusal else []
+    for group in [group for group in table.groups if len(group.rows) > 1]:
+        best, others = group.best, [row.name for row in group.rows if row.name in table.differences]
+        close = [name for name in others if not table.differences[name].is_told_apart]
+        told = f"best by {table.judge}: {best.name} ({number_text(best.value(table.judge), table.judge)})"
+        if len(table.groups) > 1:
+            told += f" of {group_title(table, group)}"
+        if close:
+            told += f"; not told apart from it: {', '.join(close[:8])}"
+            told += f" and {len(close) - 8} more" if len(close) > 8 else ""
+        said.append(told)
     if table.differences:
         said.append(EXPLAINED)
     if table.judge == OWN and table.groups:
         said.append("nothing was held out: eval/loss ranks only runs of the same validation chunks and masks")
     if not table.groups and table.rows:
         said.append("no run has finished with a loss, so none is the best")
-    _kept, following = keys_shown(table)
-    by_leader: dict[str, list[str]] = {}
-    for key, leader in following.items():
-        by_leader.setdefault(leader, []).append(key)
-    said += [f"with {leader} differ: {', '.join(keys)}" for leader, keys in by_leader.items()]
+    following = keys_shown(table)[1]
+    for leader in dict.fromkeys(following.values()):
+        keys = [key for key in following if following[key] == leader]
+        said.append(f"with {leader} differ: {', '.join(keys)}")
     said += [f"{row.name}: {row.note}" for row in table.rows if row.note]
     return [shown(remark) for remark in said]
-
-
-def _winner(table: Table, group: Group) -> str:
-    best = group.best
-    told = f"best by {table.judge}: {best.name} ({number_text(best.value(table.judge), table.judge)})"
-    where = f" of {group_title(table, group)}" if len(table.groups) > 1 else ""
-    close = [row.name for row in group.rows if row.name in table.differences]
-    close = [name for name in close if not table.differences[name].is_told_apart]
-    listed = ", ".join(close[:8]) + (f" and {len(close) - 8} more" if len(close) > 8 else "")
-    return told + where + (f"; not told apart from it: {listed}" if close else "")
-
-
-# ---------------------------------------------------------------------------------------- formats
 
 
 def parts_of(table: Table) -> list[tuple[str, list[Row]]]:
     """The table's parts with their titles; one part has none."""
     parts = [(group_title(table, group), group.rows) for group in table.groups]
     if table.unranked:
-        parts.append((UNRANKED, table.unranked))
+        parts.append(("not ranked", table.unranked))
     return parts if len(parts) > 1 else [("", rows) for _, rows in parts]
 
 
 def markdown(table: Table) -> str:
     """A Markdown table per group, and the remarks."""
     across = columns(table)
-    head = [
-        _markdown_line([column.name for column in across]),
-        "| " + " | ".join("---" if column.is_words else "---:" for column in across) + " |",
-    ]
     blocks = []
     for title, rows in parts_of(table):
-        lines = [_markdown_line([column.text(row) for column in across], table.standing(row) == "best") for row in rows]
-        blocks.append((f"**{_escaped(title)}**\n\n" if title else "") + "\n".join([*head, *lines]))
-    notes = [_escaped(remark) for remark in remarks(table)]
-    return "\n\n".join([*blocks, *(["\n".join(f"- {note}" for note in notes)] if notes else [])]) + "\n"
-
-
-def _markdown_line(values: Sequence[str], bold: bool = False) -> str:
-    texts = [_escaped(value) for value in values]
-    if bold:
-        texts[0] = f"**{texts[0]}**"
-    return "| " + " | ".join(texts) + " |"
+        lines = [[_escaped(column.name) for column in across]]
+        lines.append(["---" if column.is_words else "---:" for column in across])
+        for row in rows:
+            first, *others = (_escaped(column.text(row)) for column in across)
+            lines.append([f"**{first}**" if table.standing(row) == "best" else first, *others])
+        head = f"**{_escaped(title)}**\n\n" if title else ""
+        blocks.append(head + "\n".join(f"| {' | '.join(cells)} |" for cells in lines))
+    if said := remarks(table):
+        blocks.append("\n".join(f"- {_escaped(remark)}" for remark in said))
+    return "\n\n".join(blocks) + "\n"
 
 
 def _escaped(text: str) -> str:
-    for sign in ("\\", "|", "*", "_", "`", "[", "]"):
-        text = text.replace(sign, "\\" + sign)
-    return text.replace("<", "&lt;")
+    return text.translate({ord(sign): f"\\{sign}" for sign in "\\|*_`[]"} | {ord("<"): "&lt;"})
 
 
 def csv_text(table: Table) -> str:
     """Every run with all keys that vary and all its metrics, numbers in full."""
-    names = sorted({name for row in table.rows for name in row.metrics}, key=lambda name: (name not in METRICS, name))
+    first, there = (*USUAL, ACROSS_TOKENIZERS), {name for row in table.rows for name in row.metrics}
+    names = sorted(there, key=lambda name: (name not in first, name))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     own = ["heldout_low", "heldout_high", "difference", "difference_low", "difference_high"]
@@ -266,20 +224,17 @@ def plain(table: Table) -> str:
     return "\n\n".join(filter(None, [*blocks, "\n".join(remarks(table))]))
 
 
-def rich_table(table: Table, width: int | None = None) -> rich.table.Table:
-    """For a terminal: best in bold, groups apart under what they are called, what is not ranked dim.
-
-    Args:
-        width: characters; columns that are worth least are left out where they do not fit.
-    """
+def rich_table(table: Table, width: int) -> rich.table.Table:
+    """For a terminal: best in bold, groups apart under what they are called, what is not ranked dim; columns that are
+    worth least are left out where they do not fit into ``width`` characters."""
     from rich.console import Console
 
     console, across = Console(width=UNLIMITED), columns(table)
     drawn = _drawn(table, across)
     for least in WORTH_LEAST:
-        if width is None or console.measure(drawn).maximum <= width:
+        if console.measure(drawn).maximum <= width:
             break
-        across = [column for column in across if column.name != least or least == METRICS.get(table.sort)]
+        across = [column for column in across if column.name != least or least == HEADINGS.get(table.sort, table.sort)]
         drawn = _drawn(table, across)
     return drawn
 

@@ -21,7 +21,6 @@ SEND_EVERY_SECONDS = 1.0
 RETRY_AFTER_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 LINES_AT_ONCE = 64  # that do not wait for the second to pass, so that little is left for the end of a run
 PATIENCE_SECONDS = 5.0  # at the end of a run, for an MLflow that is away
-SWITCH_SECONDS = 0.0005  # how long training waits for Python when this thread has it; by default ten times as long
 STALL_SECONDS = 300.0  # at the end of a run, for one thing of an MLflow that answers (weights on their way to a server)
 
 
@@ -30,25 +29,21 @@ class Follower:
 
     The file is the queue: memory stays bounded and nothing is lost while MLflow is away. Numbers go about once a
     second, many of them sooner; the rest at once, after the numbers logged before it. Whatever fails is tried again,
-    later and later.
-
-    Args:
-        opened: called in the thread with the id of the MLflow run, once there is one.
+    later and later. ``opened`` is called in the thread with the id of the MLflow run, once there is one.
     """
 
     def __init__(self, run: Run, store: Store, opened: Callable[[str], None]) -> None:
         self.mirror = Mirror(run, store, opened)
-        self.begun = False
+        self.by_hand = f"later: python -m mlmx sync run={shlex.quote(str(run.folder))}"
+        self.begun = self.ending = self.given_up = self.done = False
         self.refused: set[str] = set()  # to be tried once more at the end
         self.waiting_lines = 0
-        self.failures = 0  # in a row
-        self.reason = ""
-        self.ending = False
+        self.failures, self.reason = 0, ""  # in a row
         self.failed_to_end = False  # the last attempt, which was one to finish
-        self.given_up = self.done = False
         self.something, self.at_once = threading.Event(), threading.Event()
         self.something.set()
-        sys.setswitchinterval(min(SWITCH_SECONDS, sys.getswitchinterval()))
+        # How long training waits for Python when this thread has it; by default ten times as long.
+        sys.setswitchinterval(min(0.0005, sys.getswitchinterval()))
         self.thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self.thread.start()
 
@@ -72,23 +67,24 @@ class Follower:
         self.at_once.set()
 
     def finish(self) -> None:
-        """Bring what is left, as the run has ended; an MLflow that is away is asked once more and waited for a few
-        seconds."""
+        """Bring what is left, as the run has ended; one that is away is asked once more and waited for a little."""
         self.begun = self.begun or record_of(self.mirror.run) is not None
         self.mirror.heard = time.monotonic()
         self.ending = True
         self.look()
         while self.thread.is_alive() and self.begun:
             patience = PATIENCE_SECONDS if self.failed_to_end else STALL_SECONDS
-            left = self.mirror.heard + patience - time.monotonic()
-            if left <= 0:
+            if (left := self.mirror.heard + patience - time.monotonic()) <= 0:
                 break
             self.thread.join(min(left, 0.5))
         self.given_up = not self.done
         if self.begun and not self.done:
-            self._say_unsent()
-
-    # ------------------------------------------------------------------------------ in the thread
+            mirror = self.mirror
+            rows = (row for lines in batches(mirror.metrics, mirror.sent_bytes) for row in rows_of(lines))
+            points = sum(len(row) - len(("step", "time")) for row in rows)
+            missing = ", ".join([f"{points:,} points", *(thing.name for thing in mirror.lacking())])
+            unsent = "MLflow did not get all of this run (%s); missing there: %s; all of it is in %s; %s"
+            log.warning(unsent, self.reason or "no answer", missing, mirror.run.folder, self.by_hand)
 
     def _work(self) -> None:
         while not (self.given_up or self.done):
@@ -98,29 +94,31 @@ class Follower:
             self.waiting_lines = 0
             ending = self.ending  # looked at before the folder
             try:
-                self._catch_up(ending)
-                self._say_back()
-                pause = SEND_EVERY_SECONDS
+                if ending:
+                    self.mirror.changed = True
+                    for name in self.refused:
+                        self.mirror.brought.pop(name, None)
+                    self.refused = set()
+                if self.begun:
+                    self.mirror.update(self._bring)
+                    self.done = ending
+                else:
+                    self.mirror.connect()
+                if self.failures >= 2:
+                    log.info("MLflow is back and has every number up to here")
+                self.failures, pause = 0, SEND_EVERY_SECONDS
             except Exception as error:  # noqa: BLE001 (of many kinds, from MLflow's and its database's)
-                self._say_away(error)
+                self.failures, self.reason = self.failures + 1, brief(error)
+                if self.failures == 2:  # the first one may be a connection that had gone stale
+                    self.reason = trouble(self.mirror.store) or self.reason
+                    goes_on = "the run goes on, every number is in %s and is sent when it is back"
+                    log.warning(f"MLflow cannot be reached (%s); {goes_on}", self.reason, self.mirror.metrics)
                 self.failed_to_end = ending
                 pause = RETRY_AFTER_SECONDS[min(self.failures, len(RETRY_AFTER_SECONDS)) - 1]
             if self.failures or self.mirror.scored:
                 self.something.set()
             if not self.done:
                 self.at_once.wait(pause if not self.ending else min(pause, 1.0))
-
-    def _catch_up(self, ending: bool) -> None:
-        if not self.begun:
-            self.mirror.connect()
-            return
-        if ending:
-            self.mirror.changed = True
-            for name in self.refused:
-                self.mirror.brought.pop(name, None)
-            self.refused = set()
-        self.mirror.update(self._bring)
-        self.done = ending
 
     def _bring(self, name: str, deed: Deed) -> Mapping[str, int]:
         """What fails twice while MLflow answers is refused: said, and tried again at the end of the run."""
@@ -131,41 +129,7 @@ class Follower:
                 assert self.mirror.mlflow is not None
                 self.mirror.mlflow.ping()
                 if last:
-                    self._say_refused(name, error)
+                    then = self.by_hand if self.ending else "it is tried again at the end of the run"
+                    log.warning("MLflow did not take %s (%s); %s", name, brief(error), then)
                     self.refused.add(name)
         return {}
-
-    # ------------------------------------------------------------------------------------- speech
-
-    def _say_away(self, error: Exception) -> None:
-        self.failures += 1
-        self.reason = brief(error)
-        if self.failures == 2:  # the first one may be a connection that had gone stale
-            self.reason = trouble(self.mirror.store) or self.reason
-            away = "MLflow cannot be reached (%s); the run goes on, every number is in %s and is sent when it is back"
-            log.warning(away, self.reason, self.mirror.metrics)
-
-    def _say_back(self) -> None:
-        if self.failures >= 2:
-            log.info("MLflow is back and has every number up to here")
-        self.failures = 0
-
-    def _say_refused(self, what: str, error: Exception) -> None:
-        then = self._by_hand() if self.ending else "it is tried again at the end of the run"
-        log.warning("MLflow did not take %s (%s); %s", what, brief(error), then)
-
-    def _say_unsent(self) -> None:
-        mirror = self.mirror
-        rows = (row for lines in batches(mirror.metrics, mirror.sent_bytes) for row in rows_of(lines))
-        points = sum(len(row) - len(("step", "time")) for row in rows)
-        missing = [f"{points:,} points", *(thing.name for thing in mirror.lacking())]
-        log.warning(
-            "MLflow did not get all of this run (%s); missing there: %s; all of it is in %s; %s",
-            self.reason or "no answer",
-            ", ".join(missing),
-            mirror.run.folder,
-            self._by_hand(),
-        )
-
-    def _by_hand(self) -> str:
-        return f"later: python -m mlmx sync run={shlex.quote(str(self.mirror.run.folder))}"

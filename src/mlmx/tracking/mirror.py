@@ -20,7 +20,7 @@ import json
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -30,20 +30,20 @@ from typing import TYPE_CHECKING, Any
 
 from mlmx.config.errors import RequestError
 from mlmx.runs import records
+from mlmx.runs.checkpoints import step_of
 from mlmx.runs.metrics_file import rows_of
 from mlmx.runs.provenance import DIFF_FILE, NOTE, PACKAGES_FILE, resumed_name
 from mlmx.runs.records import MlflowRecord, ProcessRecord, Result, Status, SweepRecord
 from mlmx.runs.run import EXAMPLES_FILE, HELDOUT_FILE, Run
 from mlmx.tracking.artifacts import GROWING
 from mlmx.tracking.model_files import Saved, Score
-from mlmx.tracking.store import connect, file_of, require_still
+from mlmx.tracking.store import Store, connect, file_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
     from mlmx.tracking.logged_models import Models
     from mlmx.tracking.mlflow_run import MlflowRun
-    from mlmx.tracking.store import Store
     from mlmx.tracking.system import Sample
 
 OF_A_RUN = ("config.yaml", "overrides.yaml", "data.json", "metrics.jsonl", "result.json", "train.log")
@@ -52,38 +52,24 @@ OF_A_SWEEP = ("table.md", "table.csv", "report.html", SweepRecord.FILE)
 FILES = (*OF_A_RUN, *LINEAGE, EXAMPLES_FILE, HELDOUT_FILE, *OF_A_SWEEP)
 COUNTED = ("runs", "params", "tags", "datasets", "points", "models", "files", "versions", "endings")
 Deed = Callable[[], Mapping[str, int]]
-READ_BYTES = 65_536  # of metrics.jsonl at a time: some 1,000 points
+SCORES = ("eval/", "heldout/")  # metrics that say how good a model is; the rest is about the steps before it
 
 
 @dataclass(frozen=True)
 class Thing:
-    """Something of a run's folder that MLflow is to have.
-
-    Attributes:
-        state: what it is like now; MLflow lacks it where it was brought in another state, or not at all.
-        bring: makes the MLflow run, and its models, have it; says how many of what were not there.
-    """
+    """Something of a run's folder that MLflow is to have."""
 
     name: str
-    state: Any
-    bring: Callable[[MlflowRun, Models], Mapping[str, int]]
+    state: Any  # what it is like now; MLflow lacks it where it was brought in another state, or not at all
+    bring: Callable[[Models], Mapping[str, int]]  # says how many of what were not there
 
 
 class Mirror:
     """A run's folder, or a sweep's, and its MLflow run.
 
     A point whose first sending had arrived after all is not doubled: the store knows it by key, step, time and value.
-    What MLflow has of a run that it knew before is not sent again; where that is to go on, it is open again.
-
-    Args:
-        opened: told the id of the MLflow run.
-
-    Attributes:
-        changed: there is something new besides numbers; to be set by whoever writes it, afterwards.
-        brought: the state that each thing was brought in.
-        also: other things that are to be done in MLflow.
-        samples: what the machine did.
-        heard: when MLflow last took something, by the monotonic clock.
+    What MLflow has of a run that it knew before is not sent again; where that is to go on, it is open again. ``opened``
+    is told the id of the MLflow run.
     """
 
     def __init__(self, run: Run, store: Store, opened: Callable[[str], None] | None = None) -> None:
@@ -97,56 +83,53 @@ class Mirror:
         self.metrics = run.folder / "metrics.jsonl"
         self.sent_bytes = 0
         self.scores: dict[int, dict[str, Score]] = {}  # of the steps that were sent
-        self.changed, self.scored = True, False
-        self.brought: dict[str, Any] = {}
-        self.also: list[Thing] = []
-        self.samples: deque[Sample] = deque()
+        self.changed = True  # there is something new besides numbers; to be set by whoever writes it, afterwards
+        self.scored = False  # there are scores that a model may lack
+        self.brought: dict[str, Any] = {}  # the state that each thing was brought in
+        self.also: list[Thing] = []  # other things that are to be done in MLflow
+        self.samples: deque[Sample] = deque()  # what the machine did
         self.saved: dict[Path, Saved] = {}
-        self.heard = time.monotonic()
+        self.heard = time.monotonic()  # when MLflow last took something
 
     def update(self, bring: Callable[[str, Deed], Mapping[str, int]] = lambda name, deed: deed()) -> Counter[str]:
-        """Bring MLflow what it lacks of the folder as it is now; what is there already stays.
+        """Bring MLflow what it lacks of the folder as it is now, and say how many of each of `COUNTED` that were.
 
         Args:
             bring: does what brings the thing of that name, unless its failing is to end the update.
 
-        Returns:
-            How many were missing there: runs, params, tags, datasets, points, models, files, versions, endings.
-
         Raises:
-            RequestError: the run was never announced to any store.
-            Exception: what MLflow raises; the update can be called again.
+            RequestError: the run was never announced to any store. What MLflow raises comes, too; call it again then.
         """
         if looks := self.changed or self.scored:
             self.changed = False  # what is written from here on is looked at the next time
+        counts = Counter(dict.fromkeys(COUNTED, 0))
         try:
-            return self._update(looks, bring)
+            known = self.models is not None
+            models = self._opened()
+            mlflow = models.mlflow
+            counts["runs"] = int(mlflow.made and not known)
+            # With a write-ahead log sqlite would not notice, and what it wrote would be lost with the file.
+            if file_of(self.store) != self.file:
+                raise FileExistsError(f"{self.store.database} was replaced by another file while this run wrote to it")
+            things = list(self._things()) if looks else []  # before the numbers: what is listed comes after its numbers
+            counts["points"] = self.send_numbers()
+            if samples := list(self.samples):
+                mlflow.log_samples(samples)
+                for _ in samples:
+                    self.samples.popleft()
+            if looks:
+                mlflow.record, self.scored = self.record, False
+            for thing in things:
+                if self.brought.get(thing.name) != thing.state:
+                    counts.update(bring(thing.name, partial(thing.bring, models)))
+                    self.brought[thing.name] = copy(thing.state)
+                    self.heard = time.monotonic()
+            has = mlflow.has.items()  # a file that was lost in part, or put back from a copy, repeats its later steps
+            mlflow.has = {one: at for one, at in has if one[1] >= mlflow.epoch_at or one[0].startswith(SCORES)}
+            return counts
         except BaseException:
             self.changed, self.connected = True, None
             raise
-
-    def _update(self, looks: bool, bring: Callable[[str, Deed], Mapping[str, int]]) -> Counter[str]:
-        counts = Counter(dict.fromkeys(COUNTED, 0))
-        known = self.mlflow is not None
-        mlflow, models = self._opened()
-        counts["runs"] = int(mlflow.made and not known)
-        require_still(self.store, self.file)
-        things = list(self._things()) if looks else []  # before the numbers: what is listed comes after its numbers
-        counts["points"] = self._send_numbers(mlflow)
-        if samples := list(self.samples):
-            mlflow.log_samples(samples)
-            for _ in samples:
-                self.samples.popleft()
-        if looks:
-            mlflow.record, self.scored = self.record, False
-        for thing in things:
-            if self.brought.get(thing.name) != thing.state:
-                counts.update(bring(thing.name, partial(thing.bring, mlflow, models)))
-                self.brought[thing.name] = copy(thing.state)
-                self.heard = time.monotonic()
-        if has := mlflow.has:  # a file that was lost in part, or put back from a copy, has its later steps to repeat
-            mlflow.has = {one: at for one, at in has.items() if one[1] >= mlflow.epoch_at or is_score(one[0])}
-        return counts
 
     def connect(self) -> tuple[MlflowClient, str]:
         """A client of the store, and its experiment."""
@@ -156,54 +139,38 @@ class Mirror:
         return self.connected
 
     def send_numbers(self) -> int:
-        """Bring only the points that MLflow lacks, to a run that it has; returns how many there were."""
-        return self._send_numbers(self._opened(make=False)[0])
-
-    def _opened(self, make: bool = True) -> tuple[MlflowRun, Models]:
-        if self.mlflow is not None and self.models is not None:
-            return self.mlflow, self.models
-        self._read()
-        client, experiment = self.connect()
-        from mlmx.tracking.logged_models import Models  # noqa: PLC0415 (imports MLflow)
-        from mlmx.tracking.mlflow_run import MlflowRun  # noqa: PLC0415 (imports MLflow)
-
-        mlflow = MlflowRun(client, experiment, self.record, make)
-        if not mlflow.made:
-            (mlflow.reopen if self.status == Status.RUNNING else mlflow.ping)()
-        if mlflow.run_id != self.record.run_id:
-            self.opened(mlflow.run_id)
-        self.mlflow, self.models = mlflow, Models(mlflow)
-        return self.mlflow, self.models
-
-    def _send_numbers(self, mlflow: MlflowRun) -> int:
-        """Rows of metrics.jsonl since the last ones; returns how many points were missing."""
-        sent = 0
+        """Bring the rows since the last ones, to a run that MLflow has; returns how many points were missing."""
+        mlflow, sent = self._opened(make=False).mlflow, 0
         for lines in batches(self.metrics, self.sent_bytes):
             rows = rows_of(lines)
             sent += mlflow.log(rows)
             self.sent_bytes += sum(map(len, lines))
             for row in rows:
-                self._score(row)
+                if own := [name for name in row if name.startswith(SCORES)]:
+                    at = int(datetime.fromisoformat(row["time"]).timestamp() * 1000)  # of the last word on a step
+                    self.scores.setdefault(row["step"], {}).update({name: (float(row[name]), at) for name in own})
+                    self.scored = True
             self.heard = time.monotonic()
         return sent
 
-    def _score(self, row: Mapping[str, Any]) -> None:
-        """The scores of a row's step; what the same step says later counts."""
-        own = [name for name in row if is_score(name)]
-        if own:
-            milliseconds = int(datetime.fromisoformat(row["time"]).timestamp() * 1000)
-            self.scores.setdefault(row["step"], {}).update({name: (float(row[name]), milliseconds) for name in own})
-            self.scored = True  # a model may have been brought before
-
-    # --------------------------------------------------------------------------------------- looking
-
     def lacking(self) -> list[Thing]:
-        """Of what the folder holds now, what was not brought as it is, in the order that it is to come in.
-
-        Raises:
-            RequestError: the run was never announced to any store.
-        """
+        """Of what the folder holds now, what was not brought as it is, in the order that it is to come in."""
         return [thing for thing in self._things() if self.brought.get(thing.name) != thing.state]
+
+    def _opened(self, make: bool = True) -> Models:
+        if self.models is None:
+            self._read()
+            client, experiment = self.connect()
+            from mlmx.tracking.logged_models import Models  # noqa: PLC0415 (imports MLflow)
+            from mlmx.tracking.mlflow_run import MlflowRun  # noqa: PLC0415 (imports MLflow)
+
+            mlflow = MlflowRun(client, experiment, self.record, make)
+            if not mlflow.made:
+                (mlflow.reopen if self.status == Status.RUNNING else mlflow.ping)()
+            if mlflow.run_id != self.record.run_id:
+                self.opened(mlflow.run_id)
+            self.mlflow, self.models = mlflow, Models(mlflow)
+        return self.models
 
     def _read(self) -> None:
         folder, record = self.run.folder, record_of(self.run)
@@ -218,24 +185,23 @@ class Mirror:
         record, report, saved = self.record, records.read_splits(self.run.folder), self._saved()
         ended = self.status != Status.RUNNING
         described = record.tags, record.params, record.notes, report
-        yield Thing("params and datasets", described, lambda mlflow, _: mlflow.describe(report))
+        yield Thing("params and datasets", described, lambda models: models.mlflow.describe(report))
         for one in saved:
             scores = self.scores.setdefault(one.step, {})  # with those that are still to be read
             yield Thing("its model" if one.final else one.folder.name, scores, partial(self._add_model, one))
         if record.kept is not None:  # what the run has let go of, MLflow lets go of
             kept = {*record.kept, *(one.folder.name for one in saved)}
-            yield Thing("what is kept", kept, lambda _, models: models.keep(kept))
+            yield Thing("what is kept", kept, lambda models: models.keep(kept))
         paths = [path for name in FILES if (path := self.run.folder / name).is_file()]
         files = {path: _state(path, ended) for path in (*paths, *sorted(self.run.plots.glob("*.png")))}
         yield Thing("its files", files, partial(self._send_files, files))
         yield from self.also
         if ended:
-            at = record.ended or ended_at(self.run, record.started)
-            if self.status == Status.FINISHED and record.register:
-                registered = partial(self._register, record.register, saved, at)
-                yield Thing(f"the versions of {record.register}", at, registered)
+            at, name = record.ended or _ended_at(self.run, record.started), record.register
+            if self.status == Status.FINISHED and name:
+                yield Thing(f"the versions of {name}", at, lambda models: models.register(name, saved, self.scores, at))
             ending = self.status, self.resumable, at
-            yield Thing("how it ended", ending, lambda mlflow, _: {"endings": int(mlflow.finish(*ending))})
+            yield Thing("how it ended", ending, lambda models: {"endings": int(models.mlflow.finish(*ending))})
 
     def _saved(self) -> list[Saved]:
         """The checkpoints that are there and, where the run has finished, its model."""
@@ -244,49 +210,30 @@ class Mirror:
             if folder not in self.saved:
                 with contextlib.suppress(FileNotFoundError):  # let go of at this moment
                     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-                    self.saved[folder] = Saved(folder, int(folder.name.rpartition("-")[2]), state["epoch"])
+                    self.saved[folder] = Saved(folder, step_of(folder), state["epoch"])
         rows = self.run.metrics() if self.status == Status.FINISHED and self.run.model.is_dir() else []
         final = [Saved(self.run.model, row["step"], row["epoch"], final=True) for row in rows[-1:]]
         return [*(self.saved[folder] for folder in folders if folder in self.saved), *final]
 
-    # -------------------------------------------------------------------------------------- bringing
-
-    def _add_model(self, one: Saved, _: MlflowRun, models: Models) -> dict[str, int]:
+    def _add_model(self, one: Saved, models: Models) -> dict[str, int]:
         try:
             return {"models": int(models.add(one, self.scores[one.step]))}
         except FileNotFoundError:
-            if one.folder.exists():
+            if one.folder.exists():  # else it was let go of since it was looked at
                 raise
-            return {}  # it was let go of since it was looked at
+            return {}
 
-    def _send_files(self, files: Mapping[Path, Any], mlflow: MlflowRun, _: Models) -> dict[str, int]:
+    def _send_files(self, files: Mapping[Path, Any], models: Models) -> dict[str, int]:
         before, missing = self.brought.get("its files", {}), 0
         for folder, place in ((self.run.folder, ""), (self.run.plots, "plots")):
             new = [path for path in files if path.parent == folder and before.get(path) != files[path]]
-            lacking = mlflow.files.lacking(new, place)
-            missing += len(lacking)
-            for path in lacking if place else new:  # a server tells sizes, which another status may have, too
-                mlflow.files.put(path, place)
+            missing += models.mlflow.files.bring(new, place, again=not place)
         return {"files": missing}
-
-    def _register(self, name: str, saved: Iterable[Saved], ended: int, _: MlflowRun, models: Models) -> dict[str, int]:
-        from mlmx.tracking.logged_models import register  # noqa: PLC0415 (imports MLflow)
-
-        return {"versions": register(models, name, saved, self.scores, ended)}
 
 
 def update(run: Run, store: Store, own: bool = True) -> Counter[str]:
-    """Bring MLflow what it lacks of the folder of a run that no process is making; see `Mirror.update`.
-
-    Args:
-        own: the store is that of the run, whose id its files name.
-    """
+    """`Mirror.update` of a run that no process is making; its files name the id of a store that is its ``own``."""
     return Mirror(run, store, None if own else lambda run_id: None).update()
-
-
-def is_score(name: str) -> bool:
-    """Whether a metric says how good a model is; the rest is about the steps before it."""
-    return name.startswith(("eval/", "heldout/"))
 
 
 def record_of(run: Run) -> MlflowRecord | None:
@@ -308,18 +255,15 @@ def _keep_id(run: Run, run_id: str) -> None:
             records.write(replace(record, run_id=run_id), run.folder)
 
 
-def _state(path: Path, ended: bool) -> tuple[int, int] | None:
+def _state(path: Path, ended: bool) -> tuple[int, int]:
     """By which a file is known to have been written again; one that grows is only so when the run has ended."""
-    if path.suffix in GROWING and not ended:
-        return 0, 0
     found = path.stat()
-    return found.st_mtime_ns, found.st_size
+    return (found.st_mtime_ns, found.st_size) if ended or path.suffix not in GROWING else (0, 0)
 
 
-def ended_at(run: Run, started: int) -> int:
+def _ended_at(run: Run, started: int) -> int:
     """When a run that could not say so ended, in milliseconds since 1970: at its last number or sign of life."""
-    rows = run.metrics()
-    if rows:
+    if rows := run.metrics():
         return int(datetime.fromisoformat(rows[-1]["time"]).timestamp() * 1000)
     heartbeat = run.folder / ProcessRecord.FILE
     return max(started, int(heartbeat.stat().st_mtime * 1000)) if heartbeat.is_file() else started
@@ -336,7 +280,7 @@ def batches(metrics: Path, start: int) -> Iterator[list[bytes]]:
         end = os.fstat(file.fileno()).st_size  # what is added meanwhile waits: it must not keep anything else waiting
         file.seek(start)
         os.fsync(file.fileno())
-        while file.tell() < end and (lines := file.readlines(min(READ_BYTES, end - file.tell()))):
+        while file.tell() < end and (lines := file.readlines(min(65_536, end - file.tell()))):  # some 1,000 points
             if whole := [line for line in lines if line.endswith(b"\n")]:
                 yield whole
             if len(whole) < len(lines):

@@ -11,7 +11,6 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from mlflow import MlflowClient, entities
@@ -27,70 +26,53 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mlmx")
 
-CONTEXTS = {"train": "training", "eval": "validation", "heldout": "testing"}  # of the splits, as MLflow calls them
 MOST_POINTS, MOST_PARAMS = 1000, 100  # that MLflow takes in one call
 LONGEST_TAG = 8000  # characters; it cuts longer ones
 SYSTEM = "system/"  # metrics of the machine, by MLflow's own prefix
-ENDED_EARLY = ("KILLED", "FAILED")
 RESUMABLE = "resumable"  # the tag of a run that ended early
-
-
 Point = tuple[str, int, float | str]
 
 
 class MlflowRun:
-    """The MLflow run of a run folder, found or made; every method raises what the store raises.
-
-    Args:
-        make: whether one that is not there is made.
-
-    Attributes:
-        has: the points that it had, and when they are from; none of them is sent to it.
-
-    Raises:
-        LookupError: it is not there, and not to be made.
-    """
+    """The MLflow run of a run folder, found or made (with ``make`` false, a `LookupError`); every method raises what
+    the store raises."""
 
     def __init__(self, client: MlflowClient, experiment: str, record: MlflowRecord, make: bool = True) -> None:
         self.client, self.experiment, self.record = client, experiment, record
-        found = self._found()
+        found: entities.Run | None = None
+        if record.run_id:
+            try:
+                found = client.get_run(record.run_id)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # in another store, or in one that was made anew
+                    raise
+        found = found or min(self._same(), key=lambda run: str(run.info.run_id), default=None)
         if found is None and not make:
             raise LookupError(f"it has no run {record.run_id}")
         self.made = found is None
         run = found or client.create_run(experiment, record.started, dict(record.tags), record.name)
         self.run_id: str = run.info.run_id
-        self.deleted = run.info.lifecycle_stage == "deleted"
         self.files = Artifacts(run.info.artifact_uri, client.tracking_uri)
-        self.has = self._points_there(found) if found else {}
+        self.has: dict[Point, int] = {}  # the points that it had, and when they are from; none of them is sent to it
+        for name in found.data.metrics if found else ():
+            if not name.startswith(SYSTEM):
+                points = client.get_metric_history(self.run_id, name)
+                self.has |= {as_kept(point.key, point.step, point.value): point.timestamp for point in points}
         self.epoch_at = -1  # the last step whose epoch has been sent
         self.refused: set[str] = set()  # names of metrics that MLflow does not take
         self.datasets: dict[str, tuple[str, str]] = {}  # name and digest, once it has been described
-
-    def _found(self) -> entities.Run | None:
-        if self.record.run_id:
-            try:
-                return self.client.get_run(self.record.run_id)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # in another store, or in one that was made anew
-                    raise
-        return min(self._same(), key=lambda run: str(run.info.run_id), default=None)
 
     def _same(self) -> list[entities.Run]:
         """Runs that began at the moment of this one, for its folder: itself, and what a lost answer left behind."""
         same = self.client.search_runs([self.experiment], f"attributes.start_time = {self.record.started}")
         return [run for run in same if run.data.tags.get("mlmx.folder") == self.record.tags.get("mlmx.folder")]
 
-    def _points_there(self, run: entities.Run) -> dict[Point, int]:
-        own = (name for name in run.data.metrics if not name.startswith(SYSTEM))
-        points = chain.from_iterable(self.client.get_metric_history(self.run_id, name) for name in own)
-        return {as_kept(point.key, point.step, point.value): point.timestamp for point in points}
-
     def reopen(self) -> None:
         """The run goes on: RUNNING again, and no longer marked as one that ended early."""
-        if self.deleted:
+        run = self.client.get_run(self.run_id)
+        if run.info.lifecycle_stage == "deleted":
             self.client.restore_run(self.run_id)
-            self.deleted = False
-        if RESUMABLE in self.client.get_run(self.run_id).data.tags:
+        if RESUMABLE in run.data.tags:
             self.client.delete_tag(self.run_id, RESUMABLE)
         self.client.update_run(self.run_id, "RUNNING")
 
@@ -101,18 +83,23 @@ class MlflowRun:
         wanted, there = {key: value[:LONGEST_TAG] for key, value in record.tags.items()}, run.data.tags
         # A note may have been edited in MLflow since: only our own tags are put right, and a note that is still ours.
         ours = {note[:LONGEST_TAG] for note in record.notes}
-        differs = [key for key in wanted if key in there and there[key] != wanted[key]]
-        wrong = [key for key in differs if key.startswith("mlmx.") or (key == NOTE and there[key] in ours)]
-        wrong += [key for key in wanted if key not in there]
+        own = [key for key in wanted if key.startswith("mlmx.") or (key == NOTE and there.get(key) in ours)]
+        wrong = [key for key in wanted if key not in there or (key in own and there[key] != wanted[key])]
         tags = [entities.RunTag(key, wanted[key]) for key in wrong]
         for start in range(0, max(len(params), 1), MOST_PARAMS):
             some, along = params[start : start + MOST_PARAMS], () if start else tags
             if some or along:
                 self.client.log_batch(self.run_id, params=some, tags=along)
         known = {(one.dataset.name, one.dataset.digest) for one in (run.inputs.dataset_inputs if run.inputs else [])}
-        inputs = {name: _dataset_input(report[name], name, to) for name, to in CONTEXTS.items() if name in report}
-        self.datasets |= {name: (one.dataset.name, one.dataset.digest) for name, one in inputs.items()}
-        lacking = [one for one in inputs.values() if (one.dataset.name, one.dataset.digest) not in known]
+        lacking = []
+        for name, context in (("train", "training"), ("eval", "validation"), ("heldout", "testing")):
+            if split := report.get(name):
+                counts = {"documents": split.documents, "tokens": split.tokens, "chunks": split.chunks}
+                source, title = json.dumps({"source": split.source}), f"{split.source} {name}"[:500]
+                dataset = entities.Dataset(title, split.sha256[:36], "mlmx", source, profile=json.dumps(counts))
+                self.datasets[name] = (dataset.name, dataset.digest)
+                if self.datasets[name] not in known:
+                    lacking.append(entities.DatasetInput(dataset, [entities.InputTag("mlflow.data.context", context)]))
         if lacking:
             self.client.log_inputs(self.run_id, lacking)
         return {"params": len(params), "tags": len(tags), "datasets": len(lacking)}
@@ -127,58 +114,45 @@ class MlflowRun:
             names = [name for name in row if name not in known and as_kept(name, step, row[name]) not in self.has]
             points += [entities.Metric(name, row[name], milliseconds, step) for name in names]
             step_at = max(step_at, step)
-        sent = sum(self._log_points(points[at : at + MOST_POINTS]) for at in range(0, len(points), MOST_POINTS))
+        sent = self._send(points)
         self.epoch_at = step_at
         return sent
 
     def log_samples(self, samples: Sequence[Sample]) -> None:
         """What the machine did, by the names of MLflow's page of system metrics."""
-        points = [
-            entities.Metric(f"{SYSTEM}{name}", value, milliseconds, step)
-            for step, milliseconds, values in samples
-            for name, value in values.items()
-        ]
-        for at in range(0, len(points), MOST_POINTS):
-            self._log_points(points[at : at + MOST_POINTS])
+        named = [(f"{SYSTEM}{name}", value, at, step) for step, at, values in samples for name, value in values.items()]
+        self._send([entities.Metric(*point) for point in named])
 
-    def _log_points(self, points: list[entities.Metric]) -> int:
-        """Points in one call; of those that MLflow refuses for what they are, only the rest."""
-        try:
-            self.client.log_batch(self.run_id, metrics=points)
-            return len(points)
-        except MlflowException as error:
-            self.ping()
-            if error.error_code != "INVALID_PARAMETER_VALUE":
-                raise
-        names = dict.fromkeys(point.key for point in points)
-        return sum(self._log_metric(name, [point for point in points if point.key == name]) for name in names)
-
-    def _log_metric(self, name: str, points: list[entities.Metric]) -> int:
-        try:
-            self.client.log_batch(self.run_id, metrics=points)
-            return len(points)
-        except MlflowException as error:
-            if error.error_code != "INVALID_PARAMETER_VALUE":
-                raise
-            self.refused.add(name)
-            log.warning("MLflow does not take the metric %s (%s); it stays in metrics.jsonl", name, brief(error))
-            return 0
+    def _send(self, points: Sequence[entities.Metric]) -> int:
+        """Returns how many MLflow has taken; of those that it refuses for what they are it gets the rest."""
+        sent = 0
+        for start in range(0, len(points), MOST_POINTS):
+            some = points[start : start + MOST_POINTS]
+            try:
+                self.client.log_batch(self.run_id, metrics=some)
+                sent += len(some)
+            except MlflowException as error:
+                self.ping()
+                if error.error_code != "INVALID_PARAMETER_VALUE":
+                    raise
+                first, *others = dict.fromkeys(point.key for point in some)
+                if others:
+                    sent += sum(self._send([point for point in some if point.key == name]) for name in (first, *others))
+                else:
+                    self.refused.add(first)
+                    why = brief(error)
+                    log.warning("MLflow does not take the metric %s (%s); it stays in metrics.jsonl", first, why)
+        return sent
 
     def ping(self) -> None:
         """Raises where MLflow is away, or the run is no longer one that takes anything."""
         if self.client.get_run(self.run_id).info.lifecycle_stage == "deleted":
             raise RuntimeError(f"run {self.run_id} was deleted in MLflow; mlflow runs restore brings it back")
 
-    # ---------------------------------------------------------------------------------------- ending
-
     def finish(self, status: str, resumable: bool, ended: int) -> bool:
-        """Close the run with its final status; returns whether that was not there.
-
-        Args:
-            resumable: whether a run that ended early can go on; said by a tag.
-            ended: milliseconds since 1970.
-        """
-        tag = str(resumable).lower() if status in ENDED_EARLY else None
+        """Close the run with its final status, at ``ended`` (milliseconds since 1970), and where it ended early with a
+        tag that says whether it can go on; returns whether that was not there."""
+        tag = str(resumable).lower() if status in ("KILLED", "FAILED") else None
         run = self.client.get_run(self.run_id)
         there = (run.info.status, run.info.end_time, run.data.tags.get(RESUMABLE))
         if there != (status, ended, tag):
@@ -201,15 +175,3 @@ def as_kept(name: str, step: int, value: float) -> Point:
     """
     most = sys.float_info.max
     return name, step, "NaN" if math.isnan(value) else max(-most, min(most, float(value)))
-
-
-def _dataset_input(split: SplitRecord, name: str, context: str) -> entities.DatasetInput:
-    counts = {"documents": split.documents, "tokens": split.tokens, "chunks": split.chunks}
-    dataset = entities.Dataset(
-        name=f"{split.source} {name}"[:500],
-        digest=split.sha256[:36],
-        source_type="mlmx",
-        source=json.dumps({"source": split.source}),
-        profile=json.dumps(counts),
-    )
-    return entities.DatasetInput(dataset, [entities.InputTag("mlflow.data.context", context)])

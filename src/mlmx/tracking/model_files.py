@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -25,14 +25,12 @@ import yaml  # type: ignore[import-untyped]
 
 # What makes a checkpoint loadable; the optimizer, scheduler and random states are for resuming, and stay local.
 NOT_THE_MODEL = ("optimizer.safetensors", "trainer_state.json", "state.json", "manifest.json")
-WEIGHTS = ".safetensors"
-OF_THE_MODEL = (WEIGHTS, ".safetensors.index.json", "config.json", ".py")  # endings; tokenizer_config.json is not meant
+OF_THE_MODEL = (".safetensors", ".safetensors.index.json", "config.json", ".py")  # endings
 MODEL, TOKENIZER = "model", "components/tokenizer"
-EXAMPLE, MASK = "This is a great {mask}.", "[MASK]"
 FINAL = "model"
 STEP, CHECKPOINT = "mlmx.step", "mlmx.checkpoint"  # tags of a model
-PACKAGES = ("mlflow", "torch", "transformers", "tokenizers", "safetensors")
 Score = tuple[float, int]  # value, milliseconds since 1970
+version = cache(metadata.version)  # which reads and parses a file each time
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,6 @@ class Saved:
         whole = math.isclose(self.epoch, round(self.epoch), abs_tol=1e-6)
         return f"epoch-{round(self.epoch)}" if whole else f"step-{self.step}"
 
-    @property
-    def tags(self) -> dict[str, str]:
-        """Which of the run's models it is."""
-        own = {} if self.final else {CHECKPOINT: self.folder.name}
-        return {STEP: str(self.step), "mlmx.epoch": f"{self.epoch:g}", **own}
-
 
 def model_files(folder: Path) -> list[Path]:
     """The files of a checkpoint that its model is loaded from."""
@@ -74,40 +66,27 @@ def place_of(path: Path) -> str:
     >>> place_of(Path("generation_config.json")), place_of(Path("tokenizer_config.json"))
     ('model', 'components/tokenizer')
     """
-    model = path.name.endswith(OF_THE_MODEL) and path.name != "tokenizer_config.json"
-    return MODEL if model else TOKENIZER
+    return MODEL if path.name.endswith(OF_THE_MODEL) and path.name != "tokenizer_config.json" else TOKENIZER
 
 
-def descriptions(folder: Path, files: Iterable[Path], model_id: str, run_id: str) -> dict[str, str]:
-    """The texts that make an MLflow model of these files, by name."""
-    example = [EXAMPLE.format(mask=_mask_token(folder))]
-    return {
-        "input_example.json": json.dumps(example, ensure_ascii=False),
-        "serving_input_example.json": json.dumps({"inputs": example}, indent=2, ensure_ascii=False),
-        **_environment(),
-        "MLmodel": _yaml(_mlmodel(list(files), model_id, run_id)),
-    }
+def descriptions(folder: Path, files: Sequence[Path], model_id: str, run_id: str) -> dict[str, str]:
+    """The texts that make an MLflow model of these files, by name.
 
-
-def _mask_token(folder: Path) -> str:
+    Classes are named by the library's Auto classes: those of a repository's own code are never loaded by MLflow.
+    """
     try:
-        said = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["mask_token"]
+        mask = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["mask_token"]
+        mask = str(mask["content"] if isinstance(mask, dict) else mask)
     except (OSError, ValueError, KeyError, TypeError):
-        return MASK
-    return str(said["content"] if isinstance(said, dict) else said)
-
-
-def _mlmodel(files: list[Path], model_id: str, run_id: str) -> dict[str, object]:
-    """Classes are named by the library's Auto classes: those of a repository's own code are never loaded by MLflow."""
+        mask = "[MASK]"
+    example = [f"This is a great {mask}."]
     written = max((path.stat().st_mtime for path in files), default=0.0)
     column = json.dumps([{"type": "string", "required": True}])
-    return {
+    env, python = {"conda": "conda.yaml", "virtualenv": "python_env.yaml"}, platform.python_version()
+    examples = {"artifact_path": "input_example.json", "serving_input_path": "serving_input_example.json"}
+    described = {
         "flavors": {
-            "python_function": {
-                "env": {"conda": "conda.yaml", "virtualenv": "python_env.yaml"},
-                "loader_module": "mlflow.transformers",
-                "python_version": platform.python_version(),
-            },
+            "python_function": {"env": env, "loader_module": "mlflow.transformers", "python_version": python},
             "transformers": {
                 "code": None,
                 "components": ["tokenizer"],
@@ -117,27 +96,24 @@ def _mlmodel(files: list[Path], model_id: str, run_id: str) -> dict[str, object]
                 "source_model_name": "",
                 "task": "fill-mask",
                 "tokenizer_type": "AutoTokenizer",
-                "transformers_version": _version("transformers"),
+                "transformers_version": version("transformers"),
             },
         },
-        "mlflow_version": _version("mlflow"),
+        "mlflow_version": version("mlflow"),
         "model_id": model_id,
         "model_size_bytes": sum(path.stat().st_size for path in files),
         "model_uuid": model_id.removeprefix("m-"),
         "run_id": run_id,
-        "saved_input_example_info": {
-            "artifact_path": "input_example.json",
-            "serving_input_path": "serving_input_example.json",
-            "type": "json_object",
-        },
+        "saved_input_example_info": examples | {"type": "json_object"},
         "signature": {"inputs": column, "outputs": column, "params": None},
         "utc_time_created": datetime.fromtimestamp(written, UTC).strftime("%Y-%m-%d %H:%M:%S.%f"),
     }
-
-
-@cache
-def _version(name: str) -> str:
-    return metadata.version(name)  # reads and parses a file each time
+    return {
+        "input_example.json": json.dumps(example, ensure_ascii=False),
+        "serving_input_example.json": json.dumps({"inputs": example}, indent=2, ensure_ascii=False),
+        **_environment(),
+        "MLmodel": _yaml(described),
+    }
 
 
 def _yaml(value: object) -> str:
@@ -148,13 +124,12 @@ def _yaml(value: object) -> str:
 @cache
 def _environment() -> dict[str, str]:
     """What the model needs, pinned to what made it; nobody is asked for it."""
-    python = platform.python_version()
-    pinned = [f"{name}=={_version(name).partition('+')[0]}" for name in PACKAGES]
+    python, packages = platform.python_version(), ("mlflow", "torch", "transformers", "tokenizers", "safetensors")
+    pinned = [f"{name}=={version(name).partition('+')[0]}" for name in packages]
     dependencies = [f"python={python}", "pip", {"pip": pinned}]
-    conda = {"name": "mlflow-env", "channels": ["conda-forge"], "dependencies": dependencies}
     virtualenv = {"python": python, "build_dependencies": ["pip"], "dependencies": ["-r requirements.txt"]}
     return {
         "requirements.txt": "".join(f"{line}\n" for line in pinned),
-        "conda.yaml": _yaml(conda),
+        "conda.yaml": _yaml({"name": "mlflow-env", "channels": ["conda-forge"], "dependencies": dependencies}),
         "python_env.yaml": _yaml(virtualenv),
     }

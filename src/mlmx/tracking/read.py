@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,17 +17,14 @@ from mlmx.runs import records
 from mlmx.runs.provenance import PARENT
 from mlmx.runs.records import MlflowRecord, Status
 from mlmx.runs.run import HELDOUT_FILE, Run
-from mlmx.tracking.store import client_of, experiments_of, found_runs, trouble
+from mlmx.tracking.store import Store, client_of, experiments_of, found_runs, trouble
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient, entities
 
-    from mlmx.tracking.store import Store
-
 FILES = ("config.yaml", "overrides.yaml", "data.json", "result.json", HELDOUT_FILE)
 CURVES = ("heldout/loss", "eval/loss", "epoch")  # whose histories are read; of other metrics the last value
 MOST_BYTES = 100_000_000  # of a file
-AT_ONCE = 8  # runs that are read at a time
 
 
 def fetch(store: Store, folder: Path, *, run_ids: Sequence[str] = (), parent: str | None = None) -> list[Run]:
@@ -40,37 +37,33 @@ def fetch(store: Store, folder: Path, *, run_ids: Sequence[str] = (), parent: st
         RequestError: no such run or experiment.
         WorkError: the store does not answer.
     """
-    if store.artifacts is not None:
-        path = store.artifacts.parent / "mlflow.db"
+    if path := store.database:
         require(path.exists(), f"tracking=local: no MLflow store at {path} yet; train something first")
         if wrong := trouble(store):  # MLflow would try long, or migrate it
             raise WorkError(wrong)
     client = client_of(store)
     try:
-        found = _chosen(client, store, run_ids, parent)
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(partial(_as_folder, client), found, _folders(folder, found)))
+        if run_ids:
+            found = [_run(client, store, run_id) for run_id in dict.fromkeys(run_ids)]
+        elif parent:
+            require(re.fullmatch(r"[\w-]+", parent) is not None, f"sweep={parent}: is no MLflow run id")
+            found = found_runs(client, f"tags.`{PARENT}` = '{parent}'")
+        else:
+            there, name = experiments_of(client), store.experiment
+            known = f"{did_you_mean(name, there)} (it has: {', '.join(there) or 'none'})"
+            require(name in there, f"experiment={name}: {store.uri} has no such experiment{known}")
+            found = found_runs(client, "", [there[name]])
+            parents = {run.data.tags.get(PARENT) for run in found}
+            found = [run for run in found if run.info.run_id not in parents]
+        ids = [re.sub(r"\W", "_", run.info.run_id)[:64] for run in found]  # what a server calls its runs is no path
+        short = [one[:8] for one in ids]
+        folders = [folder / one for one in (short if len(set(short)) == len(ids) else ids)]
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(partial(_as_folder, client), found, folders))
     except (RequestError, WorkError):
         raise
     except Exception as error:  # of many kinds, from MLflow's and the network's
         raise WorkError(f"{store.uri}: cannot be read ({trouble(store) or brief(error)})") from error
-
-
-def _chosen(client: MlflowClient, store: Store, run_ids: Sequence[str], parent: str | None) -> list[entities.Run]:
-    if run_ids:
-        return [_run(client, store, run_id) for run_id in dict.fromkeys(run_ids)]
-    if parent:
-        require(re.fullmatch(r"[\w-]+", parent) is not None, f"sweep={parent}: is no MLflow run id")
-        return found_runs(client, f"tags.`{PARENT}` = '{parent}'")
-    experiments = experiments_of(client)
-    require(
-        store.experiment in experiments,
-        f"experiment={store.experiment}: {store.uri} has no such experiment"
-        f"{did_you_mean(store.experiment, experiments)} (it has: {', '.join(experiments) or 'none'})",
-    )
-    found = found_runs(client, "", [experiments[store.experiment]])
-    parents = {run.data.tags.get(PARENT) for run in found}
-    return [run for run in found if run.info.run_id not in parents]
 
 
 def _run(client: MlflowClient, store: Store, run_id: str) -> entities.Run:
@@ -84,13 +77,6 @@ def _run(client: MlflowClient, store: Store, run_id: str) -> entities.Run:
         raise RequestError(f"runs={run_id}: is no run folder, and {store.uri} has no run of this id") from error
 
 
-def _folders(folder: Path, found: Sequence[entities.Run]) -> list[Path]:
-    """A folder per run, called by the beginning of its id; what a server calls its runs is no path."""
-    ids = [re.sub(r"\W", "_", run.info.run_id)[:64] for run in found]
-    short = [one[:8] for one in ids]
-    return [folder / one for one in (short if len(set(short)) == len(ids) else ids)]
-
-
 def _as_folder(client: MlflowClient, run: entities.Run, folder: Path) -> Run:
     folder.mkdir(parents=True)
     made, run_id = Run(folder), run.info.run_id
@@ -99,32 +85,25 @@ def _as_folder(client: MlflowClient, run: entities.Run, folder: Path) -> Run:
             client.download_artifacts(run_id, artifact.path, str(folder))
     if not (folder / "config.yaml").is_file():  # its artifacts are elsewhere: the dials that are params
         made.write_text("config.yaml", json.dumps({key: _number(text) for key, text in run.data.params.items()}))
-    metrics = {name: _unbounded(value) for name, value in run.data.metrics.items() if name != "epoch"}
-    result, protocol = made.result(), run.data.tags.get("mlmx.protocol")
-    metrics = result.metrics | metrics  # MLflow refuses some names
-    about = {"run_id": run_id, "run_name": run.info.run_name, "protocol": protocol, "metrics": metrics}
-    records.write(replace(result, status=Status(run.info.status), **about), folder)
+    result = made.result()
+    last = {name: _unbounded(value) for name, value in run.data.metrics.items() if name != "epoch"}
+    result.run_id, result.run_name, result.protocol = run_id, run.info.run_name, run.data.tags.get("mlmx.protocol")
+    result.status, result.metrics = Status(run.info.status), result.metrics | last  # MLflow refuses some names
+    records.write(result, folder)
     records.write(MlflowRecord(params=dict(run.data.params)), folder)
-    _write_histories(client, run, made)
-    return made
-
-
-def _write_histories(client: MlflowClient, run: entities.Run, made: Run) -> None:
     rows: dict[int, dict[str, Any]] = {}
     for name in CURVES:
-        for point in client.get_metric_history(run.info.run_id, name) if name in run.data.metrics else ():
+        for point in client.get_metric_history(run_id, name) if name in run.data.metrics else ():
             rows.setdefault(point.step, {"step": point.step})[name] = _unbounded(point.value)
-    lines = (json.dumps(rows[step]) + "\n" for step in sorted(rows))
-    made.write_text("metrics.jsonl", "".join(lines))
+    made.write_text("metrics.jsonl", "".join(json.dumps(rows[step]) + "\n" for step in sorted(rows)))
+    return made
 
 
 def _number(text: str) -> int | float | str:
     """A param as the number it is written as, if it is one."""
     for kind in (int, float):
-        try:
+        with contextlib.suppress(ValueError):
             return kind(text)
-        except ValueError:
-            continue
     return text
 
 

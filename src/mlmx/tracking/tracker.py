@@ -20,7 +20,7 @@ from mlmx.config.redaction import redact, redacted
 from mlmx.runs import records
 from mlmx.runs.metrics_file import MetricsFile
 from mlmx.runs.provenance import NOTE, PROCESS_TAGS
-from mlmx.runs.records import MlflowRecord, Result, Status
+from mlmx.runs.records import MlflowRecord, Result, Status, milliseconds
 from mlmx.runs.run import EXAMPLES_FILE, Run
 from mlmx.tracking.follower import Follower
 from mlmx.tracking.mirror import Mirror, Thing, record_of, renoted, update
@@ -28,9 +28,7 @@ from mlmx.tracking.store import Store, reason
 from mlmx.tracking.system import SystemMetrics
 
 log = logging.getLogger("mlmx")
-PRUNED = "mlmx.pruned"  # tag of a trial that was ended early
 STEPS_SAID_EVERY_SECONDS = 0.25  # saying a step costs as much as keeping the numbers of two or three
-TABLES = "mlflow.loggedArtifacts"  # those that it shows side by side with other runs
 
 
 class Tracker:
@@ -41,8 +39,7 @@ class Tracker:
     """
 
     def __init__(self, run: Run, store: Store | None) -> None:
-        self.run = run
-        self.store = store
+        self.run, self.store = run, store
         self.lines = MetricsFile(run.folder)
         rows = run.metrics()
         self.had = {(row["step"], name): row[name] for row in rows for name in row if "/" in name}
@@ -65,27 +62,21 @@ class Tracker:
     def start(
         self,
         name: str,
-        protocol: str,
+        protocol: str,  # id of what the scores are measured on
         params: Mapping[str, Any],
         tags: Mapping[str, str],
-        report: Mapping[str, Mapping[str, Any]],
-        registered: str | None = None,
-        rotates: bool = False,
+        report: Mapping[str, Mapping[str, Any]],  # of the data; its splits become the MLflow run's datasets
+        registered: str
+        | None = None,  # the name of its best and last models in MLflow's registry, once it has finished
+        rotates: bool = False,  # older checkpoints are deleted as new ones come, and so are their models in MLflow
     ) -> None:
-        """Write what is known before training; MLflow is asked for the run.
-
-        Args:
-            protocol: id of what the scores are measured on.
-            report: the data report; its splits become the MLflow run's datasets.
-            registered: by what name its best and last models go into MLflow's registry when it has finished.
-            rotates: older checkpoints are deleted as new ones come, and so are their models in MLflow.
-        """
+        """Write what is known before training; MLflow is asked for the run."""
         name, params, tags, report = (redacted(given) for given in (name, params, tags, report))
         self.run.write_json("data.json", report)
         self.opening = tags.get(NOTE, "")
         params, before = {key: str(value) for key, value in params.items()}, self.record
         if before is None:
-            record = MlflowRecord(name, dict(tags), params, started=int(time.time() * 1000))
+            record = MlflowRecord(name, dict(tags), params, started=milliseconds())
         else:  # of a run that is gone on with MLflow lets no param change
             other = {f"mlmx.resumed.{key}": value for key, value in params.items() if before.params.get(key) != value}
             own = {key: value for key, value in tags.items() if key in PROCESS_TAGS}
@@ -93,9 +84,9 @@ class Tracker:
         kept = self._kept() if rotates else None
         record = replace(renoted(record, self.opening), ended=None, register=registered, kept=kept)
         self._write(record, run_name=name, command=tags.get("mlmx.command"), protocol=protocol)
-        if self.follower is not None and self.store is not None:
+        if self.follower is not None:
             self.follower.start()
-            if self.store.system_metrics:
+            if self.follower.mirror.store.system_metrics:
                 self.system = SystemMetrics(record.started, self.follower.log)
                 self.follower.mirror.samples = self.system.waiting
 
@@ -105,33 +96,24 @@ class Tracker:
         Of steps that log many times a second some are said; scores always are.
         """
         self.latest = (step, epoch)
-        new = self._new(step, metrics)
-        scored = not all(name.startswith("train/") for name in metrics)
+        new = dict(metrics)
+        for name, value in metrics.items() if self.had else ():
+            was = self.had.get((step, name))
+            if was is not None and (math.isfinite(was) or not math.isfinite(value)):
+                del new[name]  # it was there before, and not as of a step that failed and was mended since
         if new:
-            self.last = {**self.last, **new}
-            self.first = {**self.first, **new} if step == 0 else self.first
+            self.last = self.last | new
+            self.first = self.first | new if step == 0 else self.first
             self.lines.append(step, epoch, new)
             if self.follower is not None:
                 self.follower.log()
-        if scored or time.monotonic() >= self.said + STEPS_SAID_EVERY_SECONDS:
-            self._say(step, epoch, metrics, scored)
-
-    def _say(self, step: int, epoch: float, metrics: Mapping[str, float], scored: bool) -> None:
-        if not scored:
+        if all(name.startswith("train/") for name in metrics):
+            if time.monotonic() < self.said + STEPS_SAID_EVERY_SECONDS:
+                return
             self.said = time.monotonic()
         shown = "  ".join(f"{name} {value:,.5g}" for name, value in metrics.items() if not name.startswith("final/"))
         if shown:
             log.info("epoch %g  step %d  %s", round(epoch, 2), step, shown)
-
-    def _new(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
-        """Those that were not there before, or only as of a step that failed and was mended since."""
-        if not self.had:
-            return metrics
-        return {
-            name: value
-            for name, value in metrics.items()
-            if (was := self.had.get((step, name))) is None or (not math.isfinite(was) and math.isfinite(value))
-        }
 
     def fills(self, step: int, epoch: float, rows: Sequence[Mapping[str, Any]]) -> None:
         """Rows of the example table; those of a step that was there before are put in its place."""
@@ -141,12 +123,13 @@ class Tracker:
         table = sorted([*kept, *([step, round(epoch, 6), *row.values()] for row in rows)], key=lambda row: row[0])
         text = json.dumps(redacted({"columns": columns, "data": table}), ensure_ascii=False)
         self.run.write_text(EXAMPLES_FILE, text)
-        self._tag(TABLES, json.dumps([{"path": EXAMPLES_FILE, "type": "table"}]))
+        tables = json.dumps([{"path": EXAMPLES_FILE, "type": "table"}])
+        self._tag("mlflow.loggedArtifacts", tables)  # those that it shows side by side with other runs
 
     def prune(self) -> None:
         """The training is ended early, as no better than others were by then."""
         self._write(pruned=True)
-        self._tag(PRUNED, "true")
+        self._tag("mlmx.pruned", "true")
 
     def checkpoint(self, folder: Path, step: int, epoch: float) -> None:
         """A checkpoint is whole; MLflow gets its weights, configuration and tokenizer, its optimizer stays local."""
@@ -162,23 +145,19 @@ class Tracker:
 
     def settle(self, ended: Sequence[Run]) -> None:
         """Bring MLflow up to date on other runs of its store that have ended without its knowing."""
-        if self.follower is not None and self.store is not None:
-            known = [run for run in ended if record_of(run)]  # else it ended before MLflow was to know of it
-            self.follower.mirror.also += [
-                Thing(f"the end of {run.folder}", True, partial(_settle, run, self.store)) for run in known
-            ]
+        if self.follower is not None:
+            mirror = self.follower.mirror
+            for run in filter(record_of, ended):  # others ended before MLflow was to know of them
+                bring = partial(lambda one, _: update(one, mirror.store), run)
+                mirror.also.append(Thing(f"the end of {run.folder}", True, bring))
             self._look()
 
     def finish(self, status: str, seconds: Mapping[str, float], resumable: bool = False) -> None:
-        """Write the result, with the true status (FINISHED, FAILED, KILLED), and have MLflow follow.
-
-        Args:
-            resumable: whether a run that ended early can go on.
-        """
+        """Write the true status: FINISHED, FAILED or KILLED, and then whether it is ``resumable``; MLflow follows."""
         self.lines.close()
         if self.system is not None:
-            self.system.stop()
-        record = self.record and replace(self.record, ended=int(time.time() * 1000))
+            self.system.ended.set()
+        record = self.record and replace(self.record, ended=milliseconds())
         try:
             self._write(record, status=Status(status), seconds=dict(seconds), resumable=resumable)
         finally:
@@ -186,7 +165,6 @@ class Tracker:
                 self.follower.finish()
 
     def _kept(self) -> list[str]:
-        """The checkpoints that are there."""
         return sorted(path.name for path in self.run.checkpoints.glob("checkpoint-*"))
 
     def _tag(self, name: str, value: str) -> None:
@@ -209,11 +187,6 @@ class Tracker:
                 self.record = replace(record, run_id=self.result.run_id)
                 records.write(self.record, self.run.folder)
             records.write(self.result, self.run.folder)
-
-
-def _settle(run: Run, store: Store, *_: object) -> dict[str, int]:
-    update(run, store)
-    return {}
 
 
 def add_metrics(store: Store | None, run: Run) -> None:
