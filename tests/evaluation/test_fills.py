@@ -21,7 +21,7 @@ from mlmx.models.fill import fill_masks
 from mlmx.runs.run import Run
 from mlmx.tracking.store import local
 from tests.support.processes import ended, reached, started, wait_until
-from tests.support.tracked import of
+from tests.support.tracked import of, tracker
 from tests.support.trainings import WEIGHTS, command, history, same
 
 HELDOUT = "heldout.documents=30"
@@ -191,6 +191,15 @@ def test_a_resumed_run_has_every_row_once(tiny: Path, corpus: Path, outputs: Pat
     assert {row["step"] for row in table(killed)} == {0, 10}
     assert main(["train", f"resume={killed}"]) == 0
     assert table(killed) == table(whole)
+
+
+def test_a_torn_table_ends_no_run(outputs: Path):
+    made = tracker(outputs / "run", None)
+    made.fills(0, 0.0, [{"sentence": "A [MASK]."}])
+    (outputs / "run" / "examples.json").write_text('{"columns": ["st')
+    made.fills(1, 1.0, [{"sentence": "A [MASK]."}])
+    made.finish("FINISHED", {})
+    assert table(outputs / "run") == [{"step": 1, "epoch": 1.0, "sentence": "A [MASK]."}]
 
 
 def test_a_run_that_holds_nothing_out_has_no_table(tiny: Path, corpus: Path, outputs: Path):

@@ -196,3 +196,7 @@ def test_fill_masks(tiny: Path, tokenizer):
         fill_masks(loaded, tokenizer, "no mask", 3)
     with pytest.raises(RequestError, match="holds at most 512"):
         fill_masks(loaded, tokenizer, "word " * 600 + "[MASK]", 3)
+    loaded.train()
+    with pytest.raises(RuntimeError, match="out of range"):
+        fill_masks(loaded, tokenizer, "a [MASK].", -1)
+    assert loaded.training, "whatever becomes of it"

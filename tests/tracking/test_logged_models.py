@@ -573,6 +573,19 @@ def test_best_is_the_best_of_all_runs_measured_alike_and_last_is_of_the_run_that
     assert aliases("tiny") == {"best": (good.run_id, 1), "last": (broken.run_id, 1)}
 
 
+def test_the_final_model_is_registered_where_mlflow_has_no_checkpoint_of_its_step(store: Path, outputs: Path):
+    made = trained(outputs / "train" / "run", 2.0)
+    assert made.follower is not None
+    models = made.follower.mirror.models
+    assert models is not None
+    final, lost = (
+        model_files.Saved(made.run.checkpoints / "checkpoint-1", 1, epoch, epoch == 1.0) for epoch in (1.0, 1.5)
+    )
+    assert models.add(final, {})
+    assert models.register("other", [final, lost], {1: {"heldout/loss": (2.0, 0)}}, ended=1) == {"versions": 1}
+    assert aliases("other") == dict.fromkeys(("best", "last"), (made.run_id, 1))
+
+
 def test_an_unfinished_run_registers_nothing(store: Path, outputs: Path):
     made = opened(outputs / "train" / "run", registered="tiny")
     train(made, range(1, 3))

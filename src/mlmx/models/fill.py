@@ -22,9 +22,12 @@ def fill_masks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
     prompt = prompt_of(model, tokenizer, text)
     was_training = model.training
     model.train(False)
-    pipeline: Any = FillMaskPipeline
-    found = pipeline(model=model, tokenizer=tokenizer, device=model.device)(prompt, top_k=min(top_k, len(tokenizer)))
-    model.train(was_training)
+    try:
+        pipeline: Any = FillMaskPipeline
+        fill = pipeline(model=model, tokenizer=tokenizer, device=model.device)
+        found = fill(prompt, top_k=min(top_k, len(tokenizer)))
+    finally:
+        model.train(was_training)
     per_mask = found if isinstance(found[0], list) else [found]
     return [[Fill(one["token_str"].strip(), one["score"]) for one in mask] for mask in per_mask]
 

@@ -131,8 +131,8 @@ class Models:
             ended: milliseconds since 1970.
         """
         order = sorted(saved, key=lambda one: not one.final)  # the final model where its step has no checkpoint
-        found = {one.step: self.all().get((one.name, str(one.step))) for one in order}
-        by_step = {step: known for step, known in found.items() if known is not None and known.ready}
+        found = [(one.step, self.all().get((one.name, str(one.step)))) for one in order]
+        by_step = {step: known for step, known in found if known is not None and known.ready}
         if not by_step:
             raise LookupError("MLflow has none of the models to register")
         losses = {step: {key: value for key, (value, _) in scores.get(step, {}).items()} for step in by_step}

@@ -5,6 +5,7 @@ Light to import: MLflow is loaded by the thread that follows.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -117,7 +118,9 @@ class Tracker:
 
     def fills(self, step: int, epoch: float, rows: Sequence[Mapping[str, Any]]) -> None:
         """Rows of the example table; those of a step that was there before are put in its place."""
-        before = self.run.read_json(EXAMPLES_FILE)
+        before: dict[str, Any] = {}
+        with contextlib.suppress(ValueError):  # torn: no reason for a run to end
+            before = self.run.read_json(EXAMPLES_FILE)
         columns = ["step", "epoch", *rows[0]]
         kept = [row for row in before.get("data", []) if row[0] != step] if before.get("columns") == columns else []
         table = sorted([*kept, *([step, round(epoch, 6), *row.values()] for row in rows)], key=lambda row: row[0])
