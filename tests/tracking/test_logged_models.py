@@ -507,7 +507,9 @@ def test_a_model_in_the_registry_keeps_its_files(by_hand: bool, store: Path, out
     assert (files_of(models_of(folder)["epoch-1"]) / "MLmodel").is_file()
 
 
-@pytest.mark.parametrize("keep", ["best", "0", "-1", "2.5", "all+last", "١"])
+@pytest.mark.parametrize(
+    "keep", [pytest.param("9" * 5000, id="5,000 digits"), "best", "0", "-1", "2.5", "all+last", "١"]
+)
 def test_a_keep_that_says_nothing_is_refused(keep: str):
     with pytest.raises(RequestError, match=r"^keep=.*: choose best\+last, all, or how many of the newest"):
         TrainConfig(keep=keep)

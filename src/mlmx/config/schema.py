@@ -121,7 +121,7 @@ class TrainConfig:
         _dial("save_minutes", str(often), often is None or 0 < often < math.inf, needed, TRAIN["save_minutes"])
         kept, limit = (BEST_AND_LAST, KEEP_ALL), self.trainer.get("save_total_limit")
         require(
-            self.keep in kept or (self.keep.isascii() and self.keep.isdecimal() and 1 <= int(self.keep) <= MOST),
+            self.keep in kept or (bool(re.fullmatch("[0-9]{1,7}", self.keep)) and 1 <= int(self.keep) <= MOST),
             f"keep={self.keep}: choose {BEST_AND_LAST}, {KEEP_ALL}, or how many of the newest checkpoints stay, a "
             f"whole number from 1{did_you_mean(self.keep, kept)}",
         )
