@@ -19,11 +19,10 @@ def total_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.tensor(0.0)
-    rows = [
-        torch.linalg.vector_norm(part.flatten(1), dim=1) if part.dim() > 1 else part.flatten() for part in gradients
-    ]
+    norm_of = torch.linalg.vector_norm
+    rows = [norm_of(part.flatten(1), dim=1) if part.dim() > 1 else part.flatten() for part in gradients]
     together = torch.cat(rows)
-    norm: torch.Tensor = torch.linalg.vector_norm(together, dtype=torch.float64)
+    norm: torch.Tensor = norm_of(together, dtype=torch.float64)
     return norm.to(together.dtype)
 
 

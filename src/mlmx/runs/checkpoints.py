@@ -102,10 +102,10 @@ def clear_half_written(checkpoints: Path, name: str = f"{PREFIX}*") -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def rotate(checkpoints: Path, limit: int | None, *best: Path | None) -> None:
+def rotate(checkpoints: Path, limit: int | None, *best: Path) -> None:
     """Keep the newest ``limit`` checkpoints (all if None or 0) and the best; of interim ones only the newest."""
     newest, *older = all_of(checkpoints)
-    kept = {folder.resolve() for folder in (newest, *best) if folder is not None}
+    kept = {folder.resolve() for folder in (newest, *best)}
     interim = [folder for folder in older if is_interim(folder)]
     lasting = [newest, *(folder for folder in older if folder not in interim)]
     beyond = [folder for folder in lasting[limit:] if folder.resolve() not in kept] if limit else []

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,17 +24,8 @@ from transformers.trainer_pt_utils import nested_gather
 from mlmx.config.schema import BEST_AND_LAST
 from mlmx.runs import checkpoints
 
-FORMAT = 2
 TENSORS = "optimizer.safetensors"
 FLAGS = ("should_log", "should_evaluate", "should_save")
-
-
-class Part(Protocol):
-    """Of a training; its state is of plain values, tensors and arrays."""
-
-    def state(self) -> dict[str, Any]: ...
-
-    def load(self, state: Mapping[str, Any]) -> None: ...
 
 
 class Sums:
@@ -59,16 +50,11 @@ class Sums:
 
 @dataclass
 class Owed:
-    """What the step that ended last still owes, and what its log needs for that.
-
-    Attributes:
-        flags: of the library's control: what is to be done before the next step.
-        epoch_end: whether the end of its epoch is still to come.
-    """
+    """What the step that ended last still owes, and what its log needs for that."""
 
     step: int = -1
-    flags: list[str] = field(default_factory=list)
-    epoch_end: bool = False
+    flags: list[str] = field(default_factory=list)  # of the library's control: what is to be done before the next step
+    epoch_end: bool = False  # whether the end of its epoch is still to come
     grad_norm: torch.Tensor | float | None = None
     lr: float | None = None
 
@@ -152,11 +138,7 @@ class Checkpoints:
         return time.monotonic() - self.saved_at > self.save_seconds
 
     def write(self, state: TrainerState, parts: Mapping[str, Any], save_model: Callable[[str], None]) -> None:
-        """One of this step, whole or not at all; older ones go as ``keep`` says.
-
-        Args:
-            parts: the state of each.
-        """
+        """One of this step with the state of each part, whole or not at all; older ones go as ``keep`` says."""
         folder = self.folder / f"{checkpoints.PREFIX}{state.global_step}"
         if state.best_global_step:
             best = folder.with_name(f"{checkpoints.PREFIX}{state.best_global_step}")
@@ -169,22 +151,18 @@ class Checkpoints:
             every = {**parts, "random": random_states()}
             kept = {name: checkpoints.flattened(part, tensors, name) for name, part in every.items()}
             save_file(tensors, aside / TENSORS)
-            (aside / "state.json").write_text(json.dumps({"format": FORMAT, **kept}), encoding="utf-8")
+            (aside / "state.json").write_text(json.dumps({"format": 2, **kept}), encoding="utf-8")
             state.save_to_json(str(aside / "trainer_state.json"))
 
         checkpoints.write(folder, fill)
-        found = state.best_model_checkpoint
-        checkpoints.rotate(self.folder, self.limit, Path(found) if found else None, self._best(state))
-
-    def _best(self, state: TrainerState) -> Path | None:
-        """The checkpoint that ``keep=best+last`` keeps; a resumed training's history has the scores of all."""
-        if self.keep != BEST_AND_LAST:
-            return None
-        every = [path for path in checkpoints.all_of(self.folder) if not checkpoints.is_interim(path)]
-        there = {checkpoints.step_of(path): path for path in every}
-        scores = checkpoints.scores_of(state.log_history)
-        best = checkpoints.best_step({step: scores[step] for step in there if step in scores})
-        return None if best is None else there[best]
+        best_ones = [Path(state.best_model_checkpoint)] if state.best_model_checkpoint else []
+        if self.keep == BEST_AND_LAST:  # a resumed training's history has the scores of all
+            there = {checkpoints.step_of(path): path for path in checkpoints.all_of(self.folder)}
+            scores = checkpoints.scores_of(state.log_history)
+            asked = {step for step in there if step in scores and not checkpoints.is_interim(there[step])}
+            step = checkpoints.best_step({step: scores[step] for step in asked})
+            best_ones += [] if step is None else [there[step]]
+        checkpoints.rotate(self.folder, self.limit, *best_ones)
 
 
 def read(folder: Path) -> dict[str, Any]:

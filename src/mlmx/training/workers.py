@@ -11,11 +11,9 @@ from mlmx.runs.signals import SIGNALS
 
 
 def outlive_signals(begin: Callable[[int], None] | None, left: c_byte, worker: int) -> None:
-    """Set up a worker, which is needed to end a step: its loader ends it, or a signal once training was left.
+    """Set up a worker, besides by ``begin``: its loader ends it, or a signal once training was ``left`` (not 0).
 
-    Args:
-        begin: what sets it up besides.
-        left: not 0 once it was; shared with the worker.
+    Until then it is needed to end a step.
     """
 
     def arrived(number: int, frame: object) -> None:
