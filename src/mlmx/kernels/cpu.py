@@ -10,12 +10,14 @@ exact.
 Keys are drawn from torch's own generator, so ``torch.manual_seed`` repeats the masks.
 
 Linear layers: fp32 products go forward through oneDNN and backward through MKL, each where it was the faster.
+
+The norm of all gradients, by which they are clipped: exact and on all cores.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -250,3 +252,37 @@ class _Linear(torch.autograd.Function):
             rows.t() @ x.reshape(-1, x.shape[-1]) if needs_weight else None,
             rows.sum(0) if needs_bias else None,
         )
+
+
+def total_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    """√Σ g² over all gradients, float[]; 0 without any.
+
+    Row by row, then over the rows in fp64: torch adds up the squares of a whole tensor in one float per vector lane and
+    on one core, which on the CPU loses 5e-4 of the norm of 66 million gradients, and takes twice the time.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.tensor(0.0)
+    norm_of = torch.linalg.vector_norm
+    rows = [norm_of(part.flatten(1), dim=1) if part.dim() > 1 else part.flatten() for part in gradients]
+    together = torch.cat(rows)
+    norm: torch.Tensor = norm_of(together, dtype=torch.float64)
+    return norm.to(together.dtype)
+
+
+def clip(
+    parameters: Iterable[torch.nn.Parameter], most: float, optimizer: torch.optim.Optimizer | None = None
+) -> torch.Tensor:
+    """Scale all gradients so that their norm is at most ``most``; returns the norm before.
+
+    A fused Adam scales them itself when it reads them, which saves a pass over all of them.
+    """
+    parameters = list(parameters)
+    norm = total_norm(parameters)
+    beyond = bool(norm > most)  # where nothing is to be scaled, torch multiplies by 1
+    if isinstance(optimizer, torch.optim.Adam) and optimizer.defaults.get("fused"):  # AdamW is one
+        step: Any = optimizer
+        step.grad_scale = (norm.float() + 1e-6) / most if beyond else None  # what it divides by, as torch does
+    elif beyond:
+        torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return norm

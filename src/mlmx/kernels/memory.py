@@ -61,10 +61,8 @@ def keep_freed() -> bool:
 
 def _libc() -> ctypes.CDLL | None:
     """glibc, or None where there is another C library."""
-    if not sys.platform.startswith("linux"):
-        return None
     try:
-        libc = ctypes.CDLL("libc.so.6")
+        libc = ctypes.CDLL("libc.so.6") if sys.platform.startswith("linux") else None
     except OSError:
         return None
     return libc if all(hasattr(libc, name) for name in ("mallopt", "malloc_trim")) else None

@@ -110,9 +110,8 @@ def rotate(checkpoints: Path, limit: int | None, *best: Path) -> None:
     lasting = [newest, *(folder for folder in older if folder not in interim)]
     beyond = [folder for folder in lasting[limit:] if folder.resolve() not in kept] if limit else []
     for folder in (*interim, *beyond):
-        aside = folder.with_name(f".{folder.name}.tmp")  # one that is half gone no longer bears its name
-        folder.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(folder.with_name(f".{folder.name}.tmp"))  # one that is half gone no longer bears its name
+    clear_half_written(checkpoints)
 
 
 def flattened(state: object, tensors: dict[str, Tensor], path: str = "") -> object:
@@ -132,7 +131,7 @@ def flattened(state: object, tensors: dict[str, Tensor], path: str = "") -> obje
         return {"dict": [[key, flattened(value, tensors, f"{path}.{key}")] for key, value in state.items()]}
     if isinstance(state, (list, tuple)):
         items = [flattened(value, tensors, f"{path}.{number}") for number, value in enumerate(state)]
-        return {type(state).__name__: items} if type(state) in (list, tuple) else {"list": items}
+        return {"tuple" if type(state) is tuple else "list": items}
     if state is None or isinstance(state, (bool, int, float, str)):
         return state
     raise TypeError(f"{path.lstrip('.')}: a {type(state).__name__} cannot be kept in a checkpoint")
@@ -168,20 +167,16 @@ def loss_name(scores: Iterable[Mapping[str, float]]) -> str | None:
 
 
 def best_step(scores: Mapping[int, Mapping[str, float]]) -> int | None:
-    """The step with the lowest held-out loss, else evaluation loss; the earlier of equals.
-
-    A step with a loss that is not finite is never the best.
+    """The step with the lowest held-out loss, else evaluation loss, all of them finite; the earlier of equals.
 
     >>> best_step({5: {"heldout/loss": 2.0, "eval/loss": 3.0}, 10: {"heldout/loss": 1.5, "eval/loss": math.nan}})
     5
     """
     name = loss_name(scores.values()) or ""
-    finite = {
-        step: one[name]
-        for step, one in sorted(scores.items())
-        if name in one and all(math.isfinite(one[loss]) for loss in LOSSES if loss in one)
-    }
-    return min(finite, key=lambda step: finite[step], default=None)
+    finite = [step for step, one in scores.items() if all(math.isfinite(one.get(loss, 0.0)) for loss in LOSSES)]
+    return min(
+        (step for step in finite if name in scores[step]), key=lambda step: (scores[step][name], step), default=None
+    )
 
 
 def scores_of(history: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float]]:

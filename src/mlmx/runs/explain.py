@@ -10,13 +10,7 @@ from mlmx.config.schema import CONFIGS, group_names
 from mlmx.runs.disk import disk_full, is_full
 
 LONGEST_LINE = 1500  # characters; of a longer one the middle is left out
-KINDS = {
-    "Float": "a number",
-    "Integer": "a whole number",
-    "bool": "true or false",
-    "String": "a text",
-    "List": "a list",
-}
+KIND = {"Float": "a number", "Integer": "a whole number", "String": "a text", "bool": "true or false", "List": "a list"}
 
 
 def explain(error: BaseException, command: str) -> tuple[int, str]:
@@ -73,6 +67,6 @@ def _composition(error: BaseException, command: str) -> str:
         if cause.endswith("is not Optional"):
             return f"{given}: a value is needed"
         kind = re.search(r"(?:could not be converted to|is not a(?: valid)?) (Float|Integer|bool|String|List)", cause)
-        return f"{given}: {f'{KINDS[kind.group(1)]} is needed' if kind else cause}"
+        return f"{given}: {f'{KIND[kind.group(1)]} is needed' if kind else cause}"
     cause = f" ({one_line(error.__cause__)})" if error.__cause__ else ""
     return one_line(text) + cause

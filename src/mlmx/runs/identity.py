@@ -66,11 +66,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
 
 
 def require_allowed(found: Mapping[str, tuple[Any, Any]], allowed: Iterable[str]) -> None:
-    """Refuse, with every difference, to continue a run of which more has changed than was allowed.
-
-    Args:
-        allowed: keys, or groups of them: ``trainer`` allows ``trainer.max_grad_norm``.
-    """
+    """Refuse to continue a run of which more has changed than these keys; ``trainer`` allows ``trainer.max_steps``."""
 
     def short(value: object) -> str:
         text = str(value)

@@ -80,21 +80,20 @@ def code_version() -> str:
     return f"{__version__}+{sources.hexdigest()[:12]}"
 
 
+@cache
 def process() -> ProcessRecord:
     """Which process this is."""
-    return _process(os.getpid())
-
-
-@cache
-def _process(pid: int) -> ProcessRecord:
     boot_id, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     return ProcessRecord(
         host=socket.gethostname(),
         boot_id=boot_id.read_text(encoding="ascii").strip() if boot_id.is_file() else None,
         pid_namespace=namespace.readlink().name if namespace.is_symlink() else None,
-        pid=pid,
-        pid_started=pid_started(pid),
+        pid=os.getpid(),
+        pid_started=pid_started(os.getpid()),
     )
+
+
+os.register_at_fork(after_in_child=process.cache_clear)
 
 
 def pid_started(pid: int) -> float | None:
@@ -105,23 +104,20 @@ def pid_started(pid: int) -> float | None:
     """
     import psutil  # noqa: PLC0415 (a refused configuration does not load it)
 
-    try:
+    with contextlib.suppress(psutil.Error, *UNTOLD):
         found = psutil.Process(pid)
-        if found.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-            return None
-        return float(found.create_time() - (psutil.boot_time() if psutil.LINUX else 0))
-    except (psutil.Error, *UNTOLD):
-        return None
+        if found.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return float(found.create_time() - (psutil.boot_time() if psutil.LINUX else 0))
+    return None
 
 
 def boot_time() -> float | None:
     """When this machine began, in seconds since 1970; None where the system does not tell."""
     import psutil  # noqa: PLC0415 (a refused configuration does not load it)
 
-    try:
+    with contextlib.suppress(*UNTOLD):
         return float(psutil.boot_time())
-    except UNTOLD:
-        return None
+    return None
 
 
 def machine() -> dict[str, str]:

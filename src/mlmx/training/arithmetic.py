@@ -17,6 +17,7 @@ from mlmx.kernels.memory import Batch
 if TYPE_CHECKING:
     from _typeshed import SupportsLenAndGetItem
 
+# Logits and labels of a batch's masked positions, in so many rows.
 MaskedLogits = Callable[[torch.nn.Module, Batch, int | None], tuple[torch.Tensor, torch.Tensor]]
 ROWS = 32  # to a multiple of which the rows of targets are filled up: two tiles of AMX
 
@@ -26,25 +27,19 @@ class Corrected:
 
     The library multiplies loss and gradient by the accumulation steps for every masked-LM head that takes
     ``**kwargs`` without using them (huggingface/transformers#47688).
-
-    Args:
-        masked_logits: logits and labels of a batch's masked positions, in so many rows.
-        most_targets: more than a batch can have.
     """
 
     def __init__(self, arguments: TrainingArguments, masked_logits: MaskedLogits, most_targets: int | None) -> None:
         self.args, self.masked_logits = arguments, masked_logits
-        self.most_targets = most_targets if arguments.device.type == "cuda" else None
+        self.most_targets = most_targets if arguments.device.type == "cuda" else None  # more than a batch can have
 
-    @contextlib.contextmanager
-    def drawing(self, model: torch.nn.Module, step: int, *place: int) -> Iterator[None]:
+    def drawing(self, model: torch.nn.Module, step: int, *place: int) -> contextlib.AbstractContextManager[Any]:
         """Around forward and backward of a micro-batch, of this number within the step, or of a part of it."""
         # Dropout is a function of (seed, step, place within the step, process), not of what was drawn before.
         torch.manual_seed(hash((self.args.seed, step, *place, self.args.process_index)) & (2**63 - 1))
         # Such a mode reaches neither what a compiler traces nor what a backward pass runs again.
         beyond = self.args.torch_compile or getattr(model, "is_activation_checkpointing", False)
-        with CpuKernels() if self.args.device.type == "cpu" and not beyond else contextlib.nullcontext():
-            yield
+        return CpuKernels() if self.args.device.type == "cpu" and not beyond else contextlib.nullcontext()
 
     def loss(
         self, model: torch.nn.Module, inputs: Batch, num_items: torch.Tensor | int | None, share: tuple[int, int]

@@ -109,9 +109,7 @@ class Reporter(TrainerCallback):
     TIMINGS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
     NAMES: ClassVar = {"loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/learning_rate"}
 
-    def __init__(
-        self, recorder: Recorder, throughput: Throughput, is_main: bool, stop_early: StopEarly | None = None
-    ) -> None:
+    def __init__(self, recorder: Recorder, throughput: Throughput, is_main: bool, stop_early: StopEarly | None) -> None:
         self.recorder, self.throughput, self.is_main, self.stop_early = recorder, throughput, is_main, stop_early
         self.repeats_until = -1  # the step that training went back from; what steps before it report is on record
 
@@ -131,9 +129,8 @@ class Reporter(TrainerCallback):
             metrics["eval/perplexity"] = float(torch.tensor(metrics["eval/loss"], dtype=torch.float64).exp())
         if "train/loss" in metrics:
             metrics |= self.throughput.since_log(args, cast(PreTrainedModel, given["model"]))
-        epoch = state.epoch or 0.0
+        epoch, is_scored = state.epoch or 0.0, "heldout/loss" in metrics or "eval/loss" in metrics
         self.record(state.global_step, epoch, metrics)
-        is_scored = "heldout/loss" in metrics or "eval/loss" in metrics
         if is_scored and self.stop_early is not None and self.stop_early(epoch, metrics):
             log.info("epoch %g  no better than other trials were by then: ended early", epoch)
             self.recorder.prune()

@@ -1,16 +1,20 @@
-"""What a training does when a step goes wrong: a loss that is not finite, a batch that does not fit into memory."""
+"""What a training does when a loss is not finite, a batch does not fit into memory, or its workers get a signal."""
 
 from __future__ import annotations
 
 import logging
+import os
 import shlex
+import signal
 from collections.abc import Callable, Mapping
+from ctypes import c_byte
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from mlmx.config.errors import WorkError
 from mlmx.runs import checkpoints
+from mlmx.runs.signals import SIGNALS
 
 log = logging.getLogger("mlmx")
 MOST_SKIPPED_IN_A_ROW = 20
@@ -66,11 +70,7 @@ class Mishaps:
         return "stop" if len(self.rolled_back) == MOST_ROLLBACKS else "rollback"
 
     def leave(self, step: int, loss: float, norm: float, max_steps: int, folder: Path, record: Record) -> None:
-        """Leave out a step that fails, or end the training by a `WorkError`; the first time, `RollBack` may do.
-
-        Args:
-            folder: of the checkpoints.
-        """
+        """Leave out a step that fails, or end the training by a `WorkError`; the first time, `RollBack` may do."""
         way_on = self.way_on(step, max_steps)
         if way_on == "stop":
             record({"train/loss": loss, "train/grad_norm": norm})
@@ -121,3 +121,19 @@ class Mishaps:
             "masks and loss stay the same",
             *(step, reason, self.batch_size, self.rows_at_once),
         )
+
+
+def outlive_signals(begin: Callable[[int], None] | None, left: c_byte, worker: int) -> None:
+    """Set up a worker, besides by ``begin``: its loader ends it, or a signal once training was ``left`` (not 0).
+
+    Until then it is needed to end a step.
+    """
+
+    def arrived(number: int, frame: object) -> None:
+        if left.value:
+            os._exit(0)
+
+    for number in SIGNALS:
+        signal.signal(number, arrived)
+    if begin is not None:
+        begin(worker)

@@ -58,11 +58,6 @@ class Owed:
     grad_norm: torch.Tensor | float | None = None
     lr: float | None = None
 
-    def note(self, step: int, ends_epoch: bool, grad_norm: torch.Tensor | float | None, lr: float | None) -> None:
-        """A step, whenever the library asks what it owes: when it has ended, and again when its epoch has."""
-        self.epoch_end = ends_epoch and step != self.step
-        self.step, self.grad_norm, self.lr = step, grad_norm, lr
-
     def state(self) -> dict[str, Any]:
         return vars(self) | {"grad_norm": None if self.grad_norm is None else float(self.grad_norm)}
 

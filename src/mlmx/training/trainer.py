@@ -20,14 +20,13 @@ from transformers.trainer_utils import TrainOutput
 
 from mlmx.config.errors import WorkError
 from mlmx.config.schema import KEEP_ALL
-from mlmx.kernels import gradients
+from mlmx.kernels import cpu
 from mlmx.kernels.memory import Batch, brief, is_out_of_memory, parts, release
 from mlmx.runs import checkpoints, signals
 from mlmx.training.arithmetic import Corrected, InputIds, MaskedLogits, in_full_precision
 from mlmx.training.callbacks import Beginning, Progress, Recorder, Reporter, StopEarly, Throughput
-from mlmx.training.failures import Mishaps, RollBack
+from mlmx.training.failures import Mishaps, RollBack, outlive_signals
 from mlmx.training.state import FLAGS, Checkpoints, OptimizerState, Owed, Sums, load_random_states, read
-from mlmx.training.workers import outlive_signals
 
 if TYPE_CHECKING:
     import optuna
@@ -126,9 +125,8 @@ class Trainer(transformers.Trainer):
                 self.progress.close()
             checkpoint = checkpoints.newest_whole(self.checkpoints.folder) if is_main else None
             if is_main and checkpoint is None:
-                raise WorkError(
-                    "a step failed, and there is no whole checkpoint to go back to; choose a lower lr or on_nan=skip"
-                )
+                what = "a step failed, and there is no whole checkpoint to go back to"
+                raise WorkError(f"{what}; choose a lower lr or on_nan=skip")
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader[Any]:
         loader = super().get_train_dataloader()
@@ -200,14 +198,14 @@ class Trainer(transformers.Trainer):
     def _clip_grad_norm(self, model: Module) -> torch.Tensor:
         if self._norm_is_ours:
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
-            return gradients.clip(model.parameters(), self.args.max_grad_norm, optimizer)
+            return cpu.clip(model.parameters(), self.args.max_grad_norm, optimizer)
         norm: torch.Tensor = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
         return norm
 
     def _get_grad_norm(self, model: Module, grad_norm: Norm = None) -> Norm:
         """Asked for once a step: after the last backward pass, before the optimizer. None of a step that fails."""
         if grad_norm is None and self._norm_is_ours:
-            grad_norm = gradients.total_norm(model.parameters())
+            grad_norm = cpu.total_norm(model.parameters())
         norm: Norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         loss = self.accelerator.reduce(self.step_loss, reduction="mean")  # one loss and verdict for all processes
         judged = [loss] if norm is None or self.accelerator.scaler is not None else [loss, norm]
@@ -232,7 +230,8 @@ class Trainer(transformers.Trainer):
     ) -> None:
         """As the library's, called when a step has ended and again when its epoch has; here a signal is obeyed."""
         saved_at = self.checkpoints.saved_at
-        self.owed.note(self.state.global_step, self._ends_epoch, grad_norm, learning_rate)
+        self.owed.epoch_end = self._ends_epoch and self.state.global_step != self.owed.step
+        self.owed.step, self.owed.grad_norm, self.owed.lr = self.state.global_step, grad_norm, learning_rate
         stop, late = signals.noted(), self.checkpoints.is_late()
         if self.args.world_size > 1:  # what any process of this training wishes
             votes = torch.tensor([float(stop), float(late)], device=self.args.device)
@@ -330,8 +329,7 @@ class Trainer(transformers.Trainer):
         for name, part in self.parts.items():
             part.load(self.loaded.pop(name))
         flags, epoch_end, norm, lr = self.owed.flags, self.owed.epoch_end, self.owed.grad_norm, self.owed.lr
-        for flag in FLAGS:
-            setattr(self.control, flag, flag in flags)
+        vars(self.control).update({flag: flag in flags for flag in FLAGS})
         step = self._tr_loss, norm, self.model_wrapped, None, self.state.epoch, None, time.time()
         if flags:
             self.owed.step = -1 if epoch_end else self.owed.step  # its epoch is still to end
@@ -344,9 +342,7 @@ class Trainer(transformers.Trainer):
 def run_and_save(trainer: Trainer, folder: Path, checkpoint: Path | None = None) -> None:
     """Train from the checkpoint or the beginning, then save the final model, loadable by ``pipeline`` alone.
 
-    Raises:
-        Interrupted: a signal came, and a checkpoint was saved.
-        WorkError: a step that failed ended the training, or memory did not suffice.
+    A signal (`Interrupted`) comes when a checkpoint was saved; a step that failed, or memory, may be a `WorkError`.
     """
     try:
         with signals.deferred():
@@ -358,9 +354,8 @@ def run_and_save(trainer: Trainer, folder: Path, checkpoint: Path | None = None)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise WorkError(
-            f"out of memory outside of forward and backward passes ({brief(error)}): choose a smaller model, chunk_size"
-            " or trainer.per_device_eval_batch_size"
-        ) from error
+        what = f"out of memory outside of forward and backward passes ({brief(error)})"
+        choices = "a smaller model, chunk_size or trainer.per_device_eval_batch_size"
+        raise WorkError(f"{what}: choose {choices}") from error
     signals.raise_noted()
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # whoever fills masks next gets fp32
