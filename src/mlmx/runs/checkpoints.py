@@ -173,10 +173,12 @@ def best_step(scores: Mapping[int, Mapping[str, float]]) -> int | None:
     5
     """
     name = loss_name(scores.values()) or ""
-    finite = [step for step, one in scores.items() if all(math.isfinite(one.get(loss, 0.0)) for loss in LOSSES)]
-    return min(
-        (step for step in finite if name in scores[step]), key=lambda step: (scores[step][name], step), default=None
-    )
+    losses = [
+        (one[name], step)
+        for step, one in scores.items()
+        if name in one and all(math.isfinite(one.get(loss, 0.0)) for loss in LOSSES)
+    ]
+    return min(losses)[1] if losses else None
 
 
 def scores_of(history: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float]]:

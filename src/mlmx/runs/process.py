@@ -32,7 +32,6 @@ HEARTBEAT_SECONDS = 30.0
 SILENCE_SECONDS = 300.0  # without a heartbeat a process elsewhere counts as dead
 SAME_SECONDS = 1.0  # a process is the one that began at that moment; the system tells it anew each time
 LOOK_SECONDS = 0.5  # another process that only looks whether the lock is held takes it for less than this
-WRITTEN_ALL_ALONG = (Result.FILE, "metrics.jsonl", "train.log")
 
 
 @contextlib.contextmanager
@@ -104,7 +103,7 @@ def process_of(run: Run) -> ProcessRecord:
 def heard_seconds_ago(run: Run) -> float:
     """Seconds since the last heartbeat; for a run without one, as of MLflow, since its files were last written."""
     path = run.folder / ProcessRecord.FILE
-    paths = [path] if path.is_file() else [run.folder / name for name in WRITTEN_ALL_ALONG]
+    paths = [path] if path.is_file() else [run.folder / name for name in (Result.FILE, "metrics.jsonl", "train.log")]
     return time.time() - max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
 
 

@@ -123,8 +123,10 @@ def boot_time() -> float | None:
 def machine() -> dict[str, str]:
     """Tags of what a run computes on: as ``NVIDIA H100 (79 GiB) · 8 × AMD EPYC · 31 GiB``, and by number, to filter."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory, gpus = memory_bytes(), _gpus()
-    words = [f"{name} ({bytes_ / GIB:.0f} GiB)" for name, bytes_ in gpus] + [f"{cores} × {_processor()}"]
+    info, memory, gpus = Path("/proc/cpuinfo"), memory_bytes(), _gpus()
+    named = re.search(r"^model name[^:\n]*:(.*)$", info.read_text("utf-8"), re.MULTILINE) if info.is_file() else None
+    processor = named.group(1).strip() if named else platform.processor() or platform.machine()
+    words = [f"{name} ({bytes_ / GIB:.0f} GiB)" for name, bytes_ in gpus] + [f"{cores} × {processor}"]
     found = {"mlmx.cores": str(cores)}
     if memory:
         words.append(f"{memory / GIB:.0f} GiB")
@@ -152,12 +154,6 @@ def memory_bytes() -> int | None:
         with contextlib.suppress(OSError, ValueError):  # "max"
             there = min(there, int(Path(limit).read_text(encoding="ascii")))
     return there
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    named = re.search(r"^model name[^:\n]*:(.*)$", info.read_text("utf-8"), re.MULTILINE) if info.is_file() else None
-    return named.group(1).strip() if named else platform.processor() or platform.machine()
 
 
 def git(folder: Path, *arguments: str) -> str | None:

@@ -19,33 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState, TrainingArguments
-from transformers.trainer_pt_utils import nested_gather
 
 from mlmx.config.schema import BEST_AND_LAST
 from mlmx.runs import checkpoints
 
 TENSORS = "optimizer.safetensors"
 FLAGS = ("should_log", "should_evaluate", "should_save")
-
-
-class Sums:
-    """The library's sums behind the next logged loss and the mean loss of a training."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-
-    def state(self) -> dict[str, Any]:
-        """Of all processes together, so all of them have to ask."""
-        trainer = self.trainer
-        gathered = nested_gather(trainer._tr_loss, trainer.args.parallel_mode)  # type: ignore[no-untyped-call]  # noqa: SLF001 (it has no public name)
-        total, logged = trainer._total_loss_scalar, trainer._globalstep_last_logged  # noqa: SLF001 (nor have these)
-        return {"since_log": gathered.mean().item(), "total": total, "last_logged": logged}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """The library has just set its sums to 0."""
-        self.trainer._tr_loss += state["since_log"]  # noqa: SLF001 (as above)
-        self.trainer._total_loss_scalar = state["total"]  # noqa: SLF001
-        self.trainer._globalstep_last_logged = state["last_logged"]  # noqa: SLF001
 
 
 @dataclass
@@ -127,10 +106,6 @@ class Checkpoints:
         self.limit = checkpoints.limit_of(keep) or arguments.save_total_limit
         self.keep, self.save_seconds = keep, save_seconds
         self.saved_at = time.monotonic()
-
-    def is_late(self) -> bool:
-        """Whether an interim checkpoint is due."""
-        return time.monotonic() - self.saved_at > self.save_seconds
 
     def write(self, state: TrainerState, parts: Mapping[str, Any], save_model: Callable[[str], None]) -> None:
         """One of this step with the state of each part, whole or not at all; older ones go as ``keep`` says."""

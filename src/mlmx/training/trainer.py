@@ -16,6 +16,7 @@ import transformers
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 from transformers import DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import TrainOutput
 
 from mlmx.config.errors import WorkError
@@ -23,10 +24,8 @@ from mlmx.config.schema import KEEP_ALL
 from mlmx.kernels import cpu
 from mlmx.kernels.memory import Batch, brief, is_out_of_memory, parts, release
 from mlmx.runs import checkpoints, signals
+from mlmx.training import callbacks, failures, state
 from mlmx.training.arithmetic import Corrected, InputIds, MaskedLogits, in_full_precision
-from mlmx.training.callbacks import Beginning, Progress, Recorder, Reporter, StopEarly, Throughput
-from mlmx.training.failures import Mishaps, RollBack, outlive_signals
-from mlmx.training.state import FLAGS, Checkpoints, OptimizerState, Owed, Sums, load_random_states, read
 
 if TYPE_CHECKING:
     import optuna
@@ -35,9 +34,6 @@ if TYPE_CHECKING:
     Rows = SupportsLenAndGetItem[dict[str, Any]]  # chunks, ``{"input_ids": int[T], …}`` each
     Trial = optuna.Trial | dict[str, Any] | None
 
-Scores = Callable[[PreTrainedModel], dict[str, float]]
-Fills = Callable[[PreTrainedModel], list[dict[str, Any]]]
-Mask = Callable[[list[dict[str, Any]]], dict[str, Any]]
 Norm = torch.Tensor | float | None
 Count = torch.Tensor | int | None
 Module = torch.nn.Module
@@ -66,15 +62,15 @@ class Trainer(transformers.Trainer):
         tokenizer: PreTrainedTokenizerBase,
         train_chunks: Rows,
         eval_chunks: Rows,
-        mask: Mask,
+        mask: Callable[[list[dict[str, Any]]], dict[str, Any]],
         mlm_probability: float,
         masked_logits: MaskedLogits,
         most_targets: int | None = None,
-        scores: Scores,
-        fills: Fills | None = None,
-        recorder: Recorder,
+        scores: Callable[[PreTrainedModel], dict[str, float]],
+        fills: Callable[[PreTrainedModel], list[dict[str, Any]]] | None = None,
+        recorder: callbacks.Recorder,
         on_nan: str = "stop",
-        stop_early: StopEarly | None = None,
+        stop_early: callbacks.StopEarly | None = None,
         keep: str = KEEP_ALL,
         save_seconds: float = math.inf,
     ) -> None:
@@ -87,21 +83,21 @@ class Trainer(transformers.Trainer):
             self.loss_is_scaled_for_ga = True
             self.model_accepts_loss_kwargs = True  # makes the library count targets over the effective batch
         self.scores, self.fills, self.scored_step = scores, fills, -1
-        self.checkpoints = Checkpoints(arguments, keep, save_seconds)
+        self.checkpoints = state.Checkpoints(arguments, keep, save_seconds)
         # The micro-batches of the step so far, each with its number (1, 2, …, and 0 for its last one), their loss, and
         # the library's sum of losses before them, float[].
         self.window: list[tuple[int, Batch]] = []
         self.step_loss = self.sum_before = torch.tensor(0.0)
-        self.owed, self.mishaps = Owed(), Mishaps(arguments.train_batch_size, on_nan)
-        self.throughput = Throughput(mlm_probability)  # projecting the other positions is no useful work
-        seen = {"sums": Sums(self), "owed": self.owed, "mishaps": self.mishaps, "throughput": self.throughput}
-        self.parts: dict[str, Any] = {**seen, "optimizer": OptimizerState(self)}  # whose states a checkpoint holds
+        self.owed, self.mishaps = state.Owed(), failures.Mishaps(arguments.train_batch_size, on_nan)
+        self.throughput = callbacks.Throughput(mlm_probability)  # projecting the other positions is no useful work
+        own = {"owed": self.owed, "mishaps": self.mishaps, "throughput": self.throughput}
+        self.parts: dict[str, Any] = {**own, "optimizer": state.OptimizerState(self)}  # whose states a checkpoint holds
         self.loaded: dict[str, Any] = {}
         self.left = multiprocessing.RawValue("b", 0)  # by this training, its workers have to know
-        self.reporter = Reporter(recorder, self.throughput, self.is_world_process_zero(), stop_early)
-        self.progress = Progress(self.throughput, lambda: self.step_loss)
+        self.reporter = callbacks.Reporter(recorder, self.throughput, self.is_world_process_zero(), stop_early)
+        self.progress = callbacks.Progress(self.throughput, lambda: self.step_loss)
         self.remove_callback(transformers.PrinterCallback)
-        for callback in (Beginning(self.go_on), self.reporter, self.throughput, self.progress):
+        for callback in (callbacks.Beginning(self.go_on), self.reporter, self.throughput, self.progress):
             self.add_callback(callback)
 
     def train(self, resume_from_checkpoint: Path | str | bool | None = None, *_: object, **__: object) -> TrainOutput:
@@ -114,7 +110,7 @@ class Trainer(transformers.Trainer):
             self.left.value = 0
             try:
                 return super().train(None if checkpoint is None else str(checkpoint))
-            except RollBack:
+            except failures.RollBack:
                 self.reporter.repeats_until = self.state.global_step + 1
                 # leave the step, and what a process that resumes would make anew
                 self.window.clear()
@@ -131,7 +127,7 @@ class Trainer(transformers.Trainer):
     def get_train_dataloader(self) -> torch.utils.data.DataLoader[Any]:
         loader = super().get_train_dataloader()
         inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
-        inner.worker_init_fn = partial(outlive_signals, inner.worker_init_fn, self.left)
+        inner.worker_init_fn = partial(failures.outlive_signals, inner.worker_init_fn, self.left)
         return loader
 
     def _run_epoch(self, *args: object, **kwargs: object) -> None:
@@ -229,10 +225,10 @@ class Trainer(transformers.Trainer):
         self, tr_loss: torch.Tensor, grad_norm: Norm, *others: object, learning_rate: float | None = None
     ) -> None:
         """As the library's, called when a step has ended and again when its epoch has; here a signal is obeyed."""
-        saved_at = self.checkpoints.saved_at
+        saved_at, interim_after = self.checkpoints.saved_at, self.checkpoints.save_seconds
         self.owed.epoch_end = self._ends_epoch and self.state.global_step != self.owed.step
         self.owed.step, self.owed.grad_norm, self.owed.lr = self.state.global_step, grad_norm, learning_rate
-        stop, late = signals.noted(), self.checkpoints.is_late()
+        stop, late = signals.noted(), time.monotonic() - saved_at > interim_after
         if self.args.world_size > 1:  # what any process of this training wishes
             votes = torch.tensor([float(stop), float(late)], device=self.args.device)
             stop, late = (bool(vote) for vote in self.accelerator.reduce(votes, "sum"))
@@ -295,17 +291,21 @@ class Trainer(transformers.Trainer):
         # Asked for and done: what a checkpoint owes is what comes after it.
         asked, self.control.should_save = self.control.should_save, self.control.should_save and interim
         self.store_flos()
-        self.owed.flags = [flag for flag in FLAGS if getattr(self.control, flag)]
-        kept = {name: part.state() for name, part in self.parts.items()}
+        self.owed.flags = [flag for flag in state.FLAGS if getattr(self.control, flag)]
+        # The library's sums behind the next logged loss, of all processes together, and behind the mean loss.
+        since_log = nested_gather(self._tr_loss, self.args.parallel_mode).mean().item()  # type: ignore[no-untyped-call]
+        total, logged = self._total_loss_scalar, self._globalstep_last_logged
+        kept = {"interim": interim, "sums": {"since_log": since_log, "total": total, "last_logged": logged}}
+        kept |= {name: part.state() for name, part in self.parts.items()}
         if self.args.should_save:
-            self.checkpoints.write(self.state, {"interim": interim, **kept}, self._save)
+            self.checkpoints.write(self.state, kept, self._save)
         if self.args.world_size > 1:
             self.accelerator.wait_for_everyone()
         self.control.should_save = asked
         self.checkpoints.saved_at = time.monotonic()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Module | None = None) -> None:
-        self.loaded = read(Path(resume_from_checkpoint))
+        self.loaded = state.read(Path(resume_from_checkpoint))
         own = cast(PreTrainedModel, self.accelerator.unwrap_model(cast(Module, self.model)))
         own.load_state_dict(load_file(Path(resume_from_checkpoint) / "model.safetensors"), strict=False)  # tied: once
         own.tie_weights()
@@ -318,7 +318,7 @@ class Trainer(transformers.Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Where the batches before have been skipped, which draws as well."""
         if self.loaded:
-            load_random_states(self.loaded["random"])
+            state.load_random_states(self.loaded["random"])
             self.loaded = {}
 
     def go_on(self) -> None:
@@ -326,10 +326,13 @@ class Trainer(transformers.Trainer):
         self.checkpoints.saved_at = time.monotonic()
         if not self.loaded:
             return
+        sums = self.loaded.pop("sums")
+        self._tr_loss += sums["since_log"]  # the library has just set it to 0
+        self._total_loss_scalar, self._globalstep_last_logged = sums["total"], sums["last_logged"]
         for name, part in self.parts.items():
             part.load(self.loaded.pop(name))
         flags, epoch_end, norm, lr = self.owed.flags, self.owed.epoch_end, self.owed.grad_norm, self.owed.lr
-        vars(self.control).update({flag: flag in flags for flag in FLAGS})
+        vars(self.control).update({flag: flag in flags for flag in state.FLAGS})
         step = self._tr_loss, norm, self.model_wrapped, None, self.state.epoch, None, time.time()
         if flags:
             self.owed.step = -1 if epoch_end else self.owed.step  # its epoch is still to end
