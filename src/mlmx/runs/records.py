@@ -166,8 +166,7 @@ R = TypeVar("R", bound=Record)
 def read(kind: type[R], folder: Path, notes: list[str] | None = None) -> R | None:
     """A record of a folder; None where it has none. What a file holds is never a reason to fail.
 
-    What is of another type than it should be counts as absent; of a file that is torn, all of it does, and ``notes``
-    gets a line.
+    What is of another type counts as absent; of a file that is torn, all of it does, and ``notes`` gets a line.
     """
     found = _object(folder / kind.FILE, notes)
     return None if found is None else parsed(kind, found)
@@ -196,15 +195,13 @@ def parsed(kind: type[R], found: Mapping[str, Any]) -> R:
 def _object(path: Path, notes: list[str] | None) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError):
-        pass
-    if notes is not None:
+        found = None
+    if not isinstance(found, dict) and notes is not None:
         notes.append(f"{path.name} cannot be read")
-    return {}
+    return found if isinstance(found, dict) else {}
 
 
 def write(record: Record, folder: Path) -> None:

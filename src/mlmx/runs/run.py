@@ -23,7 +23,6 @@ from omegaconf import OmegaConf
 
 from mlmx.config import own_files, whole
 from mlmx.config.errors import RequestError, path_of
-from mlmx.config.own_files import Files
 from mlmx.config.paths import outputs_dir
 from mlmx.config.redaction import redacted
 from mlmx.config.schema import Resume, TrainConfig, from_plain
@@ -137,7 +136,7 @@ def begin_run(
     cfg: TrainConfig,
     overrides: tuple[str, ...],
     inputs: Mapping[str, Any],
-    own: Files | None = None,
+    own: own_files.Files | None = None,
     drift: Mapping[str, tuple[Any, Any]] | None = None,
 ) -> Run:
     """Write the first files of a run; refuse a folder that already holds one, unless that is what goes on.
@@ -148,9 +147,8 @@ def begin_run(
         drift: of a run that goes on what has changed about it, kept in ``drift.jsonl``; None for a new one.
     """
     if drift is None and (folder / "config.yaml").exists():
-        raise RequestError(
-            f"{folder}: already holds a run; choose another hydra.run.dir, or go on with it by resume={folder}"
-        )
+        choices = f"choose another hydra.run.dir, or go on with it by resume={folder}"
+        raise RequestError(f"{folder}: already holds a run; {choices}")
     folder.mkdir(parents=True, exist_ok=True)
     run, plain = Run(folder), redacted(asdict(replace(cfg, resume=Resume())))
     if drift:
@@ -172,7 +170,7 @@ def begin_run(
     return run
 
 
-def keep_own(folder: Path, own: Files) -> None:
+def keep_own(folder: Path, own: own_files.Files) -> None:
     """Write YAML of the user's own below ``conf/`` of a run or a sweep."""
     for place, text in own.items():
         path = folder / own_files.FOLDER / place
@@ -218,8 +216,7 @@ def all_runs() -> list[Run]:
 
 
 def folders_with(name: str, top: Path) -> Iterator[Path]:
-    """Folders that hold a file of that name; not looked for inside them: a run has many files, and there may be
-    thousands of runs."""
+    """Folders that hold a file of that name; not looked for inside them: thousands of runs have many files each."""
     for folder, subfolders, names in os.walk(top):
         if name in names:
             subfolders.clear()

@@ -103,8 +103,7 @@ def at_once() -> Iterator[None]:
 
 @contextlib.contextmanager
 def passed_on() -> Iterator[None]:
-    """Around jobs in child processes: these get the signal, and it is raised when they are done; with the second one
-    they end on the spot, as this process does."""
+    """Around jobs in child processes: they get the signal, raised when they are done; a second one ends all at once."""
     before, _asked.passing = _asked.passing, True
     try:
         with deferred():

@@ -103,7 +103,7 @@ class Mishaps:
         return -(-self.batch_size // self.splits)
 
     def split(self, step: int, reason: str, never: str | None, record: Record) -> None:
-        """Twice as many parts from here on; a `WorkError` where a part is one row already, or splits ``never`` are."""
+        """Twice as many parts from here on; a `WorkError` where a part is one row already, or ``never`` says why."""
         if never is not None:
             raise WorkError(
                 f"out of memory at step {step} ({reason}): {never} a batch is not split by itself; choose a smaller "
