@@ -23,14 +23,11 @@ class DiskFullError(WorkError):
 
 
 def needed_bytes(weights: int, optimizer: int, kept: int) -> int:
-    """The most that a run takes at any time, without what it reads.
+    """The most bytes that a run takes at any time; ``kept``: checkpoints that are there when one has been saved.
 
-    Args:
-        weights, optimizer: bytes of the model, and of the optimizer's state of it.
-        kept: the most checkpoints that are there when one has been saved; MLflow's links to them take no space.
+    MLflow's links to them take no space. One more is being written, or saved by a signal. The final model comes when
+    none is; until then its bytes are those of weights that MLflow lets go of late.
     """
-    # One more is being written, or saved by a signal. The final model comes when none is; until then its bytes are
-    # those of weights that MLflow lets go of late.
     return (kept + 1) * (weights + optimizer) + weights + OTHER_BYTES
 
 

@@ -76,14 +76,6 @@ class OptimizerState:
             scheduler._last_lr = rates  # noqa: SLF001 (what its get_last_lr returns)
 
 
-def random_states() -> dict[str, Any]:
-    """Of the global generators; the stock collator and dropout draw from them."""
-    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    return states
-
-
 def load_random_states(states: Mapping[str, Any]) -> None:
     """Put the global generators back."""
     random.setstate(states["python"])
@@ -118,7 +110,10 @@ class Checkpoints:
         def fill(aside: Path) -> None:
             save_model(str(aside))
             tensors: dict[str, torch.Tensor] = {}
-            every = {**parts, "random": random_states()}
+            # The stock collator and dropout draw from the global generators.
+            drawn = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+            drawn |= {"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {}
+            every = {**parts, "random": drawn}
             kept = {name: checkpoints.flattened(part, tensors, name) for name, part in every.items()}
             save_file(tensors, aside / TENSORS)
             (aside / "state.json").write_text(json.dumps({"format": 2, **kept}), encoding="utf-8")
