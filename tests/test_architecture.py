@@ -159,7 +159,7 @@ def test_only_what_runs_after_the_checks_imports_a_heavy_library_on_loading():
     heavy = {"torch", "transformers", "datasets", "mlflow", "accelerate", "matplotlib", "rich"}
     loading = {module for module, path in MODULES.items() if library_imports(TREES[path].body) & heavy}
     after = {"models.head", "tracking.logged_models", "tracking.mlflow_run", "comparison.plots", "evaluation.scoring"}
-    kernels = {"cpu", "flops", "gradients", "out_of_memory"}
+    kernels = {"cpu", "flops"}
     training = {"arithmetic", "callbacks", "failures", "state", "trainer"}
     assert loading <= after | {f"kernels.{part}" for part in kernels} | {f"training.{part}" for part in training}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from mlmx.kernels import gradients
+from mlmx.kernels import cpu
 from tests.support.trainings import last, train
 
 SHAPES = [(30522, 96), (96, 96), (96,), (8, 8, 3), (1, 50_000), ()]
@@ -29,17 +29,17 @@ def exact(parameters: list[torch.nn.Parameter]) -> float:
 
 def test_the_norm_is_that_of_fp64():
     parameters = with_gradients(*SHAPES)
-    assert gradients.total_norm(parameters).item() == pytest.approx(exact(parameters), rel=1e-6)
-    assert gradients.total_norm(with_gradients()).item() == 0.0
+    assert cpu.total_norm(parameters).item() == pytest.approx(exact(parameters), rel=1e-6)
+    assert cpu.total_norm(with_gradients()).item() == 0.0
 
 
 def test_gradients_are_scaled_to_the_norm_and_not_touched_within_it():
     parameters = with_gradients(*SHAPES, size=0.01)
     before = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
     norm = exact(parameters)
-    assert gradients.clip(parameters, norm * 1.01).item() == pytest.approx(norm, rel=1e-5)
+    assert cpu.clip(parameters, norm * 1.01).item() == pytest.approx(norm, rel=1e-5)
     assert all(torch.equal(parameter.grad, one) for parameter, one in zip(parameters, before, strict=False))
-    assert gradients.clip(parameters, 0.5).item() == pytest.approx(norm, rel=1e-5)
+    assert cpu.clip(parameters, 0.5).item() == pytest.approx(norm, rel=1e-5)
     assert exact(parameters) == pytest.approx(0.5, rel=1e-5)
     for parameter, one in zip(parameters, before, strict=False):
         assert torch.allclose(parameter.grad, one * 0.5 / norm, rtol=1e-4)
@@ -53,7 +53,7 @@ def test_a_step_is_that_of_clipped_gradients(fused: bool):
         for parameters in (ours, theirs):
             for parameter, new in zip(parameters, with_gradients((64, 32), (33,), size=size), strict=True):
                 parameter.grad = new.grad
-        gradients.clip(ours, 0.7, steps[0])
+        cpu.clip(ours, 0.7, steps[0])
         torch.nn.utils.clip_grad_norm_(theirs, 0.7)
         for optimizer in steps:
             optimizer.step()
@@ -67,7 +67,7 @@ def test_a_step_is_that_of_clipped_gradients(fused: bool):
 def test_what_is_not_finite_shows(bad: float):
     parameters = with_gradients((4, 4), (3,))
     parameters[0].grad[1, 2] = bad
-    assert not gradients.clip(parameters, 1.0).isfinite()
+    assert not cpu.clip(parameters, 1.0).isfinite()
 
 
 def test_training_clips_by_it_and_logs_it(tiny: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch):

@@ -121,7 +121,7 @@ def steps(folder: Path) -> list[int]:
 def test_rotation_keeps_the_newest_and_the_best(tmp_path):
     for step in range(1, 6):
         checkpoints.write(tmp_path / f"checkpoint-{step}", fill)
-    checkpoints.rotate(tmp_path, None, None)
+    checkpoints.rotate(tmp_path, None)
     assert steps(tmp_path) == [5, 4, 3, 2, 1]
     checkpoints.rotate(tmp_path, 2, tmp_path / "checkpoint-1")
     assert steps(tmp_path) == [5, 4, 1]
@@ -133,7 +133,7 @@ def test_an_interim_checkpoint_goes_when_there_is_a_newer_one(tmp_path):
         checkpoints.write(
             tmp_path / f"checkpoint-{step}", lambda to, state=state: (to / "state.json").write_text(state)
         )
-    checkpoints.rotate(tmp_path, None, None)
+    checkpoints.rotate(tmp_path, None)
     assert steps(tmp_path) == [4, 3, 1]
 
 

@@ -16,7 +16,7 @@ from transformers import Trainer as LibraryTrainer
 
 from mlmx.commands import main
 from mlmx.config.errors import WorkError
-from mlmx.kernels.out_of_memory import brief, is_out_of_memory, parts
+from mlmx.kernels.memory import brief, is_out_of_memory, parts
 from mlmx.models import head
 from mlmx.runs.run import Run, all_runs
 from mlmx.tracking.tracker import Tracker

@@ -28,7 +28,7 @@ from mlmx.models.encoders import load_model, weights_sha256
 from mlmx.models.fill import prompt_of
 from mlmx.runs import checkpoints, disk, identity, process, provenance, signals
 from mlmx.runs.log import log_to, log_to_file
-from mlmx.runs.run import HELDOUT_FILE, Run, begin_run, discard_empty, reopen_run
+from mlmx.runs.run import HELDOUT_FILE, Run, begin_run, discard_empty
 from mlmx.tracking.store import Store, store_of
 from mlmx.tracking.tracker import Tracker
 from mlmx.training.arguments import optimizer_bytes, saves, training_arguments
@@ -136,7 +136,7 @@ def opened(cfg: TrainConfig, job: Job, ready: Ready) -> Run:
     identity.require_allowed(drift, cfg.resume.allow)
     for key, (was, now) in drift.items():
         log.info("resume: %s was %s, is %s from here on", key, was, now)
-    return reopen_run(run, cfg, job.overrides, inputs, drift, job.own)
+    return begin_run(job.folder, cfg, job.overrides, inputs, job.own, drift)
 
 
 def require_space(job: Job, ready: Ready, keep: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,35 +19,24 @@ MOST_BYTES = 200_000_000  # of a file's arrays, unpacked
 
 @dataclass(frozen=True)
 class Sums:
-    """Additive parts of a score.
+    """Additive parts of a score."""
 
-    Attributes:
-        tokens: number of targets.
-        totals: Σ over targets of each metric, float64.
-    """
-
-    tokens: int = 0
-    totals: Mapping[str, float] = field(default_factory=dict)
+    tokens: int = 0  # number of targets
+    totals: Mapping[str, float] = field(default_factory=dict)  # Σ over targets of each metric
 
     def __add__(self, other: Sums) -> Sums:
-        names = [*self.totals, *(name for name in other.totals if name not in self.totals)]
+        names = {**self.totals, **other.totals}
         totals = {name: self.totals.get(name, 0.0) + other.totals.get(name, 0.0) for name in names}
         return Sums(self.tokens + other.tokens, totals)
 
 
 @dataclass(frozen=True)
 class DocumentSums:
-    """Additive parts per held-out document: what two runs can be compared by, pair by pair.
+    """Additive parts per held-out document: what two runs can be compared by, pair by pair."""
 
-    Attributes:
-        keys: uint64[D], each document's key.
-        tokens: int64[D], number of targets.
-        totals: float64[D] per metric, Σ over the document's targets.
-    """
-
-    keys: NDArray[np.uint64]
-    tokens: NDArray[np.int64]
-    totals: dict[str, NDArray[np.float64]]
+    keys: NDArray[np.uint64]  # [D], each document's key
+    tokens: NDArray[np.int64]  # [D], number of targets
+    totals: dict[str, NDArray[np.float64]]  # [D] per metric, Σ over the document's targets
 
     def sums(self) -> Sums:
         """All documents together."""
@@ -60,11 +49,7 @@ class DocumentSums:
 
     @classmethod
     def load(cls, path: Path) -> DocumentSums:
-        """What `save` wrote.
-
-        Raises:
-            ValueError: arrays larger than any run's, or not of one length.
-        """
+        """What `save` wrote; a ValueError of arrays larger than any run's, or not of one length."""
         with np.load(path, allow_pickle=False) as file:
             unpacked = sum(entry.file_size for entry in file.zip.infolist())
             if unpacked > MOST_BYTES:
@@ -100,14 +85,10 @@ class Resampled:
 
     Documents are drawn with replacement: they differ far more than runs do, and targets of one document are no
     independent observations (Koehn 2004, paired bootstrap).
-
-    Attributes:
-        samples: float64[draws, R], mean loss per target.
-        means: float64[R], that of all documents as they are.
     """
 
-    samples: NDArray[np.float64]
-    means: NDArray[np.float64]
+    samples: NDArray[np.float64]  # [draws, R], mean loss per target
+    means: NDArray[np.float64]  # [R], that of all documents as they are
 
     def interval(self, run: int) -> tuple[float, float]:
         """That of the loss of one run, over documents."""
@@ -120,34 +101,25 @@ class Resampled:
 
 
 def resampled(runs: Sequence[DocumentSums], *, draws: int = DRAWS) -> Resampled:
-    """Bootstrap samples of runs that scored the same targets.
-
-    Raises:
-        RequestError: they did not.
-    """
+    """Bootstrap samples of runs that scored the same targets; refused where they did not."""
     first = runs[0]
     require(
         all(run.same_targets(first) for run in runs),
         "these runs did not score the same held-out targets; only runs of one protocol can be compared",
     )
     losses = [np.ascontiguousarray(run.totals["loss"], np.float64) for run in runs]
-    samples = []
-    for times in _drawn(first, draws):
+    samples, rng, number = [], np.random.default_rng(SEED), len(first.keys)
+    at_once = max(1, MOST_AT_ONCE // max(number, 1))
+    for start in range(0, draws, at_once):
+        some = min(at_once, draws - start)
+        places = rng.integers(0, number, (some, number)) + number * np.arange(some)[:, None]
+        # How often each document is in each of the next draws, float64[some, D].
+        times = np.bincount(places.ravel(), minlength=some * number).reshape(some, number).astype(np.float64)
         # A product for each run: one for all rounds a run's sums by its place among them, and equal runs would differ.
         sums = np.stack([times @ of_run for of_run in losses], axis=1)
         samples.append(sums / np.maximum(times @ first.tokens, 1)[:, None])
     means = np.array([of_run.sum() for of_run in losses]) / max(int(first.tokens.sum()), 1)
     return Resampled(np.concatenate(samples), means)
-
-
-def _drawn(documents: DocumentSums, draws: int) -> Iterator[NDArray[np.float64]]:
-    """How often each document is in each of the next draws, float64[some, D]; few enough for the memory."""
-    rng, number = np.random.default_rng(SEED), len(documents.keys)
-    at_once = max(1, MOST_AT_ONCE // max(number, 1))
-    for start in range(0, draws, at_once):
-        some = min(at_once, draws - start)
-        places = rng.integers(0, number, (some, number)) + number * np.arange(some)[:, None]
-        yield np.bincount(places.ravel(), minlength=some * number).reshape(some, number).astype(np.float64)
 
 
 def _quantiles(samples: NDArray[np.float64]) -> tuple[float, float]:

@@ -19,7 +19,6 @@ from mlmx.evaluation.measure import Measure
 from mlmx.models.encoders import longest_input
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOP = 5
@@ -27,15 +26,11 @@ TOP = 5
 
 @dataclass(frozen=True)
 class Fills:
-    """Fills the gaps of the examples with a model, in fp32, without drawing a random number.
-
-    Args:
-        measure: says how many rows fit into memory at once, mostly all of them.
-    """
+    """Fills the gaps of the examples with a model, in fp32, without drawing a random number."""
 
     examples: Sequence[Example]
     tokenizer: PreTrainedTokenizerBase
-    measure: Measure
+    measure: Measure  # says how many rows fit into memory at once, mostly all of them
 
     def __call__(self, trained: PreTrainedModel) -> list[dict[str, Any]]:
         """A row per example that the model can hold: sentence, the word that stood there, and the likeliest ones."""
@@ -47,7 +42,11 @@ class Fills:
         rows, size, top = [], self.measure.batch_size, min(TOP, len(self.tokenizer))
         with scoring.exactly(trained):
             for some in (held[first : first + size] for first in range(0, len(held), size)):
-                found = scoring.likeliest(trained, self._batch(some), top)
+                chunks = [{"input_ids": np.array(one.input_ids, np.int64), "word_starts": None} for one in some]
+                ids, _, real = pad(chunks, self.measure.vocabulary.pad_id)
+                at = np.arange(len(some)) * ids.shape[1] + np.array([one.position for one in some])
+                masked = batch(ids, at, self.measure.vocabulary.mask_id, real)
+                found = scoring.likeliest(trained, masked, top)
                 rows += [self._row(*parts) for parts in zip(some, *(part.tolist() for part in found), strict=True)]
         return rows
 
@@ -59,9 +58,3 @@ class Fills:
             **{f"fill_{n}": str(self.tokenizer.decode([token])).strip() for n, token in enumerate(ids, start=1)},
             "probabilities": " ".join(f"{probability:.4f}" for probability in probabilities),
         }
-
-    def _batch(self, some: Sequence[Example]) -> dict[str, torch.Tensor]:
-        rows = [{"input_ids": np.array(example.input_ids, np.int64), "word_starts": None} for example in some]
-        ids, _, real = pad(rows, self.measure.vocabulary.pad_id)
-        at = np.arange(len(some)) * ids.shape[1] + np.array([example.position for example in some])
-        return batch(ids, at, self.measure.vocabulary.mask_id, real)

@@ -52,11 +52,7 @@ TAKEN = (*METRICS, *OTHERS, "keys", "tokens")  # the last two beside the metrics
 
 
 def all_metrics() -> dict[str, Metric]:
-    """Ours, and those of installed plugins.
-
-    Raises:
-        RequestError: one cannot be imported, has a name of ours, or does not say which direction is better.
-    """
+    """Ours, and those of installed plugins; refuses one that cannot be imported or does not keep to its contract."""
     return METRICS | {name: partial(_on_tensors, _of_plugin(name)) for name in plugins("metric")}
 
 
@@ -98,11 +94,7 @@ def _values(
 
 
 def try_out() -> None:
-    """See that the metrics of plugins keep to their contract, on three made-up targets.
-
-    Raises:
-        RequestError: one does not, in one line with its name.
-    """
+    """See that the metrics of plugins keep to their contract, on three made-up targets."""
     logits = np.linspace(-4, 4, 3 * 8, dtype=np.float32).reshape(3, 8)
     for name in plugins("metric"):
         function = _of_plugin(name)

@@ -41,15 +41,11 @@ def numbers(sums: Sums) -> dict[str, float]:
     if not sums.tokens:
         return dict.fromkeys([*all_metrics(), "perplexity"], math.nan)
     means = {name: total / sums.tokens for name, total in sums.totals.items()}
-    return {"loss": means["loss"], "perplexity": perplexity(means["loss"]), **means}
-
-
-def perplexity(mean_loss: float) -> float:
-    """exp(loss), infinite where that is beyond a float."""
     try:
-        return math.exp(mean_loss)
+        perplexity = math.exp(means["loss"])
     except OverflowError:
-        return math.inf
+        perplexity = math.inf
+    return {"loss": means["loss"], "perplexity": perplexity, **means}
 
 
 def score(model: PreTrainedModel, rows: Rows, collate: Collate, batch_size: int) -> Sums:
@@ -122,10 +118,7 @@ def _values(model: PreTrainedModel, batch: Batch, metrics: Mapping[str, Metric])
 def likeliest(
     model: PreTrainedModel, batch: Batch, top: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
-    """Of each target the likeliest ids, int64[M, top], their probabilities, and that of the right id, float32[M].
-
-    To be used inside `exactly`.
-    """
+    """Inside `exactly`: of each target the likeliest ids, int64[M, top], their probabilities, that of the right id."""
     logits, labels = head.masked_logits(model, _on(model, batch))
     probabilities = logits.float().softmax(-1)
     found, own = probabilities.topk(top), probabilities.gather(1, labels[:, None])[:, 0]
@@ -138,17 +131,13 @@ def _on(model: PreTrainedModel, batch: Batch) -> Batch:
 
 @contextlib.contextmanager
 def exactly(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block the model computes in fp32, without dropout and gradients, whatever it trains with.
-
-    On the CPU with the kernels that training uses.
-    """
+    """Inside the block the model computes in fp32, without dropout and gradients, whatever it trains with."""
     import torch  # noqa: PLC0415 (slow to import)
 
     from mlmx.kernels.cpu import CpuKernels  # noqa: PLC0415 (imports torch)
 
     kernels = CpuKernels() if model.device.type == "cpu" else contextlib.nullcontext()
-    was_training = model.training
-    if was_training:  # each change goes through all of its modules
+    if was_training := model.training:  # each change goes through all of its modules
         model.train(False)
     try:
         with torch.no_grad(), torch.autocast(model.device.type, enabled=False), full_fp32(), kernels:

@@ -38,18 +38,13 @@ def matmul_peak(device: str, dtype: torch.dtype) -> float:
     size, rounds = (1024, 9) if device == "cpu" else (8192, 20)
     numbers = torch.Generator(device)  # its own: a training's random state must not depend on who measured before
     left, right = (torch.randn(size, size, device=device, generator=numbers).to(dtype) for _ in range(2))
-    out = torch.empty_like(left)
+    out, wait = torch.empty_like(left), torch.cpu.synchronize if device == "cpu" else torch.accelerator.synchronize
     seconds: list[float] = []
     while len(seconds) < rounds and sum(seconds) < MEASURED_SECONDS:
-        _wait(device)
+        wait()
         began = time.perf_counter()
         torch.mm(left, right, out=out)
-        _wait(device)
+        wait()
         seconds.append(time.perf_counter() - began)
     usual = statistics.quantiles(seconds, n=4)[0] if len(seconds) > 1 else seconds[0]
     return float(2 * size**3 / usual)
-
-
-def _wait(device: str) -> None:
-    if device != "cpu":
-        torch.accelerator.synchronize()

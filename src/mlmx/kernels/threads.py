@@ -33,11 +33,7 @@ class Neighbours:
 
 
 def choose_waiting(neighbours: Neighbours, alone: bool = True) -> None:
-    """Set how threads wait, before torch is loaded.
-
-    Args:
-        alone: no other process of this very run will want the cores.
-    """
+    """Set how threads wait, before torch is loaded; ``alone``: no other process of this run will want the cores."""
     set_waiting(awake=alone and neighbours.share() < SHARED)
 
 

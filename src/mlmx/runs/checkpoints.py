@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger("mlmx")
-Plain = dict[str, Any] | float | str | None  # as JSON
-PREFIX = "checkpoint-"
-MANIFEST = "manifest.json"
+PREFIX, MANIFEST = "checkpoint-", "manifest.json"
+LOSSES = ("heldout/loss", "eval/loss")  # what checkpoints are compared by: the first that any of them has
 
 
 class DamagedError(ValueError):
@@ -37,42 +36,36 @@ class DamagedError(ValueError):
 
 
 def write(folder: Path, fill: Callable[[Path], None], manifest: bool = True) -> None:
-    """A folder with what ``fill`` puts into it, there as a whole or not at all; one of the same name is replaced.
-
-    Raises:
-        OSError: it could not be written (a full disk, say); what was there before is as it was.
-    """
+    """A folder with what ``fill`` puts into it, as a whole in place of one of that name, which stays if it fails."""
     clear_half_written(folder.parent, folder.name)
     with disk.writing(folder), whole.folder(folder) as aside:
         fill(aside)
         if manifest:
-            files = sorted(path for path in aside.rglob("*") if path.is_file())
-            sums = {path.relative_to(aside).as_posix(): {"sha256": sha256(path)} | _size(path) for path in files}
+            files = {path.relative_to(aside).as_posix(): path for path in sorted(aside.rglob("*")) if path.is_file()}
+            sums = {name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for name, path in files.items()}
             (aside / MANIFEST).write_text(json.dumps({"files": sums}, indent=1) + "\n", encoding="utf-8")
 
 
 def verify(folder: Path) -> None:
-    """Compare a checkpoint with its manifest.
-
-    Raises:
-        DamagedError: what is missing, too short or changed.
-    """
-    for name, wanted in _manifest(folder).items():
-        path = folder / name
-        if not path.is_file():
-            raise DamagedError(f"{name} is missing")
-        if _size(path)["bytes"] != wanted["bytes"] or sha256(path) != wanted["sha256"]:
-            raise DamagedError(f"{name} is not what was written")
-
-
-def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Compare a checkpoint with its manifest; a `DamagedError` says what is missing, too short or changed."""
     if not (folder / MANIFEST).is_file():
         raise DamagedError("it has no manifest")
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return {name: {"bytes": wanted["bytes"], "sha256": wanted["sha256"]} for name, wanted in files.items()}
+        written = [(name, wanted["bytes"], wanted["sha256"]) for name, wanted in files.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{MANIFEST} cannot be read") from error
+    for name, size, sha256 in written:
+        path = folder / name
+        if not path.is_file():
+            raise DamagedError(f"{name} is missing")
+        if path.stat().st_size != size or _sha256(path) != sha256:
+            raise DamagedError(f"{name} is not what was written")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def all_of(checkpoints: Path) -> list[Path]:
@@ -87,17 +80,17 @@ def step_of(folder: Path) -> int:
 
 
 def newest_whole(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that is what was written; damaged ones before it are moved aside, and said.
-
-    Half-written folders of a process that was killed are cleared.
-    """
+    """The newest checkpoint that is what was written; half-written ones go, damaged ones are moved aside, and said."""
     clear_half_written(checkpoints)
     for folder in all_of(checkpoints):
         try:
             verify(folder)
             return folder
         except DamagedError as error:
-            aside = _unused(folder.with_name(f"damaged-{folder.name}"))
+            number, aside = 1, folder.with_name(f"damaged-{folder.name}")
+            while aside.exists():
+                number += 1
+                aside = folder.with_name(f"damaged-{folder.name}-{number}")
             folder.rename(aside)
             log.warning("checkpoint %s is damaged (%s); moved to %s", folder.name, error, aside)
     return None
@@ -109,55 +102,24 @@ def clear_half_written(checkpoints: Path, name: str = f"{PREFIX}*") -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def remove(folder: Path) -> None:
-    """Take a checkpoint away; one that is half gone no longer bears its name."""
-    aside = folder.with_name(f".{folder.name}.tmp")
-    folder.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def rotate(checkpoints: Path, limit: int | None, *best: Path | None) -> None:
+def rotate(checkpoints: Path, limit: int | None, *best: Path) -> None:
     """Keep the newest ``limit`` checkpoints (all if None or 0) and the best; of interim ones only the newest."""
-    kept = {folder.resolve() for folder in best if folder is not None}
     newest, *older = all_of(checkpoints)
-    for folder in older:
-        if is_interim(folder):
-            remove(folder)
-    for folder in all_of(checkpoints)[limit:] if limit else []:
-        if folder != newest and folder.resolve() not in kept:
-            remove(folder)
+    kept = {folder.resolve() for folder in (newest, *best)}
+    interim = [folder for folder in older if is_interim(folder)]
+    lasting = [newest, *(folder for folder in older if folder not in interim)]
+    beyond = [folder for folder in lasting[limit:] if folder.resolve() not in kept] if limit else []
+    for folder in (*interim, *beyond):
+        folder.rename(folder.with_name(f".{folder.name}.tmp"))  # one that is half gone no longer bears its name
+    clear_half_written(checkpoints)
 
 
-def sha256(path: Path) -> str:
-    """Checksum of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _size(path: Path) -> dict[str, int]:
-    return {"bytes": path.stat().st_size}
-
-
-def _unused(path: Path) -> Path:
-    number, found = 1, path
-    while found.exists():
-        number += 1
-        found = path.with_name(f"{path.name}-{number}")
-    return found
-
-
-# ------------------------------------------------------------------------------- states as JSON and tensors
-
-
-def flattened(state: object, tensors: dict[str, Tensor], path: str = "") -> Plain:
+def flattened(state: object, tensors: dict[str, Tensor], path: str = "") -> object:
     """A nested state as JSON, its tensors put into ``tensors`` under the paths that stand in their places.
 
     >>> taken = {}
     >>> flattened({"step": 3, 0: (1.5, None)}, taken)
     {'dict': [['step', 3], [0, {'tuple': [1.5, None]}]]}
-
-    Raises:
-        TypeError: a value that is neither tensor nor plain.
     """
     import numpy as np  # noqa: PLC0415 (slow, and torch alone needs it)
     import torch
@@ -169,7 +131,7 @@ def flattened(state: object, tensors: dict[str, Tensor], path: str = "") -> Plai
         return {"dict": [[key, flattened(value, tensors, f"{path}.{key}")] for key, value in state.items()]}
     if isinstance(state, (list, tuple)):
         items = [flattened(value, tensors, f"{path}.{number}") for number, value in enumerate(state)]
-        return {type(state).__name__: items} if type(state) in (list, tuple) else {"list": items}
+        return {"tuple" if type(state) is tuple else "list": items}
     if state is None or isinstance(state, (bool, int, float, str)):
         return state
     raise TypeError(f"{path.lstrip('.')}: a {type(state).__name__} cannot be kept in a checkpoint")
@@ -189,11 +151,6 @@ def restored(kept: Any, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401 (
     return tuple(made) if kind == "tuple" else made
 
 
-# -------------------------------------------------------- Which checkpoints a run keeps, and which of them is its best
-
-LOSSES = ("heldout/loss", "eval/loss")  # what checkpoints are compared by: the first that any of them has
-
-
 def limit_of(keep: str) -> int | None:
     """How many of the newest checkpoints stay, whatever they score; None for all of them.
 
@@ -210,20 +167,18 @@ def loss_name(scores: Iterable[Mapping[str, float]]) -> str | None:
 
 
 def best_step(scores: Mapping[int, Mapping[str, float]]) -> int | None:
-    """The step with the lowest held-out loss, else evaluation loss; the earlier of equals.
-
-    A step with a loss that is not finite is never the best.
+    """The step with the lowest held-out loss, else evaluation loss, all of them finite; the earlier of equals.
 
     >>> best_step({5: {"heldout/loss": 2.0, "eval/loss": 3.0}, 10: {"heldout/loss": 1.5, "eval/loss": math.nan}})
     5
     """
     name = loss_name(scores.values()) or ""
-    finite = {
-        step: one[name]
-        for step, one in sorted(scores.items())
-        if name in one and all(math.isfinite(one[loss]) for loss in LOSSES if loss in one)
-    }
-    return min(finite, key=lambda step: finite[step], default=None)
+    losses = [
+        (one[name], step)
+        for step, one in scores.items()
+        if name in one and all(math.isfinite(one.get(loss, 0.0)) for loss in LOSSES)
+    ]
+    return min(losses)[1] if losses else None
 
 
 def scores_of(history: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float]]:

@@ -14,7 +14,6 @@ from mlmx.config.errors import WorkError, require
 
 OTHER_BYTES = 16 * 2**20  # logs, numbers, plots, rows of the MLflow store
 RESERVE_FILE, RESERVE_BYTES = ".reserve", 2**20
-FULL = (errno.ENOSPC, errno.EDQUOT)
 # Libraries that pass an error on as text: safetensors, sqlite.
 FULL_IN_WORDS = ("No space left on device", "Disk quota exceeded", "database or disk is full")
 
@@ -23,28 +22,17 @@ class DiskFullError(WorkError):
     """The one line a full disk ends a command with."""
 
 
-# ----------------------------------------------------------------------------------------- before a run
-
-
 def needed_bytes(weights: int, optimizer: int, kept: int) -> int:
-    """The most that a run takes at any time, without what it reads.
+    """The most bytes that a run takes at any time; ``kept``: checkpoints that are there when one has been saved.
 
-    Args:
-        weights, optimizer: bytes of the model, and of the optimizer's state of it.
-        kept: the most checkpoints that are there when one has been saved; MLflow's links to them take no space.
+    MLflow's links to them take no space. One more is being written, or saved by a signal. The final model comes when
+    none is; until then its bytes are those of weights that MLflow lets go of late.
     """
-    checkpoint = weights + optimizer
-    aside = checkpoint  # the one that is being written, or that a signal saves
-    # The final model comes when none is written; until then its bytes are those of weights that MLflow lets go of late.
-    return kept * checkpoint + aside + weights + OTHER_BYTES
+    return (kept + 1) * (weights + optimizer) + weights + OTHER_BYTES
 
 
 def require_free(folder: Path, needed: int, kept: int) -> None:
-    """Refuse a run that the disk has no room for.
-
-    Raises:
-        RequestError: what is needed, what is free and what to do.
-    """
+    """Refuse a run that the disk has no room for."""
     free = free_bytes(folder)
     fewer = "keep fewer checkpoints (keep=1), " if kept > 1 else ""
     require(
@@ -56,8 +44,7 @@ def require_free(folder: Path, needed: int, kept: int) -> None:
 
 def free_bytes(folder: Path) -> int:
     """What may still be written on the disk of a folder, which need not be there yet."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
 def bytes_below(folder: Path) -> int:
@@ -77,16 +64,13 @@ def in_words(size: int) -> str:
     return f"{size} B"
 
 
-# --------------------------------------------------------------------------------------- a full disk
-
-
 def is_full(error: BaseException | None) -> bool:
     """Whether an error, or what it came from, is that of a full disk or a spent quota."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         said = isinstance(error, DiskFullError) or any(words in str(error) for words in FULL_IN_WORDS)
-        if said or getattr(error, "errno", None) in FULL:
+        if said or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -94,11 +78,7 @@ def is_full(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A full disk inside the block says what it had no room for.
-
-    Raises:
-        OSError: ENOSPC with that path, whatever a library made of it.
-    """
+    """A full disk inside the block is an ENOSPC with the path it had no room for, whatever a library made of it."""
     try:
         yield
     except Exception as error:
@@ -111,11 +91,11 @@ def disk_full(error: BaseException, run: Path | None = None) -> DiskFullError:
     """The error of a full disk as one line: what was not written, what is free, how to go on with the run."""
     if isinstance(error, DiskFullError):
         return error
-    named = getattr(error, "filename", None)
-    what = Path(named) if isinstance(named, str) else None
-    free = f" ({in_words(free_bytes(what.absolute()))} free there)" if what else ""
+    what = "a file could not be written"
+    if isinstance(named := getattr(error, "filename", None), str):
+        what = f"{Path(named)} could not be written ({in_words(free_bytes(Path(named).absolute()))} free there)"
     then = f"go on: python -m mlmx train resume={shlex.quote(str(run))}" if run else "run the command again"
-    return DiskFullError(f"disk full: {what or 'a file'} could not be written{free}; make space and {then}")
+    return DiskFullError(f"disk full: {what}; make space and {then}")
 
 
 def reserve(folder: Path) -> None:

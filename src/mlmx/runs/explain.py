@@ -10,35 +10,23 @@ from mlmx.config.schema import CONFIGS, group_names
 from mlmx.runs.disk import disk_full, is_full
 
 LONGEST_LINE = 1500  # characters; of a longer one the middle is left out
-KINDS = {
-    "Float": "a number",
-    "Integer": "a whole number",
-    "bool": "true or false",
-    "String": "a text",
-    "List": "a list",
-}
+KIND = {"Float": "a number", "Integer": "a whole number", "String": "a text", "bool": "true or false", "List": "a list"}
 
 
 def explain(error: BaseException, command: str) -> tuple[int, str]:
     """``(exit code, line)``: 2 where the request was wrong, 1 where the work failed; no secret is in the line."""
-    code, line = _explain(error, command)
-    return code, redact(line)
-
-
-def _explain(error: BaseException, command: str) -> tuple[int, str]:
     from hydra.errors import HydraException  # noqa: PLC0415 (--help does not load Hydra)
     from omegaconf.errors import OmegaConfBaseException  # noqa: PLC0415 (nor OmegaConf)
 
-    where = "".join(f"{note}: " for note in getattr(error, "__notes__", []))
-    if isinstance(error, RequestError):
-        return 2, one_line(f"{where}{error}")
-    if isinstance(error, WorkError):
-        return 1, one_line(f"{where}{error}")
-    if isinstance(error, (HydraException, OmegaConfBaseException)):
-        return 2, one_line(where + _composition(error, command))
-    if is_full(error):
-        return 1, one_line(f"{where}{disk_full(error)}")
-    return 1, one_line(f"{where}{type(error).__name__}: {error} (MLMX_DEBUG=1 shows where)")
+    code, line = 1, f"{type(error).__name__}: {error} (MLMX_DEBUG=1 shows where)"
+    if isinstance(error, (RequestError, WorkError)):
+        code, line = 2 if isinstance(error, RequestError) else 1, str(error)
+    elif isinstance(error, (HydraException, OmegaConfBaseException)):
+        code, line = 2, _composition(error, command)
+    elif is_full(error):
+        line = str(disk_full(error))
+    notes = "".join(f"{note}: " for note in getattr(error, "__notes__", []))
+    return code, redact(one_line(f"{notes}{line}"))
 
 
 def one_line(error: BaseException | str) -> str:
@@ -59,9 +47,7 @@ def _composition(error: BaseException, command: str) -> str:
     """Hydra's composition errors in our words."""
     from hydra.errors import MissingConfigException, OverrideParseException  # noqa: PLC0415 (as above)
 
-    text = str(error)
-    roots = [*CONFIGS[command].__dataclass_fields__, "experiment"]
-    listing = f"(python -m mlmx {command} --help lists them)"
+    text, listing = str(error), f"(python -m mlmx {command} --help lists them)"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         known = list(error.options or [])
@@ -69,21 +55,18 @@ def _composition(error: BaseException, command: str) -> str:
     if isinstance(error, OverrideParseException):
         key = error.override.partition("=")[0]
         return f"{error.override}: cannot be read; a value with special characters needs quotes: '{key}=\"…\"'"
-    unknown = re.search(r"Could not override '([^']*)'|Could not find match|Could not delete.*?'([^']*)'", text)
-    if unknown and unknown.group(1):
+    if unknown := re.search(r"Could not override '([^']+)'", text):
         key = unknown.group(1)
+        roots = [*CONFIGS[command].__dataclass_fields__, "experiment"]
         return f"{key}: unknown key{did_you_mean(key, roots)} {listing}"
-    merging = re.search(r"Error merging override (.*)", text)
-    if merging:
-        given = merging.group(1).strip()
-        cause = str(error.__cause__ or "").split("\n")[0]
+    if merging := re.search(r"Error merging override (.*)", text):
+        given, cause = merging.group(1).strip(), str(error.__cause__ or "").split("\n")[0]
         key = given.lstrip("+").split("=")[0]
-        groups = group_names(CONFIGS[command])
-        if key in groups:
+        if key in group_names(CONFIGS[command]):
             return f"{given}: {key} is a group: {key}=<option>, or {key}.<key>=<value> {listing}"
         if cause.endswith("is not Optional"):
             return f"{given}: a value is needed"
         kind = re.search(r"(?:could not be converted to|is not a(?: valid)?) (Float|Integer|bool|String|List)", cause)
-        return f"{given}: {f'{KINDS[kind.group(1)]} is needed' if kind else cause}"
+        return f"{given}: {f'{KIND[kind.group(1)]} is needed' if kind else cause}"
     cause = f" ({one_line(error.__cause__)})" if error.__cause__ else ""
     return one_line(text) + cause

@@ -14,30 +14,13 @@ from mlmx.config.schema import TrainConfig
 
 # Keys of `train` that change neither what is learnt nor what is measured. The precision counts as it was resolved.
 WITHOUT_EFFECT = (
-    "run_name",
-    "note",
-    "example",
-    "tracking",
-    "resume",
-    "save_minutes",
-    "keep",
-    "register",
-    "precision",
-    "sweep",
-)
+    "run_name", "note", "example", "tracking", "resume", "save_minutes", "keep", "register", "precision", "sweep",
+)  # fmt: skip
 TRAINER_WITHOUT_EFFECT = (
-    "use_cpu",
-    "dataloader_num_workers",
-    "dataloader_pin_memory",
-    "dataloader_prefetch_factor",
-    "logging_first_step",
-    "logging_steps",
-    "logging_strategy",
-    "per_device_eval_batch_size",
-    "save_steps",
-    "save_strategy",
+    "use_cpu", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "logging_first_step",
+    "logging_steps", "logging_strategy", "per_device_eval_batch_size", "save_steps", "save_strategy",
     "save_total_limit",
-)
+)  # fmt: skip
 MOST_KEYS = 10_000
 INPUTS = ("data", "tokenizer", "precision", "processes")
 
@@ -48,24 +31,20 @@ def dials(cfg: TrainConfig) -> dict[str, Any]:
 
 
 def recorded_dials(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of plain values, also of keys that are not known here.
+    """The same of plain values, also of keys that are not known here; a ValueError of more than any config has."""
 
-    Raises:
-        ValueError: more keys than any config has.
-    """
+    def flat(path: str, value: object) -> Iterable[tuple[str, Any]]:
+        if isinstance(value, Mapping) and value:
+            for key, inner in value.items():
+                yield from flat(f"{path}.{key}" if path else str(key), inner)
+        else:
+            yield path, value
+
     kept = {key: value for key, value in values.items() if key not in WITHOUT_EFFECT}
-    flat = dict(itertools.islice(_flat("", kept), MOST_KEYS + 1))
-    if len(flat) > MOST_KEYS:
+    found = dict(itertools.islice(flat("", kept), MOST_KEYS + 1))
+    if len(found) > MOST_KEYS:
         raise ValueError(f"holds more than {MOST_KEYS:,} keys")
-    return {key: value for key, value in flat.items() if key.removeprefix("trainer.") not in TRAINER_WITHOUT_EFFECT}
-
-
-def _flat(path: str, value: object) -> Iterable[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for key, inner in value.items():
-            yield from _flat(f"{path}.{key}" if path else str(key), inner)
-    else:
-        yield path, value
+    return {key: value for key, value in found.items() if key.removeprefix("trainer.") not in TRAINER_WITHOUT_EFFECT}
 
 
 def fingerprint(*parts: Mapping[str, Any] | str) -> str:
@@ -83,37 +62,25 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
     >>> differences({"lr": 1, "seed": 2}, {"lr": 3, "seed": 2})
     {'lr': (1, 3)}
     """
-    keys = [*before, *(key for key in now if key not in before)]
-    return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
+    return {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
 
 
 def require_allowed(found: Mapping[str, tuple[Any, Any]], allowed: Iterable[str]) -> None:
-    """Refuse to continue a run of which more has changed than was allowed.
+    """Refuse to continue a run of which more has changed than these keys; ``trainer`` allows ``trainer.max_steps``."""
 
-    Args:
-        allowed: keys, or groups of them: ``trainer`` allows ``trainer.max_grad_norm``.
+    def short(value: object) -> str:
+        text = str(value)
+        return text if len(text) <= 60 else f"{text[:12]}…"
 
-    Raises:
-        RequestError: with every difference.
-    """
     names = list(allowed)
-    left = {key: pair for key, pair in found.items() if not any(_covers(name, key) for name in names)}
-    listed = "; ".join(f"{key} was {_short(was)}, is {_short(now)}" for key, (was, now) in left.items())
+    left = {key: pair for key, pair in found.items() if not any(f"{key}.".startswith(f"{name}.") for name in names)}
+    listed = "; ".join(f"{key} was {short(was)}, is {short(now)}" for key, (was, now) in left.items())
     everything = ",".join(dict.fromkeys([*names, *left]))
     require(
         not left,
         f"resume: this is not the run that was interrupted ({listed}); put it back as it was, "
         f"or go on all the same, on record, with resume.allow=[{everything}]",
     )
-
-
-def _covers(name: str, key: str) -> bool:
-    return key == name or key.startswith(f"{name}.")
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:12]}…"
 
 
 def without_resume(overrides: Iterable[str]) -> tuple[str, ...]:

@@ -15,14 +15,6 @@ from mlmx.runs.run import Run
 log = logging.getLogger("mlmx")
 
 
-def _without_secrets(record: logging.LogRecord) -> bool:
-    """Takes secrets out of a record once, for whoever shows it, also where an exception of a library is quoted."""
-    record.msg, record.args = redact(record.getMessage()), None
-    if record.exc_info:
-        record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
-    return True
-
-
 class _Stdout(logging.StreamHandler[TextIO]):
     """Looks stdout up at each line: a progress bar, or a test, may have put its own in place."""
 
@@ -53,8 +45,7 @@ def log_to() -> Iterator[None]:
         yield
         return
     first = os.environ.get("RANK", "0") == "0"  # of several processes, one speaks
-    handler = _Stdout() if first else logging.NullHandler()
-    with _handled(handler):
+    with _handled(_Stdout() if first else logging.NullHandler()):
         yield
 
 
@@ -77,3 +68,11 @@ def _handled(handler: logging.Handler) -> Iterator[None]:
         yield
     finally:
         log.removeHandler(handler)
+
+
+def _without_secrets(record: logging.LogRecord) -> bool:
+    """Takes secrets out of a record once, for whoever shows it, also where an exception of a library is quoted."""
+    record.msg, record.args = redact(record.getMessage()), None
+    if record.exc_info:
+        record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
+    return True

@@ -1,7 +1,4 @@
-"""``metrics.jsonl``: every number of a run, a line of JSON per logging.
-
-The first place that a number goes to; what MLflow has comes from here.
-"""
+"""``metrics.jsonl``: every number of a run, a line of JSON per logging. What MLflow has comes from here."""
 
 from __future__ import annotations
 
@@ -24,19 +21,24 @@ class MetricsFile:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "metrics.jsonl"
         self.file = self.path.open("a+b", buffering=0)
-        self.size = self._whole_bytes()
+        self.file.seek(0)
+        self.size = position = 0  # a process killed while writing, or a power cut, leaves something behind the last row
+        for line in self.file.read().splitlines(keepends=True):
+            position += len(line)
+            self.size = position if rows_of([line]) else self.size
         self.file.truncate(self.size)
         self.zone = datetime.now().astimezone().tzinfo  # asking for it at each line takes as long as writing one
         self.second, self.date = 0, ""
 
     def append(self, step: int, epoch: float, metrics: Mapping[str, float]) -> dict[str, Any]:
-        """One line, whole or not at all; returns its row.
-
-        Raises:
-            OSError: it could not be written (a full disk, say).
-        """
+        """One line, whole or not at all where it cannot be written (a full disk, say); returns its row."""
+        now = time.time()
+        second = int(now)
+        if second != self.second:  # asking for isoformat at each line takes as long as writing one, too
+            self.second, self.date = second, datetime.fromtimestamp(second, self.zone).isoformat()
+        moment = f"{self.date[:19]}.{int((now - second) * 1e6):06}{self.date[19:]}"
         epoch = round(epoch * 1e6) / 1e6  # the same as round(epoch, 6), in a third of the time
-        row = {"step": step, "epoch": epoch, "time": self._now(), **metrics}
+        row = {"step": step, "epoch": epoch, "time": moment, **metrics}
         line = memoryview((json.dumps(row) + "\n").encode())
         written = 0
         try:
@@ -49,26 +51,9 @@ class MetricsFile:
         self.size += written
         return row
 
-    def _now(self) -> str:
-        """As `datetime.isoformat` gives it; asking it at each line takes as long as writing one, too."""
-        now = time.time()
-        second = int(now)
-        if second != self.second:
-            self.second, self.date = second, datetime.fromtimestamp(second, self.zone).isoformat()
-        return f"{self.date[:19]}.{int((now - second) * 1e6):06}{self.date[19:]}"
-
     def close(self) -> None:
         """No more lines."""
         self.file.close()
-
-    def _whole_bytes(self) -> int:
-        """Where the last row ends: a process killed while writing, or a power cut, leaves something behind it."""
-        self.file.seek(0)
-        whole = position = 0
-        for line in self.file.read().splitlines(keepends=True):
-            position += len(line)
-            whole = position if rows_of([line]) else whole
-        return whole
 
 
 def rows_of(lines: Iterable[bytes]) -> list[dict[str, Any]]:

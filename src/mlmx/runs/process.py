@@ -27,23 +27,18 @@ from mlmx.runs.records import ProcessRecord, Result, Status
 from mlmx.runs.run import Run, all_runs, discard_empty
 
 log = logging.getLogger("mlmx")
-
 LOCK_FILE = ".lock"
 HEARTBEAT_SECONDS = 30.0
 SILENCE_SECONDS = 300.0  # without a heartbeat a process elsewhere counts as dead
 SAME_SECONDS = 1.0  # a process is the one that began at that moment; the system tells it anew each time
 LOOK_SECONDS = 0.5  # another process that only looks whether the lock is held takes it for less than this
-WRITTEN_ALL_ALONG = (Result.FILE, "metrics.jsonl", "train.log")
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """A run's folder as this process's own, from before its first file to its end; made if it is not there.
+    """A run's folder as this process's own, from before its first file to its end; refused while another one holds it.
 
     Where the run does not begin, or a request to go on with it is refused, nothing tells that it was held.
-
-    Raises:
-        RequestError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, lock = folder / ProcessRecord.FILE, FileLock(folder / LOCK_FILE)
@@ -58,23 +53,18 @@ def held(folder: Path) -> Iterator[None]:
         with _heartbeat(path):
             yield
     except BaseException as error:
-        refused = old_run and isinstance(error, RequestError)
-        if refused or not (folder / Result.FILE).exists():
-            _put_back(path, before)
+        if (old_run and isinstance(error, RequestError)) or not (folder / Result.FILE).exists():
+            with contextlib.suppress(OSError):  # what is under way says more
+                if before is None:
+                    path.unlink(missing_ok=True)
+                else:
+                    path.write_bytes(before)
             if not old_lock:
                 Path(lock.lock_file).unlink(missing_ok=True)
             discard_empty(folder)
         raise
     finally:
         lock.release()
-
-
-def _put_back(path: Path, contents: bytes | None) -> None:
-    with contextlib.suppress(OSError):  # what is under way says more
-        if contents is None:
-            path.unlink(missing_ok=True)
-        else:
-            path.write_bytes(contents)
 
 
 def holder(run: Run) -> str:
@@ -113,31 +103,28 @@ def process_of(run: Run) -> ProcessRecord:
 def heard_seconds_ago(run: Run) -> float:
     """Seconds since the last heartbeat; for a run without one, as of MLflow, since its files were last written."""
     path = run.folder / ProcessRecord.FILE
-    paths = [path] if path.is_file() else [run.folder / name for name in WRITTEN_ALL_ALONG]
+    paths = [path] if path.is_file() else [run.folder / name for name in (Result.FILE, "metrics.jsonl", "train.log")]
     return time.time() - max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
 
 
 def is_alive(run: Run, running: bool | None = None) -> bool:
-    """Whether the process that makes a run is still there.
-
-    Args:
-        running: whether its files say so; None: as its ``result.json`` does.
-    """
+    """Whether the process that makes a run is still there; ``running``: whether its files say so, else `Run.status`."""
     who, here = process_of(run), provenance.process()
     if _of_one_machine(who, here):  # its children may hold the lock for a while longer than it
-        return _is_locked(run.folder) and not is_gone(who, here)
+        with unless_held(run.folder) as is_free:
+            return not is_free and not is_gone(who, here)
     restarted = provenance.boot_time()
     if who.host == here.host and restarted and time.time() - heard_seconds_ago(run) < restarted:
         return False  # not heard since this machine started anew; a later heartbeat is one of its namesake
-    running = run.status == Status.RUNNING if running is None else running
-    return running and heard_seconds_ago(run) < SILENCE_SECONDS
+    says_so = run.status == Status.RUNNING if running is None else running
+    return says_so and heard_seconds_ago(run) < SILENCE_SECONDS
 
 
 def is_gone(who: ProcessRecord, here: ProcessRecord) -> bool:
     """Whether a process is known to have ended: of this machine and namespace, and its pid is free or another's."""
-    if not _of_one_machine(who, here) or who.pid_namespace != here.pid_namespace:
-        return False
     if who.pid is None or who.pid_started is None:  # the lock has to tell
+        return False
+    if not _of_one_machine(who, here) or who.pid_namespace != here.pid_namespace:
         return False
     started = provenance.pid_started(who.pid)
     return started is None or abs(started - who.pid_started) > SAME_SECONDS
@@ -147,42 +134,33 @@ def _of_one_machine(who: ProcessRecord, here: ProcessRecord) -> bool:
     return who.host == here.host if here.boot_id is None else who.boot_id == here.boot_id
 
 
-def _is_locked(folder: Path) -> bool:
-    with unless_held(folder) as is_free:
-        return not is_free
-
-
 @contextlib.contextmanager
 def unless_held(folder: Path) -> Iterator[bool]:
     """Whether nobody holds a run's folder; if so, nobody can inside the block."""
-    lock = FileLock(folder / LOCK_FILE)
-    if not Path(lock.lock_file).is_file():  # a copy
-        yield True
-        return
+    lock, is_free = FileLock(folder / LOCK_FILE), True
+    if Path(lock.lock_file).is_file():  # else it is a copy
+        try:
+            lock.acquire(blocking=False)
+        except (Timeout, OSError):  # a lock of another user's cannot be opened: left alone
+            is_free = False
     try:
-        lock.acquire(blocking=False)
-    except (Timeout, OSError):  # a lock of another user's cannot be opened: left alone
-        yield False
-        return
-    try:
-        yield True
+        yield is_free
     finally:
         lock.release()
 
 
 def mark_dead() -> list[Run]:
     """Write KILLED where a run says RUNNING and its process is no more; returns these runs, oldest first."""
-    return [run for run in all_runs() if run.status == Status.RUNNING and not is_alive(run) and _mark(run)]
-
-
-def _mark(run: Run) -> bool:
-    with unless_held(run.folder) as is_free:
-        if not is_free or run.status != Status.RUNNING:  # resumed, or ended, since it was looked at
-            return False
-        resumable = (run.folder / "config.yaml").is_file()  # else it had not begun
-        try:
-            records.write(replace(run.result(), status=Status.KILLED, resumable=resumable), run.folder)
-        except OSError as error:
-            log.info("%s: its process is gone, but KILLED cannot be written (%s)", run.folder, error)
-            return False
-    return True
+    dead = []
+    for run in all_runs():
+        if run.status == Status.RUNNING and not is_alive(run):
+            with unless_held(run.folder) as is_free:
+                if not is_free or run.status != Status.RUNNING:  # resumed, or ended, since it was looked at
+                    continue
+                resumable = (run.folder / "config.yaml").is_file()  # else it had not begun
+                try:
+                    records.write(replace(run.result(), status=Status.KILLED, resumable=resumable), run.folder)
+                    dead.append(run)
+                except OSError as error:
+                    log.info("%s: its process is gone, but KILLED cannot be written (%s)", run.folder, error)
+    return dead

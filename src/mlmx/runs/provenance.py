@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -24,11 +25,13 @@ from mlmx.runs.run import Run
 
 log = logging.getLogger("mlmx")
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "hydra-core", "mlflow")
-
 # Tags that MLflow itself reads: what a run is nested under, and its description in markdown.
 PARENT, NOTE = "mlflow.parentRunId", "mlflow.note.content"
 GIB = 2**30
 UNTOLD = (OSError, RuntimeError)  # what psutil raises where /proc is not there, or holds less than it should
+PACKAGES_FILE, DIFF_FILE = "packages.txt", "git.diff"  # what a run was made with, in its folder
+MOST_DIFF_BYTES = 2**20
+PATIENCE_SECONDS = 5.0  # at the end of a run that was shorter than keeping these takes
 PROCESS_TAGS = ("mlmx.host", "mlmx.boot_id", "mlmx.pid_namespace", "mlmx.pid", "mlmx.pid_started")
 
 
@@ -55,9 +58,7 @@ def process_tags() -> dict[str, str]:
 def code() -> Mapping[str, str]:
     """Versions of what computes, and the commit of this code; an installed wheel has none."""
     found = {"mlmx.packages": " ".join(f"{name}=={version(name)}" for name in PACKAGES)}
-    source = checkout()
-    commit = git(source, "rev-parse", "HEAD") if source else None
-    if source and commit:
+    if (source := checkout()) and (commit := git(source, "rev-parse", "HEAD")):
         found["mlflow.source.git.commit"] = commit
         found["mlmx.git_dirty"] = str(bool(git(source, "status", "--porcelain"))).lower()
     return found
@@ -79,22 +80,20 @@ def code_version() -> str:
     return f"{__version__}+{sources.hexdigest()[:12]}"
 
 
+@cache
 def process() -> ProcessRecord:
     """Which process this is."""
-    return _process(os.getpid())
-
-
-@cache
-def _process(pid: int) -> ProcessRecord:
-    boot_id = Path("/proc/sys/kernel/random/boot_id")
-    namespace = Path("/proc/self/ns/pid")
+    boot_id, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     return ProcessRecord(
         host=socket.gethostname(),
         boot_id=boot_id.read_text(encoding="ascii").strip() if boot_id.is_file() else None,
         pid_namespace=namespace.readlink().name if namespace.is_symlink() else None,
-        pid=pid,
-        pid_started=pid_started(pid),
+        pid=os.getpid(),
+        pid_started=pid_started(os.getpid()),
     )
+
+
+os.register_at_fork(after_in_child=process.cache_clear)
 
 
 def pid_started(pid: int) -> float | None:
@@ -105,32 +104,29 @@ def pid_started(pid: int) -> float | None:
     """
     import psutil  # noqa: PLC0415 (a refused configuration does not load it)
 
-    try:
+    with contextlib.suppress(psutil.Error, *UNTOLD):
         found = psutil.Process(pid)
-        if found.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-            return None
-        return float(found.create_time() - (psutil.boot_time() if psutil.LINUX else 0))
-    except (psutil.Error, *UNTOLD):
-        return None
+        if found.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return float(found.create_time() - (psutil.boot_time() if psutil.LINUX else 0))
+    return None
 
 
 def boot_time() -> float | None:
     """When this machine began, in seconds since 1970; None where the system does not tell."""
     import psutil  # noqa: PLC0415 (a refused configuration does not load it)
 
-    try:
+    with contextlib.suppress(*UNTOLD):
         return float(psutil.boot_time())
-    except UNTOLD:
-        return None
+    return None
 
 
 def machine() -> dict[str, str]:
-    """Tags of what a run computes on: in words, as far as the system tells, and number by number, to filter by.
-
-    ``2 × AMD EPYC · 31 GiB`` or ``NVIDIA H100 (79 GiB) · 8 × …``.
-    """
-    cores, memory, gpus = _usable_cores(), memory_bytes(), _gpus()
-    words = [f"{name} ({bytes_ / GIB:.0f} GiB)" for name, bytes_ in gpus] + [f"{cores} × {_processor()}"]
+    """Tags of what a run computes on: as ``NVIDIA H100 (79 GiB) · 8 × AMD EPYC · 31 GiB``, and by number, to filter."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    info, memory, gpus = Path("/proc/cpuinfo"), memory_bytes(), _gpus()
+    named = re.search(r"^model name[^:\n]*:(.*)$", info.read_text("utf-8"), re.MULTILINE) if info.is_file() else None
+    processor = named.group(1).strip() if named else platform.processor() or platform.machine()
+    words = [f"{name} ({bytes_ / GIB:.0f} GiB)" for name, bytes_ in gpus] + [f"{cores} × {processor}"]
     found = {"mlmx.cores": str(cores)}
     if memory:
         words.append(f"{memory / GIB:.0f} GiB")
@@ -140,8 +136,7 @@ def machine() -> dict[str, str]:
     return {"mlmx.hardware": " · ".join(words), **found}
 
 
-def _gpus() -> list[tuple[str, int]]:
-    """Name and bytes of each, where torch is loaded."""
+def _gpus() -> list[tuple[str, int]]:  # name and bytes of each, where torch is loaded
     torch = sys.modules.get("torch")
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if torch else []
     return [(str(gpu.name), int(gpu.total_memory)) for gpu in found]
@@ -156,64 +151,40 @@ def memory_bytes() -> int | None:
     except UNTOLD:
         return None
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
+        with contextlib.suppress(OSError, ValueError):  # "max"
             there = min(there, int(Path(limit).read_text(encoding="ascii")))
-        except (OSError, ValueError):  # "max"
-            continue
     return there
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def git(folder: Path, *arguments: str) -> str | None:
     """What git says; None where it fails, or is not there."""
+    command = ["git", "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=5, check=True
-        )
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
-
-
-# -------------------------------------------------------------------- What a run was made with, in files of its folder
-
-PACKAGES_FILE, DIFF_FILE = "packages.txt", "git.diff"
-MOST_DIFF_BYTES = 2**20
-PATIENCE_SECONDS = 5.0  # at the end of a run that was shorter than this takes
 
 
 @contextlib.contextmanager
 def kept(run: Run) -> Iterator[None]:
     """The files are written during the block, by a thread: the training does not wait for git or a slow disk."""
-    thread = threading.Thread(target=_write, args=(run,), name="lineage", daemon=True)
+
+    def write() -> None:
+        try:
+            for name, text in ((PACKAGES_FILE, packages()), (DIFF_FILE, redact(changes()))):
+                path = run.folder / name
+                other = path.is_file() and path.read_text(encoding="utf-8") != text  # than it was begun with
+                if text:
+                    run.write_text(resumed_name(name) if other else name, text)
+        except Exception as error:  # noqa: BLE001 (of whatever kind: the run does not need them)
+            log.warning("%s: what it was made with could not be kept (%s)", run.folder, error)
+
+    thread = threading.Thread(target=write, name="lineage", daemon=True)
     thread.start()
     try:
         yield
     finally:
         thread.join(PATIENCE_SECONDS)
-
-
-def _write(run: Run) -> None:
-    try:
-        for name, text in ((PACKAGES_FILE, packages()), (DIFF_FILE, redact(changes()))):
-            path = run.folder / name
-            other = path.is_file() and path.read_text(encoding="utf-8") != text  # than it was begun with
-            if text:
-                run.write_text(resumed_name(name) if other else name, text)
-    except Exception as error:  # noqa: BLE001 (of whatever kind: the run does not need them)
-        log.warning("%s: what it was made with could not be kept (%s)", run.folder, error)
 
 
 def resumed_name(name: str) -> str:
@@ -240,21 +211,13 @@ def changes() -> str:
         return ""
     unknown = git(folder, "ls-files", "--others", "--exclude-standard") or ""
     head = "".join(f"# not known to git: {name}\n" for name in unknown.splitlines())
-    return _bounded(head.encode() + _diff(folder))
-
-
-def _diff(checkout: Path) -> bytes:
     # Neither colours nor programs that a user's settings may name; read no further than is kept.
-    command = ["git", "-C", str(checkout), "diff", "--no-color", "--no-ext-diff", "--no-textconv", "HEAD"]
+    command = ["git", "-C", str(folder), "diff", "--no-color", "--no-ext-diff", "--no-textconv", "HEAD"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
-        found = process.stdout.read(MOST_DIFF_BYTES + 1)
+        found = head.encode() + process.stdout.read(MOST_DIFF_BYTES + 1)
         process.kill()
-    return found
-
-
-def _bounded(found: bytes) -> str:
     if len(found) <= MOST_DIFF_BYTES:
         return found.decode(errors="replace")
-    whole = found[: found.rindex(b"\n", 0, MOST_DIFF_BYTES) + 1] if b"\n" in found[:MOST_DIFF_BYTES] else b""
+    whole = found[: found.rfind(b"\n", 0, MOST_DIFF_BYTES) + 1]
     return whole.decode(errors="replace") + f"# cut here: more than {MOST_DIFF_BYTES:,} bytes\n"

@@ -26,8 +26,6 @@ from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 from mlmx.config import whole
 from mlmx.config.redaction import redacted
 
-DATA_FILE = "data.json"
-
 
 class Status(StrEnum):
     """How a run or a sweep stands, in its folder and in MLflow; UNKNOWN where a file says none of the four."""
@@ -55,11 +53,9 @@ def numbers(values: object) -> dict[str, float]:
     {'eval/loss': 2.5, 'steps': 7}
     """
     found = values.items() if isinstance(values, Mapping) else ()
-    return {name: value for name, value in found if _is_number(value) and isinstance(name, str) and name.isprintable()}
-
-
-def _is_number(value: object) -> bool:
-    return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
+    named = [(name, one) for name, one in found if isinstance(name, str) and name.isprintable()]
+    largest = sys.float_info.max
+    return {name: one for name, one in named if type(one) is float or (type(one) is int and abs(one) <= largest)}
 
 
 Numbers = Annotated[dict[str, float], PlainValidator(numbers)]
@@ -69,37 +65,23 @@ Milliseconds = Count  # since 1970
 
 @dataclass
 class Result:
-    """How a run ended; where that was not written, as by a power cut, it says RUNNING.
-
-    Attributes:
-        resumable: whether a run that ended early can go on.
-        pruned: it was ended early, as no better than others were by then.
-        metrics: the last value of each; ``seconds``: what was spent on each part.
-    """
+    """How a run ended; where that was not written, as by a power cut, it says RUNNING."""
 
     FILE: ClassVar = "result.json"
     status: Status = Status.RUNNING
-    resumable: bool = False
+    resumable: bool = False  # whether a run that ended early can go on
     run_id: str | None = None
     run_name: str | None = None
     command: str | None = None
     protocol: str | None = None
-    pruned: bool = False
-    metrics: Numbers = field(default_factory=dict)
-    seconds: Numbers = field(default_factory=dict)
+    pruned: bool = False  # it was ended early, as no better than others were by then
+    metrics: Numbers = field(default_factory=dict)  # the last value of each
+    seconds: Numbers = field(default_factory=dict)  # what was spent on each part
 
 
 @dataclass
 class MlflowRecord:
-    """All that makes the MLflow run of a run or a sweep.
-
-    Attributes:
-        started, ended: milliseconds since 1970.
-        run_id: once MLflow has said it.
-        register: by what name its best and last models go into the registry when it has finished.
-        kept: the checkpoints that are there, where older ones are deleted as new ones come.
-        notes: earlier descriptions of ours, by which one that a person has edited can be told.
-    """
+    """All that makes the MLflow run of a run or a sweep."""
 
     FILE: ClassVar = "mlflow.json"
     name: str = ""
@@ -107,10 +89,10 @@ class MlflowRecord:
     params: dict[str, str] = field(default_factory=dict)
     started: Milliseconds = 0
     ended: Milliseconds | None = None
-    run_id: str | None = None
-    register: str | None = None
-    kept: list[str] | None = None
-    notes: list[str] = field(default_factory=list)
+    run_id: str | None = None  # once MLflow has said it
+    register: str | None = None  # by what name its best and last models go into the registry when it has finished
+    kept: list[str] | None = None  # the checkpoints that are there, where older ones are deleted as new ones come
+    notes: list[str] = field(default_factory=list)  # earlier descriptions: another one was edited by a person
 
 
 @dataclass
@@ -119,10 +101,6 @@ class ProcessRecord:
 
     A pid alone is used again and means something within its namespace (a container's) only; the boot's id tells
     machines of one name, and a machine from itself after a restart.
-
-    Attributes:
-        pid_started: seconds, see `provenance.pid_started`.
-        started: when it took the run, with the time zone.
     """
 
     FILE: ClassVar = "process.json"
@@ -130,91 +108,65 @@ class ProcessRecord:
     boot_id: str | None = None
     pid_namespace: str | None = None
     pid: Annotated[int, Field(gt=0, lt=2**31)] | None = None
-    pid_started: float | None = None
-    started: str | None = None
+    pid_started: float | None = None  # seconds, see `provenance.pid_started`
+    started: str | None = None  # when it took the run, with the time zone
 
 
 @dataclass
 class JobRecord:
-    """A job of a sweep.
-
-    Attributes:
-        key: of everything that its numbers come from, see `identity.fingerprint`; ``dials`` of its config alone.
-        error: why it failed, in one line.
-    """
+    """A job of a sweep."""
 
     FILE: ClassVar = "job.json"
-    key: str = ""
-    dials: str = ""
+    key: str = ""  # of everything that its numbers come from, see `identity.fingerprint`
+    dials: str = ""  # the same of its config alone
     overrides: list[str] = field(default_factory=list)
-    error: str | None = None
+    error: str | None = None  # why it failed, in one line
 
 
 @dataclass
 class SweepRecord:
-    """A sweep; where its file is torn, nobody knows how it stands.
-
-    Attributes:
-        identity: by which the same sweep, issued again, is known.
-        swept: what stands behind each swept key.
-        jobs: how many were asked for last.
-        started, ended: milliseconds since 1970.
-        best: folder of the best run.
-    """
+    """A sweep; where its file is torn, nobody knows how it stands."""
 
     FILE: ClassVar = "sweep.json"
     name: str = ""
     command: str = ""
-    identity: str = ""
-    swept: dict[str, str] = field(default_factory=dict)
-    jobs: Count = 0
+    identity: str = ""  # by which the same sweep, issued again, is known
+    swept: dict[str, str] = field(default_factory=dict)  # what stands behind each swept key
+    jobs: Count = 0  # how many were asked for last
     status: Status = Status.UNKNOWN
     started: Milliseconds = 0
     ended: Milliseconds | None = None
-    best: str | None = None
+    best: str | None = None  # folder of the best run
 
 
 @dataclass
 class SplitRecord:
-    """A part of the data report in ``data.json``; what else it says is for people.
+    """A part of the data report; what else it says is for people."""
 
-    Attributes:
-        sha256: of its rows; ``content_sha256`` of its texts.
-        protocol_parts: of the held-out documents, what the protocol's id is made of.
-    """
-
+    FILE: ClassVar = "data.json"  # that of all splits
     source: str = ""
     documents: Count = 0
     tokens: Count = 0
     chunks: Count = 0
-    sha256: str = ""
-    content_sha256: str | None = None
-    protocol_parts: dict[str, Any] = field(default_factory=dict)
+    sha256: str = ""  # of its rows
+    content_sha256: str | None = None  # of its texts
+    protocol_parts: dict[str, Any] = field(default_factory=dict)  # of held-out documents: what the protocol's id is of
 
 
-class Fields(Protocol):
-    """A dataclass."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-
-class Record(Fields, Protocol):
+class Record(Protocol):
     """A dataclass that knows its file."""
 
     FILE: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
-F = TypeVar("F", bound=Fields)
 R = TypeVar("R", bound=Record)
 
 
 def read(kind: type[R], folder: Path, notes: list[str] | None = None) -> R | None:
     """A record of a folder; None where it has none. What a file holds is never a reason to fail.
 
-    What is of another type than it should be counts as absent; of a file that is torn, all of it does.
-
-    Args:
-        notes: gets a line where the file cannot be read.
+    What is of another type counts as absent; of a file that is torn, all of it does, and ``notes`` gets a line.
     """
     found = _object(folder / kind.FILE, notes)
     return None if found is None else parsed(kind, found)
@@ -222,12 +174,12 @@ def read(kind: type[R], folder: Path, notes: list[str] | None = None) -> R | Non
 
 def read_splits(folder: Path, notes: list[str] | None = None) -> dict[str, SplitRecord]:
     """The splits of ``data.json`` by name, read as `read` reads."""
-    found = _object(folder / DATA_FILE, notes) or {}
+    found = _object(folder / SplitRecord.FILE, notes) or {}
     return {name: parsed(SplitRecord, split) for name, split in found.items() if isinstance(split, dict)}
 
 
-def parsed(kind: type[F], found: Mapping[str, Any]) -> F:
-    """A dataclass of what is usable of these values.
+def parsed(kind: type[R], found: Mapping[str, Any]) -> R:
+    """A record of what is usable of these values.
 
     >>> parsed(JobRecord, {"key": "a", "error": 5, "more": 6})
     JobRecord(key='a', dials='', overrides=[], error=None)
@@ -243,23 +195,17 @@ def parsed(kind: type[F], found: Mapping[str, Any]) -> F:
 def _object(path: Path, notes: list[str] | None) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError):
-        pass
-    if notes is not None:
+        found = None
+    if not isinstance(found, dict) and notes is not None:
         notes.append(f"{path.name} cannot be read")
-    return {}
+    return found if isinstance(found, dict) else {}
 
 
 def write(record: Record, folder: Path) -> None:
-    """Write a record's file, whole or not at all.
-
-    Raises:
-        OSError: it could not be written (a full disk, say).
-    """
+    """Write a record's file, whole or not at all."""
     whole.write(folder / record.FILE, as_json(asdict(record)))
 
 
@@ -269,7 +215,7 @@ def as_json(value: object) -> str:
 
 
 @cache
-def _adapters(kind: type[Fields]) -> dict[str, TypeAdapter[Any]]:
+def _adapters(kind: type[Record]) -> dict[str, TypeAdapter[Any]]:
     hints = get_type_hints(kind, include_extras=True)
     return {one.name: TypeAdapter(hints[one.name]) for one in fields(kind)}
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import os
 import shutil
@@ -24,7 +23,6 @@ from omegaconf import OmegaConf
 
 from mlmx.config import own_files, whole
 from mlmx.config.errors import RequestError, path_of
-from mlmx.config.own_files import Files
 from mlmx.config.paths import outputs_dir
 from mlmx.config.redaction import redacted
 from mlmx.config.schema import Resume, TrainConfig, from_plain
@@ -33,8 +31,6 @@ from mlmx.runs.checkpoints import MANIFEST, all_of, is_interim
 from mlmx.runs.metrics_file import MetricsFile, rows_of
 from mlmx.runs.records import Result, Status, as_json
 
-log = logging.getLogger("mlmx")
-FIRST_FILES = ("overrides.yaml", "inputs.json", Result.FILE, "config.yaml")
 EXAMPLES_FILE = "examples.json"  # a table of what a run puts into the same held-out sentences after each epoch
 HELDOUT_FILE = "heldout.npz"  # per-document sums of the last scoring, by which pairs of runs are compared
 
@@ -43,17 +39,14 @@ def discard_empty(folder: Path) -> None:
     """Remove a run folder that nothing was written to, and the empty folders above it, outputs/ included."""
     outputs = outputs_dir()
     while outputs in (folder, *folder.parents):
-        contents = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        if contents == {"multirun.yaml"}:  # Hydra's own note of a sweep of which no job started
-            (folder / "multirun.yaml").unlink()
-        elif contents:
-            return
         if folder.is_dir():
+            contents = list(folder.iterdir())
+            if [path.name for path in contents] == ["multirun.yaml"]:  # Hydra's note of a sweep of which no job started
+                contents.pop().unlink()
+            if contents:
+                return
             folder.rmdir()
         folder = folder.parent
-
-
-# ---------------------------------------------------------------------------------- one run's files
 
 
 @dataclass(frozen=True)
@@ -86,8 +79,8 @@ class Run:
 
     def saved(self) -> list[Path]:
         """The whole checkpoints that were asked for (not those saved on the way), by step; their files are not read."""
-        found = reversed(all_of(self.checkpoints))
-        return [folder for folder in found if (folder / MANIFEST).is_file() and not is_interim(folder)]
+        found = [folder for folder in all_of(self.checkpoints) if (folder / MANIFEST).is_file()]
+        return [folder for folder in reversed(found) if not is_interim(folder)]
 
     def write_json(self, name: str, value: object) -> None:
         """As `write_text`. Numbers stay what they are, secrets do not."""
@@ -116,11 +109,7 @@ class Run:
             return rows_of(file)
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON object among the files of the run; empty where it has none yet.
-
-        Raises:
-            ValueError: it is torn, or something else.
-        """
+        """A JSON object among the files of the run, empty where it has none yet; a ValueError where it is torn."""
         path = self.folder / name
         try:
             value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -137,51 +126,51 @@ class Run:
             loaded = OmegaConf.to_container(OmegaConf.load(path))
             assert isinstance(loaded, dict)
         except Exception as error:  # of many kinds, from YAML's and OmegaConf's
-            raise RequestError(
-                f"{path}: cannot be read ({type(error).__name__}: {error}); choose another run"
-            ) from error
+            said = f"{path}: cannot be read ({type(error).__name__}: {error}); choose another run"
+            raise RequestError(said) from error
         return from_plain(TrainConfig, {str(key): value for key, value in loaded.items()})
 
 
 def begin_run(
-    folder: Path, cfg: TrainConfig, overrides: tuple[str, ...], inputs: Mapping[str, Any], own: Files | None = None
+    folder: Path,
+    cfg: TrainConfig,
+    overrides: tuple[str, ...],
+    inputs: Mapping[str, Any],
+    own: own_files.Files | None = None,
+    drift: Mapping[str, tuple[Any, Any]] | None = None,
 ) -> Run:
-    """Write the first files of a run; refuse a folder that already holds one.
+    """Write the first files of a run; refuse a folder that already holds one, unless that is what goes on.
 
     Args:
         inputs: what the run is made of beyond its config, see `identity`.
         own: YAML of the user's own that its config was composed with.
+        drift: of a run that goes on what has changed about it, kept in ``drift.jsonl``; None for a new one.
     """
-    if (folder / "config.yaml").exists():
-        raise RequestError(
-            f"{folder}: already holds a run; choose another hydra.run.dir, or go on with it by resume={folder}"
-        )
+    if drift is None and (folder / "config.yaml").exists():
+        choices = f"choose another hydra.run.dir, or go on with it by resume={folder}"
+        raise RequestError(f"{folder}: already holds a run; {choices}")
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        return _written(Run(folder), cfg, overrides, inputs, own)
-    except OSError:  # a full disk
-        for name in FIRST_FILES:
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / own_files.FOLDER, ignore_errors=True)
-        raise
-
-
-def reopen_run(
-    run: Run,
-    cfg: TrainConfig,
-    overrides: tuple[str, ...],
-    inputs: Mapping[str, Any],
-    drift: Mapping[str, tuple[Any, Any]],
-    own: Files | None = None,
-) -> Run:
-    """Begin a run again in its own folder; what has changed about it is kept in ``drift.jsonl``."""
+    run, plain = Run(folder), redacted(asdict(replace(cfg, resume=Resume())))
     if drift:
         changes = {key: {"was": was, "is": now} for key, (was, now) in drift.items()}
         run.append_line("drift.jsonl", {"time": records.moment(), "changes": changes})
-    return _written(run, cfg, overrides, inputs, own)
+    try:
+        keep_own(folder, own or {})
+        searched = [own_files.searched([str(folder / own_files.FOLDER)])] if own else []
+        run.write_text("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted([*searched, *overrides]))))
+        run.write_json("inputs.json", inputs)
+        records.write(replace(run.result(), status=Status.RUNNING), folder)
+        run.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
+    except OSError:  # a full disk
+        if drift is None:
+            for name in ("overrides.yaml", "inputs.json", Result.FILE, "config.yaml"):
+                (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / own_files.FOLDER, ignore_errors=True)
+        raise
+    return run
 
 
-def keep_own(folder: Path, own: Files) -> None:
+def keep_own(folder: Path, own: own_files.Files) -> None:
     """Write YAML of the user's own below ``conf/`` of a run or a sweep."""
     for place, text in own.items():
         path = folder / own_files.FOLDER / place
@@ -189,25 +178,8 @@ def keep_own(folder: Path, own: Files) -> None:
         whole.write(path, text)
 
 
-def _written(
-    run: Run, cfg: TrainConfig, overrides: tuple[str, ...], inputs: Mapping[str, Any], own: Files | None
-) -> Run:
-    keep_own(run.folder, own or {})
-    searched = [own_files.searched([str(run.folder / own_files.FOLDER)])] if own else []
-    plain = asdict(replace(cfg, resume=Resume()))
-    run.write_text("overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted([*searched, *overrides]))))
-    run.write_json("inputs.json", inputs)
-    records.write(replace(run.result(), status=Status.RUNNING), run.folder)
-    run.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted(plain))))
-    return run
-
-
 def find_run(wanted: str) -> Run:
-    """The finished run a user means: its folder, its MLflow run id, or ``last``.
-
-    Raises:
-        RequestError: no such run, or one that has not finished.
-    """
+    """The finished run a user means: its folder, its MLflow run id, or ``last``; refuses any other."""
     run = run_named(wanted)
     if run is None:
         finished = [run for run in all_runs() if run.status == Status.FINISHED]
@@ -220,11 +192,7 @@ def find_run(wanted: str) -> Run:
 
 
 def run_named(wanted: str, key: str = "run") -> Run | None:
-    """The run of this folder or MLflow run id, in whatever state; None for ``last``.
-
-    Raises:
-        RequestError: no such run.
-    """
+    """The run of this folder or MLflow run id, in whatever state; None for ``last``; refuses where there is none."""
     if wanted == "last":
         return None
     folder = path_of(key, wanted)
@@ -232,10 +200,8 @@ def run_named(wanted: str, key: str = "run") -> Run | None:
         return Run(folder.resolve())
     by_id = [run for run in all_runs() if wanted and run.result().run_id == wanted]
     if not by_id:
-        raise RequestError(
-            f"{key}={wanted}: no such run; give a run folder (below {outputs_dir() / 'train'}), an MLflow run id, "
-            "or last"
-        )
+        where = f"a run folder (below {outputs_dir() / 'train'}), an MLflow run id, or last"
+        raise RequestError(f"{key}={wanted}: no such run; give {where}")
     return by_id[0]
 
 
@@ -249,19 +215,17 @@ def any_run(wanted: str, key: str = "run") -> Run:
 
 def all_runs() -> list[Run]:
     """Every run below outputs/train, oldest first."""
-    found = folders_with(Result.FILE, outputs_dir() / "train")
-    return sorted((Run(folder) for folder in found), key=lambda run: _started(run.folder))
+
+    def started(run: Run) -> float:
+        path = run.folder / "overrides.yaml"  # written once, at the start
+        return path.stat().st_mtime if path.is_file() else -math.inf
+
+    return sorted((Run(folder) for folder in folders_with(Result.FILE, outputs_dir() / "train")), key=started)
 
 
 def folders_with(name: str, top: Path) -> Iterator[Path]:
-    """Folders that hold a file of that name; not looked for inside them: a run has many files, and there may be
-    thousands of runs."""
+    """Folders that hold a file of that name; not looked for inside them: thousands of runs have many files each."""
     for folder, subfolders, names in os.walk(top):
         if name in names:
             subfolders.clear()
             yield Path(folder)
-
-
-def _started(folder: Path) -> float:
-    path = folder / "overrides.yaml"  # written once, at the start
-    return path.stat().st_mtime if path.is_file() else -math.inf

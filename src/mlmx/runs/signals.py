@@ -15,16 +15,14 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+UNHANDLED = (signal.SIG_DFL, signal.default_int_handler)
 
 
 class Interrupted(BaseException):
-    """The program was asked to end.
-
-    Attributes:
-        code: the exit code: 130 for SIGINT, 129 for SIGHUP, 143 for SIGTERM and SIGUSR1.
-    """
+    """The program was asked to end, with exit code 130 by SIGINT, 129 by SIGHUP, 143 by SIGTERM and SIGUSR1."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -54,10 +52,7 @@ _asked = _Asked()
 def handled() -> Iterator[None]:
     """The signals inside the block are ours. What is ignored stays ignored (nohup), and only the main thread may."""
     main = threading.current_thread() is threading.main_thread()
-    ours = (signal.SIG_DFL, signal.default_int_handler)
-    before = {number: signal.getsignal(number) for number in SIGNALS if main and signal.getsignal(number) in ours}
-    for number in before:
-        signal.signal(number, _arrived)
+    before = _taken() if main else {}
     outer, _asked.handling = _asked.handling, True
     try:
         yield
@@ -67,6 +62,10 @@ def handled() -> Iterator[None]:
             _asked.number = None
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _taken() -> dict[signal.Signals, Any]:
+    return {number: signal.signal(number, _arrived) for number in SIGNALS if signal.getsignal(number) in UNHANDLED}
 
 
 def _arrived(number: int, frame: object) -> None:
@@ -85,9 +84,9 @@ def _arrived(number: int, frame: object) -> None:
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[None]:
+def deferred(wanted: bool = True) -> Iterator[None]:
     """Inside the block a signal is noted, not raised: see `raise_noted`."""
-    before, _asked.deferring = _asked.deferring, True
+    before, _asked.deferring = _asked.deferring, wanted
     try:
         yield
     finally:
@@ -97,18 +96,14 @@ def deferred() -> Iterator[None]:
 @contextlib.contextmanager
 def at_once() -> Iterator[None]:
     """Inside the block, within `deferred`, a signal is raised again, and so is one that was noted before."""
-    before, _asked.deferring = _asked.deferring, False
-    try:
+    with deferred(False):
         raise_noted()
         yield
-    finally:
-        _asked.deferring = before
 
 
 @contextlib.contextmanager
 def passed_on() -> Iterator[None]:
-    """Around jobs in child processes: these get the signal, and it is raised when they are done; with the second one
-    they end on the spot, as this process does."""
+    """Around jobs in child processes: they get the signal, raised when they are done; a second one ends all at once."""
     before, _asked.passing = _asked.passing, True
     try:
         with deferred():
@@ -134,9 +129,7 @@ def in_worker() -> Iterator[None]:
     """
     if not _asked.patient:
         _asked.patient = _asked.deferring = True
-        for number in SIGNALS:
-            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-                signal.signal(number, _arrived)
+        _taken()
     _asked.working = True
     try:
         with at_once():

@@ -98,7 +98,7 @@ def _fail(folder: Path, error: str) -> None:
 def earlier(sweep: Sweep, cfg: TrainConfig, key: str) -> SweepJob | None:
     """The job of an earlier issue of the sweep whose run is this very one, on the same texts; the dead are marked."""
     found = next((one for one in sweep.jobs() if one.about.key == key), None) if cfg.sweep.reuse else None
-    if found is None or not (found.folder / records.DATA_FILE).is_file():
+    if found is None or not (found.folder / SplitRecord.FILE).is_file():
         return found  # nothing of it can be of other texts
     process.mark_dead()
     before, now = records.read_splits(found.folder), texts_sha256(parts_of(cfg))

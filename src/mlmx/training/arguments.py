@@ -22,45 +22,37 @@ if TYPE_CHECKING:
 # corrected: Σ loss ÷ masked tokens of the whole step, dropout seeded by step, our masks and scoring.
 # stock: the library's Trainer and collator as they are, to reproduce published recipes loss for loss.
 ARITHMETICS = ("corrected", "stock")
-
 # TrainingArguments fields that are set elsewhere, and where.
 SET_BY = {
     "learning_rate": "the dial lr",
     "num_train_epochs": "the dial epochs",
     "per_device_train_batch_size": "the dial batch_size",
     "weight_decay": "the dial weight_decay",
-    "seed": "the dial seed",
-    "bf16": "the dial precision",
-    "fp16": "the dial precision",
+    **dict.fromkeys(("seed", "data_seed"), "the dial seed"),
+    **dict.fromkeys(("bf16", "fp16"), "the dial precision"),
     "run_name": "the dial run_name",
+    "resume_from_checkpoint": "the dial resume",
     "output_dir": "hydra.run.dir",
     "report_to": "the group tracking",
-    "remove_unused_columns": "mlmx itself",
-    "disable_tqdm": "mlmx itself",
-    "logging_nan_inf_filter": "mlmx itself",
+    **dict.fromkeys(("remove_unused_columns", "disable_tqdm", "logging_nan_inf_filter"), "mlmx itself"),
+    "restore_callback_states_from_checkpoint": "mlmx itself",
     "eval_on_start": "mlmx itself (every run is scored before training)",
     "dataloader_persistent_workers": "mlmx itself (workers that live on would keep the first epoch's masks)",
+    "ignore_data_skip": "mlmx itself (a resumed run goes on with the very next batch)",
+    "save_only_model": "mlmx itself (a run could not be resumed without its optimizer)",
+    "enable_jit_checkpoint": "mlmx itself (SIGTERM, SIGINT and SIGUSR1 save a checkpoint)",
     "label_smoothing_factor": "nothing: a smoothed loss could not be compared with any other",
     "push_to_hub": "nothing: mlmx uploads no model",
-    "resume_from_checkpoint": "the dial resume",
-    "ignore_data_skip": "mlmx itself (a resumed run goes on with the very next batch)",
-    "restore_callback_states_from_checkpoint": "mlmx itself",
-    "save_only_model": "mlmx itself (a run could not be resumed without its optimizer)",
-    "fsdp": "nothing yet: a sharded training could not be resumed",
-    "deepspeed": "nothing yet: a sharded training could not be resumed",
-    "enable_jit_checkpoint": "mlmx itself (SIGTERM, SIGINT and SIGUSR1 save a checkpoint)",
-    "auto_find_batch_size": "nothing: it would change the effective batch",
-    "data_seed": "the dial seed",
-    "parallelism_config": "nothing: a process holds the whole model",
     "hub_token": "HF_TOKEN in the environment, and nothing uses it: mlmx uploads no model",
+    "auto_find_batch_size": "nothing: it would change the effective batch",
+    "parallelism_config": "nothing: a process holds the whole model",
+    **dict.fromkeys(("fsdp", "deepspeed"), "nothing yet: a sharded training could not be resumed"),
 }
-
 # The least of counts that the library takes as they are and fails on only once training has begun.
 AT_LEAST = {"gradient_accumulation_steps": 1, "per_device_eval_batch_size": 1, "dataloader_num_workers": 0}
 AT_MOST = {"dataloader_num_workers": 256, "dataloader_prefetch_factor": 1_000}
 MOST = 2**31 - 1  # of any number; no NaN is at most this
 PLAIN = (int, float, str, bool, dict, type(None))
-
 # Numbers an optimizer keeps for each weight, where it is not two; adafactor's are sums over rows and columns.
 MOMENTS = {"sgd": 0, "adafactor": 0, "adagrad": 1, "rmsprop": 1}
 
@@ -87,12 +79,7 @@ def training_arguments(
     seed: int,
     precision: str,
 ) -> TrainingArguments:
-    """The library's TrainingArguments from the ``trainer`` group and the dials.
-
-    Raises:
-        RequestError: an unknown field (with the nearest right one), a wrong type, a value the library or this
-            machine refuses.
-    """
+    """The library's TrainingArguments from the ``trainer`` group and the dials; refuses what it or the machine does."""
     import torch  # noqa: PLC0415 (slow)
     import transformers  # noqa: PLC0415 (slow)
 
@@ -151,21 +138,14 @@ def use_tf32(wanted: bool) -> None:
 
 
 def saves(arguments: TrainingArguments, num_chunks: int, keep: str = KEEP_ALL) -> tuple[int, int]:
-    """Checkpoints that a training writes in all, and the most of them that are there at its end.
-
-    Args:
-        keep: the dial, see `retention`.
-    """
-    batches = num_chunks / (arguments.train_batch_size * arguments.world_size)
-    batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
+    """Checkpoints that a training writes in all, and the most of them that are there at its end."""
+    whole = math.floor if arguments.dataloader_drop_last else math.ceil
+    batches = whole(num_chunks / (arguments.train_batch_size * arguments.world_size))
     per_epoch = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
     steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
-    strategy = _value(arguments.save_strategy)
+    strategy, every = _value(arguments.save_strategy), arguments.save_steps
     if strategy == "best":  # at most after each evaluation
-        strategy = _value(arguments.eval_strategy)
-        every = arguments.eval_steps or arguments.logging_steps
-    else:
-        every = arguments.save_steps
+        strategy, every = _value(arguments.eval_strategy), arguments.eval_steps or arguments.logging_steps
     every = math.ceil(every * steps) if every < 1 else every
     counts = {"no": 0, "epoch": math.ceil(steps / per_epoch), "steps": math.ceil(steps / max(every, 1))}
     limit = checkpoints.limit_of(keep) or arguments.save_total_limit or counts[strategy]
@@ -200,23 +180,15 @@ def _checked_fields(options: Mapping[str, Any], signature: Mapping[str, inspect.
 
 
 def resolve_precision(precision: str, on_cpu: bool) -> str:
-    """``auto`` → bf16 where the hardware multiplies it natively, else fp32.
-
-    Raises:
-        RequestError: fp16 without a CUDA device.
-    """
+    """``auto`` → bf16 where the hardware multiplies it natively, else fp32; refuses fp16 without a CUDA device."""
     import torch  # noqa: PLC0415 (slow)
 
+    on_cuda = torch.cuda.is_available() and not on_cpu
+    require(precision != "fp16" or on_cuda, "precision=fp16: needs a CUDA device; choose auto, fp32 or bf16")
+    if precision != "auto":
+        return precision
+    native = on_cuda and torch.cuda.get_device_capability() >= (8, 0)
     if on_cpu:
-        native = any(
-            getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        )
-    else:
-        native = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-    require(
-        precision != "fp16" or (not on_cpu and torch.cuda.is_available()),
-        "precision=fp16: needs a CUDA device; choose auto, fp32 or bf16",
-    )
-    if precision == "auto":
-        return "bf16" if native else "fp32"
-    return precision
+        tells = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        native = any(getattr(torch.cpu, name, bool)() for name in tells)
+    return "bf16" if native else "fp32"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -12,10 +12,13 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from mlmx.config.labels import IGNORE_INDEX
 from mlmx.kernels.cpu import CpuKernels
-from mlmx.kernels.out_of_memory import Batch
+from mlmx.kernels.memory import Batch
 
+if TYPE_CHECKING:
+    from _typeshed import SupportsLenAndGetItem
+
+# Logits and labels of a batch's masked positions, in so many rows.
 MaskedLogits = Callable[[torch.nn.Module, Batch, int | None], tuple[torch.Tensor, torch.Tensor]]
-
 ROWS = 32  # to a multiple of which the rows of targets are filled up: two tiles of AMX
 
 
@@ -24,30 +27,19 @@ class Corrected:
 
     The library multiplies loss and gradient by the accumulation steps for every masked-LM head that takes
     ``**kwargs`` without using them (huggingface/transformers#47688).
-
-    Args:
-        masked_logits: logits and labels of a batch's masked positions, in so many rows.
-        most_targets: more than a batch can have.
     """
 
     def __init__(self, arguments: TrainingArguments, masked_logits: MaskedLogits, most_targets: int | None) -> None:
-        self.args = arguments
-        self.masked_logits = masked_logits
-        self.most_targets = most_targets if arguments.device.type == "cuda" else None
+        self.args, self.masked_logits = arguments, masked_logits
+        self.most_targets = most_targets if arguments.device.type == "cuda" else None  # more than a batch can have
 
-    @contextlib.contextmanager
-    def drawing(self, model: torch.nn.Module, step: int, *place: int) -> Iterator[None]:
-        """Around forward and backward of a micro-batch or a part of it.
-
-        Args:
-            place: its number within the step and, where it is split, that of the part within it.
-        """
+    def drawing(self, model: torch.nn.Module, step: int, *place: int) -> contextlib.AbstractContextManager[Any]:
+        """Around forward and backward of a micro-batch, of this number within the step, or of a part of it."""
         # Dropout is a function of (seed, step, place within the step, process), not of what was drawn before.
         torch.manual_seed(hash((self.args.seed, step, *place, self.args.process_index)) & (2**63 - 1))
         # Such a mode reaches neither what a compiler traces nor what a backward pass runs again.
         beyond = self.args.torch_compile or getattr(model, "is_activation_checkpointing", False)
-        with CpuKernels() if self.args.device.type == "cpu" and not beyond else contextlib.nullcontext():
-            yield
+        return CpuKernels() if self.args.device.type == "cpu" and not beyond else contextlib.nullcontext()
 
     def loss(
         self, model: torch.nn.Module, inputs: Batch, num_items: torch.Tensor | int | None, share: tuple[int, int]
@@ -74,20 +66,11 @@ class Corrected:
         return loss, logits
 
 
-class Rows(Protocol):
-    """Chunks, ``{"input_ids": int[T], …}`` each."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-
 class InputIds(torch.utils.data.Dataset[dict[str, Any]]):
     """Rows as the stock collator expects them: ``{"input_ids": int64[T], "attention_mask": int64[T]}``."""
 
-    def __init__(self, chunks: Rows) -> None:
-        self.chunks = chunks
-        self.epoch = 0
+    def __init__(self, chunks: SupportsLenAndGetItem[dict[str, Any]]) -> None:
+        self.chunks, self.epoch = chunks, 0
 
     def __len__(self) -> int:
         return len(self.chunks)
@@ -104,10 +87,11 @@ def in_full_precision(model: PreTrainedModel) -> Iterator[None]:
     Scores are taken in fp32 whatever a run trains in, so that ``evaluate`` on the saved model repeats them.
     """
     wrapped, own = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
-    if own is not None:
-        model.forward = own
+    if own is None:
+        yield
+        return
+    model.forward = own
     try:
         yield
     finally:
-        if own is not None:
-            model.forward = cast(Any, wrapped)
+        model.forward = cast(Any, wrapped)

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from rich.console import Console
@@ -18,8 +18,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from mlmx.kernels.flops import flops_per_token, matmul_peak
 
 log = logging.getLogger("mlmx")
-LINE_EVERY_SECONDS = 15.0
-LOOK_EVERY_SECONDS = 0.5  # reading the loss waits for the device: not at every step
+LINE_EVERY_SECONDS, LOOK_EVERY_SECONDS = 15.0, 0.5  # reading the loss waits for the device: not at every step
 StopEarly = Callable[[float, Mapping[str, float]], bool]  # the epoch and its scores → whether that is enough
 
 
@@ -34,18 +33,13 @@ class Beginning(TrainerCallback):
 
 
 class Throughput(TrainerCallback):
-    """Tokens and seconds of the training so far.
-
-    Attributes:
-        seconds: from step end to step end: loading, masking, forward, backward and optimizer.
-        marked: tokens and seconds at the last log.
-        began: when training began, on the clock of `time.perf_counter`.
-    """
+    """Tokens of the training so far, and its seconds from step end to step end: loading, masking and all passes."""
 
     def __init__(self, scored_share: float) -> None:
         self.scored_share = scored_share  # of the positions, by the head
-        self.tokens, self.seconds, self.marked = 0, 0.0, (0, 0.0)
-        self.began: float | None = None
+        self.tokens, self.seconds = 0, 0.0
+        self.marked = (0, 0.0)  # both at the last log
+        self.began: float | None = None  # the training, on the clock of `time.perf_counter`
         self.since = 0.0
         self.chunk_size = self.measured_at = 0
         self.flops = 0.0
@@ -61,8 +55,7 @@ class Throughput(TrainerCallback):
     def count(self, inputs: Mapping[str, torch.Tensor], num_processes: int) -> None:
         """A micro-batch, as large in every process."""
         mask = inputs.get("attention_mask")
-        own = inputs["input_ids"].numel() if mask is None else int(mask.sum())
-        self.tokens += own * num_processes
+        self.tokens += num_processes * (inputs["input_ids"].numel() if mask is None else int(mask.sum()))
         self.chunk_size = inputs["input_ids"].shape[1]
 
     def on_epoch_begin(self, *_: object, **__: object) -> None:
@@ -105,57 +98,39 @@ class Recorder(Protocol):
     """Where a training's numbers and checkpoints go."""
 
     def log(self, step: int, epoch: float, metrics: dict[str, float]) -> None: ...
-
     def checkpoint(self, folder: Path, step: int, epoch: float) -> None: ...
-
     def fills(self, step: int, epoch: float, rows: list[dict[str, Any]]) -> None: ...
-
     def prune(self) -> None: ...
 
 
 class Reporter(TrainerCallback):
-    """Names the library's numbers as ours and hands them, and each checkpoint, to the recorder.
-
-    Attributes:
-        repeats_until: the step that training went back from; what steps before it report is on record.
-    """
+    """Names the library's numbers as ours and hands them, and each checkpoint, to the recorder."""
 
     TIMINGS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
     NAMES: ClassVar = {"loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/learning_rate"}
 
-    def __init__(
-        self, recorder: Recorder, throughput: Throughput, is_main: bool, stop_early: StopEarly | None = None
-    ) -> None:
-        self.recorder, self.throughput = recorder, throughput
-        self.is_main, self.stop_early = is_main, stop_early
-        self.repeats_until = -1
+    def __init__(self, recorder: Recorder, throughput: Throughput, is_main: bool, stop_early: StopEarly | None) -> None:
+        self.recorder, self.throughput, self.is_main, self.stop_early = recorder, throughput, is_main, stop_early
+        self.repeats_until = -1  # the step that training went back from; what steps before it report is on record
 
     def record(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
         """Numbers of a step, by the main process alone and once."""
         if metrics and self.is_main and step >= self.repeats_until:
             self.recorder.log(step, epoch, metrics)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        model: PreTrainedModel | None = None,
-        **_: object,
-    ) -> None:
-        logs = logs or {}
-        metrics = {name: float(logs[key]) for key, name in self.NAMES.items() if key in logs}
-        own = {key: value for key, value in logs.items() if key.startswith("eval_") and key not in self.TIMINGS}
-        metrics |= {f"eval/{key.removeprefix('eval_')}": float(value) for key, value in own.items()}
-        metrics |= {key: float(value) for key, value in logs.items() if "/" in key}  # our own scores
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: object) -> None:
+        metrics: dict[str, float] = {}
+        for key, value in cast(dict[str, float], given["logs"]).items():
+            if name := self.NAMES.get(key, key if "/" in key else None):  # our own scores have one
+                metrics[name] = float(value)
+            elif key.startswith("eval_") and key not in self.TIMINGS:
+                metrics[f"eval/{key.removeprefix('eval_')}"] = float(value)
         if "eval/loss" in metrics and "eval/perplexity" not in metrics:
             metrics["eval/perplexity"] = float(torch.tensor(metrics["eval/loss"], dtype=torch.float64).exp())
-        if "train/loss" in metrics and model is not None:
-            metrics |= self.throughput.since_log(args, model)
-        epoch = state.epoch or 0.0
+        if "train/loss" in metrics:
+            metrics |= self.throughput.since_log(args, cast(PreTrainedModel, given["model"]))
+        epoch, is_scored = state.epoch or 0.0, "heldout/loss" in metrics or "eval/loss" in metrics
         self.record(state.global_step, epoch, metrics)
-        is_scored = "heldout/loss" in metrics or "eval/loss" in metrics
         if is_scored and self.stop_early is not None and self.stop_early(epoch, metrics):
             log.info("epoch %g  no better than other trials were by then: ended early", epoch)
             self.recorder.prune()
@@ -168,30 +143,20 @@ class Reporter(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """Steps done, tokens/s, loss and time left: a bar on a terminal, a line now and then elsewhere.
-
-    Args:
-        loss: of the step that has just ended.
-    """
+    """Steps done, tokens/s, loss and time left: a bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, throughput: Throughput, loss: Callable[[], torch.Tensor]) -> None:
-        self.throughput, self.loss = throughput, loss
+        self.throughput, self.loss = throughput, loss  # the loss of the step that has just ended
         self.bar: Bar | None = None
         self.looked, self.start = 0.0, (0, 0.0)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: object, **_: object) -> None:
         self.looked = time.monotonic()
         self.start = state.global_step, self.throughput.seconds  # a resumed training has some of both behind it
         if sys.stdout.isatty() and state.is_world_process_zero:
-            columns = (
-                TextColumn("training"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[speed]} tok/s · loss {task.fields[loss]} ·"),
-                TimeRemainingColumn(compact=True),
-            )
+            said = TextColumn("{task.fields[speed]} tok/s · loss {task.fields[loss]} ·")
+            counts = BarColumn(bar_width=None), MofNCompleteColumn()
+            columns = TextColumn("training"), *counts, said, TimeRemainingColumn(compact=True)
             # Log lines pass through the bar's console while it is alive, so that neither tears the other.
             self.bar = Bar(*columns, console=Console(file=sys.stdout, soft_wrap=True), transient=True)
             self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, speed="–", loss="–")
@@ -202,22 +167,16 @@ class Progress(TrainerCallback):
         every = LOOK_EVERY_SECONDS if self.bar else LINE_EVERY_SECONDS
         if now - self.looked < every or not state.is_world_process_zero:
             return
-        self.looked = now
-        tokens, seconds = self.throughput.tokens, self.throughput.seconds
-        speed, loss = f"{tokens / max(seconds, 1e-9):,.0f}", f"{self.loss().item():.3f}"
+        self.looked, seconds = now, self.throughput.seconds
+        speed, loss = f"{self.throughput.tokens / max(seconds, 1e-9):,.0f}", f"{self.loss().item():.3f}"
         if self.bar:
             self.bar.update(self.task, completed=state.global_step, speed=speed, loss=loss)
             return
         steps, spent = state.global_step - self.start[0], seconds - self.start[1]
         left = spent / steps * (state.max_steps - state.global_step)  # of steps: scoring before them says nothing of it
-        log.info(
-            "step %d of %d · %s tok/s · loss %s · %s left",
-            state.global_step,
-            state.max_steps,
-            speed,
-            loss,
-            time.strftime("%H:%M:%S", time.gmtime(left)),
-        )
+        until = time.strftime("%H:%M:%S", time.gmtime(left))
+        at = f"step {state.global_step} of {state.max_steps}"
+        log.info("%s · %s tok/s · loss %s · %s left", at, speed, loss, until)
 
     def close(self) -> None:
         """Take the bar off the terminal, also when training ended by an error."""

@@ -1,25 +1,24 @@
-"""What a training does when a step goes wrong: a loss that is not finite, a batch that does not fit into memory."""
+"""What a training does when a loss is not finite, a batch does not fit into memory, or its workers get a signal."""
 
 from __future__ import annotations
 
 import logging
+import os
 import shlex
+import signal
 from collections.abc import Callable, Mapping
+from ctypes import c_byte
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from mlmx.config.errors import WorkError
-from mlmx.kernels.out_of_memory import Batch, brief, is_out_of_memory, release
 from mlmx.runs import checkpoints
+from mlmx.runs.signals import SIGNALS
 
 log = logging.getLogger("mlmx")
-
 MOST_SKIPPED_IN_A_ROW = 20
 MOST_ROLLBACKS = 3
-
 Record = Callable[[dict[str, float]], None]  # numbers of the step at hand
 
 
@@ -28,68 +27,14 @@ class RollBack(Exception):  # noqa: N818 (no error: a way of going on)
 
 
 @dataclass
-class Window:
-    """The micro-batches of an optimizer step: what is judged, and done again, as a whole.
-
-    Attributes:
-        sum_before: the library's sum of losses before the step, float[].
-        loss: of the step so far, float[].
-        batches: each micro-batch so far, with its number: 1, 2, …, and 0 for the step's last one.
-    """
-
-    sum_before: torch.Tensor
-    loss: torch.Tensor
-    batches: list[tuple[int, Batch]] = field(default_factory=list)
-
-    def run(
-        self,
-        inputs: Batch,
-        is_last: bool,
-        forward_backward: Callable[[int, Batch], torch.Tensor],
-        make_room: Callable[[str], None],
-    ) -> torch.Tensor:
-        """The loss of the next micro-batch.
-
-        Args:
-            forward_backward: is given a micro-batch's number and itself.
-            make_room: is told what the device says when memory runs out, and clears the gradients of the step.
-        """
-        self.batches.append((0 if is_last else len(self.batches) + 1, inputs))
-        undone = self.batches[-1:]
-        while True:
-            try:
-                for number, batch in undone:
-                    loss = forward_backward(number, batch)
-                self.loss += loss
-                return loss
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = brief(error)
-            # Here the error is gone, and with it the tensors of the frames it had passed through. A backward pass
-            # that broke off has left gradients of its own, so all of the step so far is done again.
-            release()
-            make_room(reason)
-            undone = self.batches
-
-
-@dataclass
 class Mishaps:
-    """What has gone wrong in a training so far, and what becomes of a step that goes wrong next.
+    """What has gone wrong in a training so far, and what becomes of a step that goes wrong next."""
 
-    Attributes:
-        batch_size: rows of a whole micro-batch.
-        on_nan: what becomes of a step whose loss or gradient is not finite: ``stop``, ``skip`` or ``rollback``.
-        splits: parts that a micro-batch is cut into since memory ran out.
-        skipped: optimizer steps that were not applied.
-        rolled_back: optimizer steps that training went back from; one that fails again is skipped.
-    """
-
-    batch_size: int
-    on_nan: str = "stop"
-    splits: int = 1
-    skipped: list[int] = field(default_factory=list)
-    rolled_back: list[int] = field(default_factory=list)
+    batch_size: int  # rows of a whole micro-batch
+    on_nan: str = "stop"  # what becomes of a step whose loss or gradient is not finite: stop, skip or rollback
+    splits: int = 1  # parts that a micro-batch is cut into since memory ran out
+    skipped: list[int] = field(default_factory=list)  # optimizer steps that were not applied
+    rolled_back: list[int] = field(default_factory=list)  # those that training went back from; the next time they skip
 
     def state(self) -> dict[str, Any]:
         return {"splits": self.splits, "skipped": self.skipped, "rolled_back": self.rolled_back}
@@ -125,19 +70,22 @@ class Mishaps:
         return "stop" if len(self.rolled_back) == MOST_ROLLBACKS else "rollback"
 
     def leave(self, step: int, loss: float, norm: float, max_steps: int, folder: Path, record: Record) -> None:
-        """Leave out a step that fails.
-
-        Args:
-            folder: of the checkpoints.
-
-        Raises:
-            WorkError: as ``stop`` says, or because too much was left out.
-            RollBack: the first time that this step fails.
-        """
+        """Leave out a step that fails, or end the training by a `WorkError`; the first time, `RollBack` may do."""
         way_on = self.way_on(step, max_steps)
         if way_on == "stop":
             record({"train/loss": loss, "train/grad_norm": norm})
-            raise WorkError(self._last_words(step, loss, norm, folder))
+            tried = ""
+            if count := self.skipped_before(step):
+                tried = f", as had the {count} steps before it, which were left out"
+            if self.rolled_back:
+                tried = f", after training went back from steps {', '.join(map(str, self.rolled_back))}"
+            dial, value = ("on_nan", "skip") if self.on_nan == "stop" else ("lr", "…")
+            go_on = ", or on_nan=skip to leave such steps out" if self.on_nan == "stop" else ""
+            if checkpoints.all_of(folder):
+                again = f"resume={shlex.quote(str(folder.parent))} {dial}={value} resume.allow=[{dial}]"
+                go_on = f", or go on from the last checkpoint: python -m mlmx train {again}"
+            found = f"step {step} has loss {loss:g} and a gradient of norm {norm:g}"
+            raise WorkError(f"{found}{tried}; the weights are those before it. Choose a lower lr{go_on}")
         if step not in self.rolled_back:
             record({"train/failed_loss": loss, "train/failed_grad_norm": norm})
         if way_on == "rollback":
@@ -149,36 +97,13 @@ class Mishaps:
         record({"train/skipped_steps": float(len(self.skipped))})
         log.warning("step %d fails (loss %g, gradient %g): left out", step, loss, norm)
 
-    def _last_words(self, step: int, loss: float, norm: float, folder: Path) -> str:
-        """Why training ends, and how to go on."""
-        tried = ""
-        if count := self.skipped_before(step):
-            tried = f", as had the {count} steps before it, which were left out"
-        if self.rolled_back:
-            tried = f", after training went back from steps {', '.join(map(str, self.rolled_back))}"
-        found = f"step {step} has loss {loss:g} and a gradient of norm {norm:g}"
-        least = f"{found}{tried}; the weights are those before it. Choose a lower lr"
-        if not checkpoints.all_of(folder):
-            return least + (", or on_nan=skip to leave such steps out" if self.on_nan == "stop" else "")
-        dial, value = ("on_nan", "skip") if self.on_nan == "stop" else ("lr", "…")
-        run = shlex.quote(str(folder.parent))
-        again = f"python -m mlmx train resume={run} {dial}={value} resume.allow=[{dial}]"
-        return f"{least}, or go on from the last checkpoint: {again}"
-
     @property
     def rows_at_once(self) -> int:
         """Rows of a whole micro-batch that go through the model together."""
         return -(-self.batch_size // self.splits)
 
     def split(self, step: int, reason: str, never: str | None, record: Record) -> None:
-        """Twice as many parts from here on.
-
-        Args:
-            never: where batches cannot be split, why.
-
-        Raises:
-            WorkError: a part is one row already, or splitting is not possible here.
-        """
+        """Twice as many parts from here on; a `WorkError` where a part is one row already, or ``never`` says why."""
         if never is not None:
             raise WorkError(
                 f"out of memory at step {step} ({reason}): {never} a batch is not split by itself; choose a smaller "
@@ -194,8 +119,21 @@ class Mishaps:
         log.warning(
             "out of memory at step %d (%s): from here on each micro-batch of %d rows is run in parts of %d; batch, "
             "masks and loss stay the same",
-            step,
-            reason,
-            self.batch_size,
-            self.rows_at_once,
+            *(step, reason, self.batch_size, self.rows_at_once),
         )
+
+
+def outlive_signals(begin: Callable[[int], None] | None, left: c_byte, worker: int) -> None:
+    """Set up a worker, besides by ``begin``: its loader ends it, or a signal once training was ``left`` (not 0).
+
+    Until then it is needed to end a step.
+    """
+
+    def arrived(number: int, frame: object) -> None:
+        if left.value:
+            os._exit(0)
+
+    for number in SIGNALS:
+        signal.signal(number, arrived)
+    if begin is not None:
+        begin(worker)

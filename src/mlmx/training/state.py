@@ -12,70 +12,30 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState, TrainingArguments
-from transformers.trainer_pt_utils import nested_gather
 
 from mlmx.config.schema import BEST_AND_LAST
 from mlmx.runs import checkpoints
 
-FORMAT = 2
 TENSORS = "optimizer.safetensors"
 FLAGS = ("should_log", "should_evaluate", "should_save")
 
 
-class Part(Protocol):
-    """Of a training; its state is of plain values, tensors and arrays."""
-
-    def state(self) -> dict[str, Any]: ...
-
-    def load(self, state: Mapping[str, Any]) -> None: ...
-
-
-class Sums:
-    """The library's sums behind the next logged loss and the mean loss of a training."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-
-    def state(self) -> dict[str, Any]:
-        """Of all processes together, so all of them have to ask."""
-        trainer = self.trainer
-        gathered = nested_gather(trainer._tr_loss, trainer.args.parallel_mode)  # type: ignore[no-untyped-call]  # noqa: SLF001 (it has no public name)
-        total, logged = trainer._total_loss_scalar, trainer._globalstep_last_logged  # noqa: SLF001 (nor have these)
-        return {"since_log": gathered.mean().item(), "total": total, "last_logged": logged}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """The library has just set its sums to 0."""
-        self.trainer._tr_loss += state["since_log"]  # noqa: SLF001 (as above)
-        self.trainer._total_loss_scalar = state["total"]  # noqa: SLF001
-        self.trainer._globalstep_last_logged = state["last_logged"]  # noqa: SLF001
-
-
 @dataclass
 class Owed:
-    """What the step that ended last still owes, and what its log needs for that.
-
-    Attributes:
-        flags: of the library's control: what is to be done before the next step.
-        epoch_end: whether the end of its epoch is still to come.
-    """
+    """What the step that ended last still owes, and what its log needs for that."""
 
     step: int = -1
-    flags: list[str] = field(default_factory=list)
-    epoch_end: bool = False
+    flags: list[str] = field(default_factory=list)  # of the library's control: what is to be done before the next step
+    epoch_end: bool = False  # whether the end of its epoch is still to come
     grad_norm: torch.Tensor | float | None = None
     lr: float | None = None
-
-    def note(self, step: int, ends_epoch: bool, grad_norm: torch.Tensor | float | None, lr: float | None) -> None:
-        """A step, whenever the library asks what it owes: when it has ended, and again when its epoch has."""
-        self.epoch_end = ends_epoch and step != self.step
-        self.step, self.grad_norm, self.lr = step, grad_norm, lr
 
     def state(self) -> dict[str, Any]:
         return vars(self) | {"grad_norm": None if self.grad_norm is None else float(self.grad_norm)}
@@ -116,14 +76,6 @@ class OptimizerState:
             scheduler._last_lr = rates  # noqa: SLF001 (what its get_last_lr returns)
 
 
-def random_states() -> dict[str, Any]:
-    """Of the global generators; the stock collator and dropout draw from them."""
-    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    return states
-
-
 def load_random_states(states: Mapping[str, Any]) -> None:
     """Put the global generators back."""
     random.setstate(states["python"])
@@ -147,16 +99,8 @@ class Checkpoints:
         self.keep, self.save_seconds = keep, save_seconds
         self.saved_at = time.monotonic()
 
-    def is_late(self) -> bool:
-        """Whether an interim checkpoint is due."""
-        return time.monotonic() - self.saved_at > self.save_seconds
-
     def write(self, state: TrainerState, parts: Mapping[str, Any], save_model: Callable[[str], None]) -> None:
-        """One of this step, whole or not at all; older ones go as ``keep`` says.
-
-        Args:
-            parts: the state of each.
-        """
+        """One of this step with the state of each part, whole or not at all; older ones go as ``keep`` says."""
         folder = self.folder / f"{checkpoints.PREFIX}{state.global_step}"
         if state.best_global_step:
             best = folder.with_name(f"{checkpoints.PREFIX}{state.best_global_step}")
@@ -166,25 +110,24 @@ class Checkpoints:
         def fill(aside: Path) -> None:
             save_model(str(aside))
             tensors: dict[str, torch.Tensor] = {}
-            every = {**parts, "random": random_states()}
+            # The stock collator and dropout draw from the global generators.
+            drawn = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+            drawn |= {"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {}
+            every = {**parts, "random": drawn}
             kept = {name: checkpoints.flattened(part, tensors, name) for name, part in every.items()}
             save_file(tensors, aside / TENSORS)
-            (aside / "state.json").write_text(json.dumps({"format": FORMAT, **kept}), encoding="utf-8")
+            (aside / "state.json").write_text(json.dumps({"format": 2, **kept}), encoding="utf-8")
             state.save_to_json(str(aside / "trainer_state.json"))
 
         checkpoints.write(folder, fill)
-        found = state.best_model_checkpoint
-        checkpoints.rotate(self.folder, self.limit, Path(found) if found else None, self._best(state))
-
-    def _best(self, state: TrainerState) -> Path | None:
-        """The checkpoint that ``keep=best+last`` keeps; a resumed training's history has the scores of all."""
-        if self.keep != BEST_AND_LAST:
-            return None
-        every = [path for path in checkpoints.all_of(self.folder) if not checkpoints.is_interim(path)]
-        there = {checkpoints.step_of(path): path for path in every}
-        scores = checkpoints.scores_of(state.log_history)
-        best = checkpoints.best_step({step: scores[step] for step in there if step in scores})
-        return None if best is None else there[best]
+        best_ones = [Path(state.best_model_checkpoint)] if state.best_model_checkpoint else []
+        if self.keep == BEST_AND_LAST:  # a resumed training's history has the scores of all
+            there = {checkpoints.step_of(path): path for path in checkpoints.all_of(self.folder)}
+            scores = checkpoints.scores_of(state.log_history)
+            asked = {step for step in there if step in scores and not checkpoints.is_interim(there[step])}
+            step = checkpoints.best_step({step: scores[step] for step in asked})
+            best_ones += [] if step is None else [there[step]]
+        checkpoints.rotate(self.folder, self.limit, *best_ones)
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -16,28 +16,27 @@ import transformers
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 from transformers import DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import TrainOutput
 
 from mlmx.config.errors import WorkError
 from mlmx.config.schema import KEEP_ALL
-from mlmx.kernels import gradients
-from mlmx.kernels.out_of_memory import Batch, brief, is_out_of_memory, parts
+from mlmx.kernels import cpu
+from mlmx.kernels.memory import Batch, brief, is_out_of_memory, parts, release
 from mlmx.runs import checkpoints, signals
-from mlmx.training.arithmetic import Corrected, InputIds, MaskedLogits, Rows, in_full_precision
-from mlmx.training.callbacks import Beginning, Progress, Recorder, Reporter, StopEarly, Throughput
-from mlmx.training.failures import Mishaps, RollBack, Window
-from mlmx.training.state import FLAGS, Checkpoints, OptimizerState, Owed, Part, Sums, load_random_states, read
-from mlmx.training.workers import outlive_signals
+from mlmx.training import callbacks, failures, state
+from mlmx.training.arithmetic import Corrected, InputIds, MaskedLogits, in_full_precision
 
 if TYPE_CHECKING:
     import optuna
+    from _typeshed import SupportsLenAndGetItem
 
+    Rows = SupportsLenAndGetItem[dict[str, Any]]  # chunks, ``{"input_ids": int[T], …}`` each
     Trial = optuna.Trial | dict[str, Any] | None
 
-Scores = Callable[[PreTrainedModel], dict[str, float]]
-Fills = Callable[[PreTrainedModel], list[dict[str, Any]]]
-Mask = Callable[[list[dict[str, Any]]], dict[str, Any]]
 Norm = torch.Tensor | float | None
+Count = torch.Tensor | int | None
+Module = torch.nn.Module
 
 
 class Trainer(transformers.Trainer):
@@ -51,9 +50,7 @@ class Trainer(transformers.Trainer):
         mlm_probability: the share of positions that the head is run on.
         scores: logged beside the evaluation of the stock arithmetic, in place of the other's.
         fills: the rows of the example table, made before training and after each epoch.
-        on_nan: what becomes of a step that fails: ``stop``, ``skip`` or ``rollback``.
-        stop_early: is given each epoch and its scores, and says whether training ends there.
-        masked_logits, most_targets: see `Corrected`; keep, save_seconds: see `Checkpoints`.
+        on_nan: see `Mishaps`; stop_early: `StopEarly`; masked_logits: `Corrected`; keep: `Checkpoints`.
     """
 
     def __init__(
@@ -65,15 +62,15 @@ class Trainer(transformers.Trainer):
         tokenizer: PreTrainedTokenizerBase,
         train_chunks: Rows,
         eval_chunks: Rows,
-        mask: Mask,
+        mask: Callable[[list[dict[str, Any]]], dict[str, Any]],
         mlm_probability: float,
         masked_logits: MaskedLogits,
         most_targets: int | None = None,
-        scores: Scores,
-        fills: Fills | None = None,
-        recorder: Recorder,
+        scores: Callable[[PreTrainedModel], dict[str, float]],
+        fills: Callable[[PreTrainedModel], list[dict[str, Any]]] | None = None,
+        recorder: callbacks.Recorder,
         on_nan: str = "stop",
-        stop_early: StopEarly | None = None,
+        stop_early: callbacks.StopEarly | None = None,
         keep: str = KEEP_ALL,
         save_seconds: float = math.inf,
     ) -> None:
@@ -81,38 +78,27 @@ class Trainer(transformers.Trainer):
         if self.corrected is None:
             train_chunks, eval_chunks = InputIds(train_chunks), InputIds(eval_chunks)
             mask = DataCollatorForLanguageModeling(tokenizer=tokenizer, mlm_probability=mlm_probability)
-        super().__init__(
-            model=model,
-            args=arguments,
-            processing_class=tokenizer,
-            train_dataset=train_chunks,
-            eval_dataset=eval_chunks,
-            data_collator=mask,
-        )
+        super().__init__(model, arguments, mask, train_chunks, eval_chunks, tokenizer)
         if self.corrected is not None:
             self.loss_is_scaled_for_ga = True
             self.model_accepts_loss_kwargs = True  # makes the library count targets over the effective batch
         self.scores, self.fills, self.scored_step = scores, fills, -1
-        self.checkpoints = Checkpoints(arguments, keep, save_seconds)
-        self.window = Window(torch.tensor(0.0), torch.tensor(0.0))
-        self.owed, self.mishaps = Owed(), Mishaps(arguments.train_batch_size, on_nan)
-        self.throughput = Throughput(mlm_probability)  # projecting the other positions is no useful work
-        self.parts: dict[str, Part] = {
-            "sums": Sums(self),
-            "owed": self.owed,
-            "mishaps": self.mishaps,
-            "throughput": self.throughput,
-            "optimizer": OptimizerState(self),
-        }
+        self.checkpoints = state.Checkpoints(arguments, keep, save_seconds)
+        # The micro-batches of the step so far, each with its number (1, 2, …, and 0 for its last one), their loss, and
+        # the library's sum of losses before them, float[].
+        self.window: list[tuple[int, Batch]] = []
+        self.step_loss = self.sum_before = torch.tensor(0.0)
+        self.owed, self.mishaps = state.Owed(), failures.Mishaps(arguments.train_batch_size, on_nan)
+        self.throughput = callbacks.Throughput(mlm_probability)  # projecting the other positions is no useful work
+        own = {"owed": self.owed, "mishaps": self.mishaps, "throughput": self.throughput}
+        self.parts: dict[str, Any] = {**own, "optimizer": state.OptimizerState(self)}  # whose states a checkpoint holds
         self.loaded: dict[str, Any] = {}
         self.left = multiprocessing.RawValue("b", 0)  # by this training, its workers have to know
-        self.reporter = Reporter(recorder, self.throughput, self.is_world_process_zero(), stop_early)
-        self.progress = Progress(self.throughput, lambda: self.window.loss)
+        self.reporter = callbacks.Reporter(recorder, self.throughput, self.is_world_process_zero(), stop_early)
+        self.progress = callbacks.Progress(self.throughput, lambda: self.step_loss)
         self.remove_callback(transformers.PrinterCallback)
-        for callback in (Beginning(self.go_on), self.reporter, self.throughput, self.progress):
+        for callback in (callbacks.Beginning(self.go_on), self.reporter, self.throughput, self.progress):
             self.add_callback(callback)
-
-    # ----------------------------------------------------------------------------------- the loop
 
     def train(self, resume_from_checkpoint: Path | str | bool | None = None, *_: object, **__: object) -> TrainOutput:
         """From the checkpoint, or from the beginning; where a step asks for it, again from the newest checkpoint."""
@@ -124,10 +110,10 @@ class Trainer(transformers.Trainer):
             self.left.value = 0
             try:
                 return super().train(None if checkpoint is None else str(checkpoint))
-            except RollBack:
+            except failures.RollBack:
                 self.reporter.repeats_until = self.state.global_step + 1
                 # leave the step, and what a process that resumes would make anew
-                self.window.batches.clear()
+                self.window.clear()
                 self.optimizer = self.lr_scheduler = None
                 self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
             finally:
@@ -135,14 +121,13 @@ class Trainer(transformers.Trainer):
                 self.progress.close()
             checkpoint = checkpoints.newest_whole(self.checkpoints.folder) if is_main else None
             if is_main and checkpoint is None:
-                raise WorkError(
-                    "a step failed, and there is no whole checkpoint to go back to; choose a lower lr or on_nan=skip"
-                )
+                what = "a step failed, and there is no whole checkpoint to go back to"
+                raise WorkError(f"{what}; choose a lower lr or on_nan=skip")
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader[Any]:
         loader = super().get_train_dataloader()
         inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
-        inner.worker_init_fn = partial(outlive_signals, inner.worker_init_fn, self.left)
+        inner.worker_init_fn = partial(failures.outlive_signals, inner.worker_init_fn, self.left)
         return loader
 
     def _run_epoch(self, *args: object, **kwargs: object) -> None:
@@ -154,25 +139,37 @@ class Trainer(transformers.Trainer):
         cast(Any, self.train_dataset).epoch = int(self.state.epoch or 0)  # before worker processes copy the dataset
         super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    # ------------------------------------------- a step: its micro-batches, their loss and gradient
-
-    def training_step(
-        self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
+    def training_step(self, model: Module, inputs: Batch, num_items_in_batch: Count = None) -> torch.Tensor:
+        """The loss of the next micro-batch; where memory runs out, all of the step so far is done again, in parts."""
         self.throughput.count(inputs, self.args.world_size)
-        if not self.window.batches:
-            self.window = Window(self._tr_loss.clone(), torch.zeros_like(self._tr_loss))
-        forward_backward = partial(self.micro_batch, model, num_items_in_batch)
-        is_last = self.accelerator.sync_gradients
-        return self.window.run(inputs, is_last, forward_backward, partial(self._split, model))
+        if not self.window:
+            self.sum_before, self.step_loss = self._tr_loss.clone(), torch.zeros_like(self._tr_loss)
+        self.window.append((0 if self.accelerator.sync_gradients else len(self.window) + 1, inputs))
+        undone = self.window[-1:]
+        while True:
+            try:
+                for number, batch in undone:
+                    loss = self.micro_batch(model, num_items_in_batch, number, batch)
+                self.step_loss += loss
+                return loss
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = brief(error)
+            # Here the error is gone, and with it the tensors of the frames it had passed through. A backward pass
+            # that broke off has left gradients of its own, so all of the step so far is done again.
+            release()
+            never = None if self.corrected else "with trainer.name=stock"
+            never = "with several processes" if self.args.world_size > 1 else never
+            self.mishaps.split(self.state.global_step + 1, reason, never, self._record)
+            model.zero_grad()
+            undone = self.window
 
-    def micro_batch(
-        self, model: torch.nn.Module, num_items: torch.Tensor | int | None, number: int, inputs: Batch
-    ) -> torch.Tensor:
+    def micro_batch(self, model: Module, num_items: Count, number: int, inputs: Batch) -> torch.Tensor:
         """Forward and backward of a micro-batch, in as many parts as memory needs; returns its loss."""
         if self.corrected is None:
             return super().training_step(model, inputs, num_items)
-        step, whole, losses = self.state.global_step, cast(torch.nn.Module, self.model), []
+        step, whole, losses = self.state.global_step, cast(Module, self.model), []
         if self.mishaps.splits == 1:
             with self.corrected.drawing(whole, step, number):
                 return super().training_step(model, inputs, num_items)
@@ -182,11 +179,7 @@ class Trainer(transformers.Trainer):
         return torch.stack(losses).sum()
 
     def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Count = None
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         if self.corrected is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -194,73 +187,58 @@ class Trainer(transformers.Trainer):
         loss, logits = self.corrected.loss(model, inputs, num_items_in_batch, share)
         return (loss, {"logits": logits}) if return_outputs else loss
 
-    def _split(self, model: torch.nn.Module, reason: str) -> None:
-        never = "with trainer.name=stock" if self.corrected is None else None
-        never = "with several processes" if self.args.world_size > 1 else never
-        self.mishaps.split(self.state.global_step + 1, reason, never, self._record)
-        model.zero_grad()
-
     @property
     def _norm_is_ours(self) -> bool:
         return self.corrected is not None and self.args.device.type == "cpu" and self.accelerator.scaler is None
 
-    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+    def _clip_grad_norm(self, model: Module) -> torch.Tensor:
         if self._norm_is_ours:
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
-            return gradients.clip(model.parameters(), self.args.max_grad_norm, optimizer)
+            return cpu.clip(model.parameters(), self.args.max_grad_norm, optimizer)
         norm: torch.Tensor = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
         return norm
 
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Norm = None) -> Norm:
+    def _get_grad_norm(self, model: Module, grad_norm: Norm = None) -> Norm:
         """Asked for once a step: after the last backward pass, before the optimizer. None of a step that fails."""
         if grad_norm is None and self._norm_is_ours:
-            grad_norm = gradients.total_norm(model.parameters())
+            grad_norm = cpu.total_norm(model.parameters())
         norm: Norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
-        loss = self.accelerator.reduce(self.window.loss, reduction="mean")  # one loss and verdict for all processes
+        loss = self.accelerator.reduce(self.step_loss, reduction="mean")  # one loss and verdict for all processes
         judged = [loss] if norm is None or self.accelerator.scaler is not None else [loss, norm]
         finite = torch.stack([torch.as_tensor(one, device=loss.device).float() for one in judged]).isfinite().all()
         if not finite:
             step, values = self.state.global_step + 1, (float(loss), math.nan if norm is None else float(norm))
             self.mishaps.leave(step, *values, self.state.max_steps, self.checkpoints.folder, self._record)
-            # Without gradients an optimizer moves nothing, its own moments included.
-            model.zero_grad(set_to_none=True)
-            # train/loss is the mean over the steps applied.
-            self._tr_loss.copy_(self.window.sum_before)
+            model.zero_grad(set_to_none=True)  # without gradients an optimizer moves nothing, nor its own moments
+            self._tr_loss.copy_(self.sum_before)  # train/loss is the mean over the steps applied
             self._globalstep_last_logged += 1
             norm = None
-        self.window.batches.clear()
+        self.window.clear()
         return norm
 
     def _record(self, metrics: dict[str, float]) -> None:
         """Numbers of the step at hand, which the library has not counted yet."""
-        batches: Any = self.callback_handler.train_dataloader
-        share = self.current_gradient_accumulation_steps / len(batches)
+        share = self.current_gradient_accumulation_steps / len(cast(Any, self.callback_handler.train_dataloader))
         self.reporter.record(self.state.global_step + 1, (self.state.epoch or 0.0) + share, metrics)
 
-    # ------------------------------------------- the end of a step: its log, scores and checkpoint
-
     def _maybe_log_save_evaluate(
-        self,
-        tr_loss: torch.Tensor,
-        grad_norm: Norm,
-        model: torch.nn.Module,
-        trial: Trial,
-        epoch: float,
-        ignore_keys_for_eval: list[str] | None,
-        start_time: float,
-        learning_rate: float | None = None,
+        self, tr_loss: torch.Tensor, grad_norm: Norm, *others: object, learning_rate: float | None = None
     ) -> None:
         """As the library's, called when a step has ended and again when its epoch has; here a signal is obeyed."""
-        saved_at = self.checkpoints.saved_at
-        self.owed.note(self.state.global_step, self._ends_epoch, grad_norm, learning_rate)
-        stop, late = self._agreed(signals.noted(), self.checkpoints.is_late())
+        saved_at, interim_after = self.checkpoints.saved_at, self.checkpoints.save_seconds
+        self.owed.epoch_end = self._ends_epoch and self.state.global_step != self.owed.step
+        self.owed.step, self.owed.grad_norm, self.owed.lr = self.state.global_step, grad_norm, learning_rate
+        stop, late = signals.noted(), time.monotonic() - saved_at > interim_after
+        if self.args.world_size > 1:  # what any process of this training wishes
+            votes = torch.tensor([float(stop), float(late)], device=self.args.device)
+            stop, late = (bool(vote) for vote in self.accelerator.reduce(votes, "sum"))
         if stop:
             self._save_interim()
             signals.raise_noted()
             raise SystemExit(143)  # the signal came to another process of this training
         try:
-            others = model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate
-            super()._maybe_log_save_evaluate(tr_loss, grad_norm, *others)
+            library: Any = super()._maybe_log_save_evaluate
+            library(tr_loss, grad_norm, *others, learning_rate)
         except signals.Interrupted:
             self._save_interim()
             raise
@@ -270,13 +248,6 @@ class Trainer(transformers.Trainer):
     @property
     def _ends_epoch(self) -> bool:
         return (self.state.epoch or 0.0) % 1 == 0 or self.state.global_step >= self.state.max_steps
-
-    def _agreed(self, *wishes: bool) -> list[bool]:
-        """Each wish, if any process of this training has it."""
-        if self.args.world_size == 1:
-            return list(wishes)
-        votes = torch.tensor([float(wish) for wish in wishes], device=self.args.device)
-        return [bool(vote) for vote in self.accelerator.reduce(votes, "sum")]
 
     def evaluate(self, *_: object, **__: object) -> dict[str, float]:
         # A score must not move what is trained: before the first step the random state is put back.
@@ -306,36 +277,37 @@ class Trainer(transformers.Trainer):
         losses = [value for name, value in metrics.items() if name.endswith("loss")]
         return all(map(math.isfinite, losses)) and super()._determine_best_metric(metrics, trial)
 
-    # -------------------------------------------------------------------------------- checkpoints
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Weights, configuration and tokenizer; the library's own writes the arguments as a pickle beside them."""
         if self.args.should_save:
-            model = self.accelerator.unwrap_model(cast(torch.nn.Module, self.model), keep_torch_compile=False)
+            model = self.accelerator.unwrap_model(cast(Module, self.model), keep_torch_compile=False)
             cast(PreTrainedModel, model).save_pretrained(cast(str, output_dir), state_dict=state_dict)
             cast(Any, self.processing_class).save_pretrained(output_dir)
 
     def _save_interim(self) -> None:
-        self._save_checkpoint(cast(torch.nn.Module, self.model), None, interim=True)
+        self._save_checkpoint(cast(Module, self.model), None, interim=True)
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Trial, interim: bool = False) -> None:
+    def _save_checkpoint(self, model: Module, trial: Trial, interim: bool = False) -> None:
         # Asked for and done: what a checkpoint owes is what comes after it.
         asked, self.control.should_save = self.control.should_save, self.control.should_save and interim
         self.store_flos()
-        self.owed.flags = [flag for flag in FLAGS if getattr(self.control, flag)]
-        kept = {name: part.state() for name, part in self.parts.items()}
+        self.owed.flags = [flag for flag in state.FLAGS if getattr(self.control, flag)]
+        # The library's sums behind the next logged loss, of all processes together, and behind the mean loss.
+        since_log = nested_gather(self._tr_loss, self.args.parallel_mode).mean().item()  # type: ignore[no-untyped-call]
+        total, logged = self._total_loss_scalar, self._globalstep_last_logged
+        kept = {"interim": interim, "sums": {"since_log": since_log, "total": total, "last_logged": logged}}
+        kept |= {name: part.state() for name, part in self.parts.items()}
         if self.args.should_save:
-            self.checkpoints.write(self.state, {"interim": interim, **kept}, self._save)
+            self.checkpoints.write(self.state, kept, self._save)
         if self.args.world_size > 1:
             self.accelerator.wait_for_everyone()
         self.control.should_save = asked
         self.checkpoints.saved_at = time.monotonic()
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        self.loaded = read(Path(resume_from_checkpoint))
-        own = cast(PreTrainedModel, self.accelerator.unwrap_model(cast(torch.nn.Module, self.model)))
-        weights = load_file(Path(resume_from_checkpoint) / "model.safetensors")
-        own.load_state_dict(weights, strict=False)  # tied weights are kept once
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Module | None = None) -> None:
+        self.loaded = state.read(Path(resume_from_checkpoint))
+        own = cast(PreTrainedModel, self.accelerator.unwrap_model(cast(Module, self.model)))
+        own.load_state_dict(load_file(Path(resume_from_checkpoint) / "model.safetensors"), strict=False)  # tied: once
         own.tie_weights()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -346,7 +318,7 @@ class Trainer(transformers.Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Where the batches before have been skipped, which draws as well."""
         if self.loaded:
-            load_random_states(self.loaded["random"])
+            state.load_random_states(self.loaded["random"])
             self.loaded = {}
 
     def go_on(self) -> None:
@@ -354,11 +326,13 @@ class Trainer(transformers.Trainer):
         self.checkpoints.saved_at = time.monotonic()
         if not self.loaded:
             return
+        sums = self.loaded.pop("sums")
+        self._tr_loss += sums["since_log"]  # the library has just set it to 0
+        self._total_loss_scalar, self._globalstep_last_logged = sums["total"], sums["last_logged"]
         for name, part in self.parts.items():
             part.load(self.loaded.pop(name))
         flags, epoch_end, norm, lr = self.owed.flags, self.owed.epoch_end, self.owed.grad_norm, self.owed.lr
-        for flag in FLAGS:
-            setattr(self.control, flag, flag in flags)
+        vars(self.control).update({flag: flag in flags for flag in state.FLAGS})
         step = self._tr_loss, norm, self.model_wrapped, None, self.state.epoch, None, time.time()
         if flags:
             self.owed.step = -1 if epoch_end else self.owed.step  # its epoch is still to end
@@ -369,14 +343,9 @@ class Trainer(transformers.Trainer):
 
 
 def run_and_save(trainer: Trainer, folder: Path, checkpoint: Path | None = None) -> None:
-    """Train, then save the final model with its tokenizer, loadable by ``transformers.pipeline`` alone.
+    """Train from the checkpoint or the beginning, then save the final model, loadable by ``pipeline`` alone.
 
-    Args:
-        checkpoint: where to go on from; None for the beginning, with the score before training.
-
-    Raises:
-        Interrupted: a signal came, and a checkpoint was saved.
-        WorkError: a step that failed ended the training, or memory did not suffice.
+    A signal (`Interrupted`) comes when a checkpoint was saved; a step that failed, or memory, may be a `WorkError`.
     """
     try:
         with signals.deferred():
@@ -388,9 +357,8 @@ def run_and_save(trainer: Trainer, folder: Path, checkpoint: Path | None = None)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise WorkError(
-            f"out of memory outside of forward and backward passes ({brief(error)}): choose a smaller model, chunk_size"
-            " or trainer.per_device_eval_batch_size"
-        ) from error
+        what = f"out of memory outside of forward and backward passes ({brief(error)})"
+        choices = "a smaller model, chunk_size or trainer.per_device_eval_batch_size"
+        raise WorkError(f"{what}: choose {choices}") from error
     signals.raise_noted()
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # whoever fills masks next gets fp32
