@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from mlmx.config.errors import brief
 from mlmx.runs.metrics_file import rows_of
 from mlmx.runs.run import Run
-from mlmx.tracking.mirror import Deed, Mirror, batches, record_of
+from mlmx.tracking.mirror import ENDING, Deed, Mirror, batches, record_of
 from mlmx.tracking.store import Store, trouble
 
 log = logging.getLogger("mlmx")
@@ -34,6 +34,7 @@ class Follower:
 
     def __init__(self, run: Run, store: Store, opened: Callable[[str], None]) -> None:
         self.mirror = Mirror(run, store, opened)
+        self.mirror.goes_on = True
         self.by_hand = f"later: python -m mlmx sync run={shlex.quote(str(run.folder))}"
         self.begun = self.ending = self.given_up = self.done = False
         self.refused: set[str] = set()  # to be tried once more at the end
@@ -121,7 +122,12 @@ class Follower:
                 self.at_once.wait(pause if not self.ending else min(pause, 1.0))
 
     def _bring(self, name: str, deed: Deed) -> Mapping[str, int]:
-        """What fails twice while MLflow answers is refused: said, and tried again at the end of the run."""
+        """What fails twice while MLflow answers is refused: said, and tried again at the end of the run.
+
+        How the run ended is never refused: nothing comes after it, and a busy database says so more than twice.
+        """
+        if name == ENDING:
+            return deed()
         for last in (False, True):
             try:
                 return deed()

@@ -51,6 +51,7 @@ LINEAGE = (PACKAGES_FILE, resumed_name(PACKAGES_FILE), DIFF_FILE, resumed_name(D
 OF_A_SWEEP = ("table.md", "table.csv", "report.html", SweepRecord.FILE)
 FILES = (*OF_A_RUN, *LINEAGE, EXAMPLES_FILE, HELDOUT_FILE, *OF_A_SWEEP)
 COUNTED = ("runs", "params", "tags", "datasets", "points", "models", "files", "versions", "endings")
+ENDING = "how it ended"
 Deed = Callable[[], Mapping[str, int]]
 SCORES = ("eval/", "heldout/")  # metrics that say how good a model is; the rest is about the steps before it
 
@@ -80,6 +81,8 @@ class Mirror:
         self.mlflow: MlflowRun | None = None
         self.models: Models | None = None
         self.record, self.status, self.resumable = MlflowRecord(), Status.RUNNING, False  # as they were read last
+        self.goes_on = False  # it is being made here, though it may have ended before MLflow was reached
+        self.ended: tuple[Status, bool] | None = None  # how, and whether resumable, where no file could be told
         self.metrics = run.folder / "metrics.jsonl"
         self.sent_bytes = 0
         self.scores: dict[int, dict[str, Score]] = {}  # of the steps that were sent
@@ -166,7 +169,7 @@ class Mirror:
 
             mlflow = MlflowRun(client, experiment, self.record, make)
             if not mlflow.made:
-                (mlflow.reopen if self.status == Status.RUNNING else mlflow.ping)()
+                (mlflow.reopen if self.goes_on or self.status == Status.RUNNING else mlflow.ping)()
             if mlflow.run_id != self.record.run_id:
                 self.opened(mlflow.run_id)
             self.mlflow, self.models = mlflow, Models(mlflow)
@@ -179,6 +182,8 @@ class Mirror:
         result, sweep = records.read(Result, folder), records.read(SweepRecord, folder)
         self.record, self.status = record, result.status if result else sweep.status if sweep else Status.RUNNING
         self.resumable = result.resumable if result else self.status != Status.FINISHED
+        if self.status == Status.RUNNING and self.ended is not None:
+            self.status, self.resumable = self.ended
 
     def _things(self) -> Iterator[Thing]:
         self._read()
@@ -201,7 +206,7 @@ class Mirror:
             if self.status == Status.FINISHED and name:
                 yield Thing(f"the versions of {name}", at, lambda models: models.register(name, saved, self.scores, at))
             ending = self.status, self.resumable, at
-            yield Thing("how it ended", ending, lambda models: {"endings": int(models.mlflow.finish(*ending))})
+            yield Thing(ENDING, ending, lambda models: {"endings": int(models.mlflow.finish(*ending))})
 
     def _saved(self) -> list[Saved]:
         """The checkpoints that are there and, where the run has finished, its model."""

@@ -52,6 +52,7 @@ class MlflowRun:
         self.made = found is None
         run = found or client.create_run(experiment, record.started, dict(record.tags), record.name)
         self.run_id: str = run.info.run_id
+        self.experiment = run.info.experiment_id  # where its models belong
         self.files = Artifacts(run.info.artifact_uri, client.tracking_uri)
         self.has: dict[Point, int] = {}  # the points that it had, and when they are from; none of them is sent to it
         for name in found.data.metrics if found else ():

@@ -163,6 +163,10 @@ class Tracker:
         record = self.record and replace(self.record, ended=milliseconds())
         try:
             self._write(record, status=Status(status), seconds=dict(seconds), resumable=resumable)
+        except OSError:  # a full disk, which is no reason for MLflow to say that it runs
+            if self.follower is not None:
+                self.follower.mirror.ended = Status(status), resumable
+            raise
         finally:
             if self.follower is not None:
                 self.follower.finish()
