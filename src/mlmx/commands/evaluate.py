@@ -43,10 +43,8 @@ def resolve(cfg: EvaluateConfig) -> tuple[Path, TrainConfig, Run | None, Parts]:
     folder = path_of("run", cfg.run)
     run = None if (folder / "config.json").is_file() else find_run(cfg.run)
     if run is None and not (cfg.dataset and cfg.chunk_size):
-        raise RequestError(
-            f"run={cfg.run}: is a model's folder, not a run; say what to score it on, "
-            "for example chunk_size=128 dataset=imdb_packaged"
-        )
+        on = "say what to score it on, for example chunk_size=128 dataset=imdb_packaged"
+        raise RequestError(f"run={cfg.run}: is a model's folder, not a run; {on}")
     folder = run.model if run else folder
     made = run.config() if run else TrainConfig(chunking={"name": "concat"}, masking={"name": "token"})
     settings = replace(
@@ -96,22 +94,18 @@ def evaluate(cfg: EvaluateConfig, job: Job) -> dict[str, float]:
 def other_texts(
     settings: TrainConfig, parts: Parts, run: Run | None, source_name: str, cache: TokenCache
 ) -> tuple[Any, Masker, HeldoutChunks, dict[str, Any]]:
-    """Documents of another dataset, all of them held out but those that the run was trained on.
-
-    At most ``heldout.documents`` are scored, chosen by content hash.
-    """
+    """Documents of another dataset, all of them held out but those that the run was trained on: at most
+    ``heldout.documents``, chosen by content hash."""
     tokenizer = load_tokenizer(parts.encoder, settings.chunk_size)
     mask = masker(parts.strategy, tokenizer, settings.mlm_probability, settings.seed)
     texts = read(parts.source)
-    documents = texts.get("heldout", texts["train"])
-    left_out = 0
+    documents, most, left_out = texts.get("heldout", texts["train"]), settings.heldout.documents, 0
     if run is not None:
-        trained = read(parts_of(run.config()).source)
-        split = split_off(trained, documents, source_name, settings.heldout.documents, 0, allow_overlap=True)
+        split = split_off(read(parts_of(run.config()).source), documents, source_name, most, 0, allow_overlap=True)
         assert split.heldout is not None
         chosen, left_out = split.heldout, split.left_out
     else:
-        chosen = choose(documents, settings.heldout.documents)
+        chosen = choose(documents, most)
     heldout = heldout_chunks(chosen, tokenizer, settings.chunk_size, cache)
     report = {"heldout": {"source": source_name, "chunks": len(heldout), "left_out_for_overlap": left_out}}
     return tokenizer, mask, heldout, report
