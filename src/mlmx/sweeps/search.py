@@ -40,10 +40,8 @@ def require_possible(sweeper: DictConfig) -> None:
         require(value in known, f"hydra.sweeper.{name}={value}: {listed}")
     for name in ("n_trials", "n_jobs"):
         require(sweeper[name] >= 1, f"hydra.sweeper.{name}={sweeper[name]}: must be at least 1")
-    require(
-        importlib.util.find_spec("optuna") is not None,
-        "hydra/sweeper=optuna: needs Optuna, which is not installed; pip install 'mlmx[optuna]'",
-    )
+    if importlib.util.find_spec("optuna") is None:
+        raise RequestError("hydra/sweeper=optuna: needs Optuna, which is not installed; pip install 'mlmx[optuna]'")
 
 
 def _study(folder: Path) -> Study:
@@ -55,12 +53,10 @@ def _study(folder: Path) -> Study:
 
 
 class Search:
-    """A study and its space.
+    """A study and its space: of the overrides of the command line and the config the swept ones.
 
-    Args:
-        overrides: of the command line and the config, the swept ones among them.
-        startup_trials: before the sampler learns from what it has seen, and the pruner may end a run.
-        seed: of the sampler; a search that goes on draws new numbers.
+    ``startup_trials`` come before the sampler learns from what it has seen, and the pruner may end a run; ``seed`` is
+    the sampler's, and a search that goes on draws new numbers.
     """
 
     def __init__(
@@ -85,10 +81,8 @@ class Search:
 
     def made(self) -> int:
         """Trials that have come to an end of their own."""
-        return sum(
-            trial.state.is_finished() and not trial.user_attrs.get(KILLED)
-            for trial in self.study.get_trials(deepcopy=False)
-        )
+        trials = self.study.get_trials(deepcopy=False)
+        return sum(trial.state.is_finished() and not trial.user_attrs.get(KILLED) for trial in trials)
 
     def ask(self, number: int) -> list[Trial]:
         """The next trials; none where ``number`` is not positive."""
