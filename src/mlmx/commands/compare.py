@@ -31,7 +31,8 @@ LAST = "last"
 def check(cfg: CompareConfig) -> None:
     """There are runs to compare, and a folder for every file."""
     for out in cfg.out:
-        path, folder = path_of("out", out), path_of("out", out).absolute().parent
+        path = path_of("out", out)
+        folder = path.absolute().parent
         require(folder.is_dir(), f"out={out}: there is no folder {folder}; make it first")
         require(not path.is_dir(), f"out={out}: is a folder; give a file's name")
     if cfg.tracking.get("name"):

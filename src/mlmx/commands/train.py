@@ -11,7 +11,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,15 +87,11 @@ def _train(cfg: TrainConfig, job: Job, dead: Sequence[Run] = (), stop_early: Sto
             log.info("%s", describe.masked_sample(ready.material.mask, ready.material.train_chunks, tokenizer))
             # Before MLflow's thread wants Python as well, at each of its many small operations.
             before = describe.fills(model, tokenizer, cfg.example)
-            tracker.start(
-                describe.run_name(cfg, job),
-                ready.measure.protocol,
-                describe.params(cfg, job, ready.arguments, model, report),
-                describe.tags(cfg, job, report, ready.measure.protocol) | provenance.tags(),
-                report,
-                cfg.register,
-                rotates=cfg.keep != KEEP_ALL or bool(ready.arguments.save_total_limit),
-            )
+            name, protocol = describe.run_name(cfg, job), ready.measure.protocol
+            params = describe.params(cfg, job, ready.arguments, model, report)
+            tags = describe.tags(cfg, job, report, protocol) | provenance.tags()
+            rotates = cfg.keep != KEEP_ALL or bool(ready.arguments.save_total_limit)
+            tracker.start(name, protocol, params, tags, report, cfg.register, rotates=rotates)
             tracker.settle([run for run in dead if store_of(run) == parts.store])
             fit(cfg, ready, run, tracker, stop_early)
             clock.lap("train")
@@ -108,7 +104,7 @@ def _train(cfg: TrainConfig, job: Job, dead: Sequence[Run] = (), stop_early: Sto
             if ready.measure.documents is not None:
                 with disk.writing(run.folder / HELDOUT_FILE):
                     ready.measure.documents.save(run.folder / HELDOUT_FILE)
-            draw_plots(run, describe.run_name(cfg, job))
+            draw_plots(run, name)
         log.info("%s", describe.ending(run, tracker.last, clock.seconds, tracker.store))
     return tracker.last.get("heldout/loss", tracker.last.get("eval/loss", math.nan))
 
@@ -238,12 +234,11 @@ def recorded(run: Run, store: Store | None, clock: Clock) -> Iterator[Tracker]:
                 raise
 
 
-@dataclass
 class Clock:
     """Seconds spent per part of a run."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
-    began: float = field(default_factory=time.monotonic)
+    def __init__(self) -> None:
+        self.seconds, self.began = dict[str, float](), time.monotonic()
 
     def lap(self, name: str) -> None:
         """Book the time since the last lap under ``name``."""
