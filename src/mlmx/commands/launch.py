@@ -60,6 +60,10 @@ def launch(command: str, given: Sequence[str]) -> int:
 
     conf = hydra.initialize_config_dir(str(conf_dir()), version_base="1.3")
     with trusting(parsed.code), own_files.noted() as own, conf:
+        if command == "train":
+            is_auto = not parsed.multirun and resume.asked(parsed.overrides) == "auto"
+            alone: Any = _config(command, _composed(command, parsed)) if is_auto else None
+            resume.take_up(parsed, alone)
         if parsed.cfg or parsed.info or parsed.hydra_help or parsed.shell_completion:
             return show(command, parsed)
         return (sweep if parsed.multirun else run)(command, parsed, own, is_right)
@@ -67,8 +71,6 @@ def launch(command: str, given: Sequence[str]) -> int:
 
 def run(command: str, parsed: argparse.Namespace, own: Files, is_right: Checked) -> int:
     """One job, in this process; ``own``: YAML of the user's own that is read for it."""
-    if command == "train":
-        _take_up(parsed)
     whole = _composed(command, parsed)
     require_confined(command, whole)
     config = _checked(command, whole)
@@ -82,13 +84,6 @@ def run(command: str, parsed: argparse.Namespace, own: Files, is_right: Checked)
 def _composed(command: str, parsed: argparse.Namespace) -> DictConfig:
     more = arguments.search_path(parsed)
     return compose.composed(lambda o: hydra.compose(command, [*o, *more], return_hydra_config=True), parsed.overrides)
-
-
-def _take_up(parsed: argparse.Namespace) -> None:
-    """Of ``train resume=…`` the command line that goes on with the run it means."""
-    is_auto = resume.asked(parsed.overrides) == "auto"
-    own: Any = _config("train", _composed("train", parsed)) if is_auto else None
-    resume.take_up(parsed, own)
 
 
 def _checked(command: str, whole: DictConfig) -> Config:
@@ -113,8 +108,6 @@ def _job(node: DictConfig, folder: Path, own: Files, home: Path | None = None) -
 
 def sweep(command: str, parsed: argparse.Namespace, own: Files, is_right: Checked) -> int:
     """Jobs as Hydra's sweeper asks for them, where its launcher runs them; those of ``train`` under their parent."""
-    if command == "train":
-        resume.take_up(parsed, None)
     loader = ComposedOnce(GlobalHydra.instance().config_loader().get_search_path())
     load = functools.partial(loader.load_configuration, command, run_mode=RunMode.MULTIRUN, from_shell=False)
     more = [*arguments.search_path(parsed), "hydra.mode=MULTIRUN"]
@@ -211,8 +204,6 @@ def job(values: DictConfig) -> object:
 
 def show(command: str, parsed: argparse.Namespace) -> int:
     """``--cfg``, ``--info``, ``--hydra-help`` and completion, which are Hydra's."""
-    if command == "train":
-        _take_up(parsed)
     whole, given = GlobalHydra.instance().hydra, [*parsed.overrides, *arguments.search_path(parsed)]
     assert whole is not None
     if parsed.cfg or parsed.info:
