@@ -25,7 +25,6 @@ from mlmx.tracking.read import fetch
 from mlmx.tracking.store import Store, bound_store
 
 log = logging.getLogger("mlmx")
-LAST = "last"
 
 
 def check(cfg: CompareConfig) -> None:
@@ -86,7 +85,7 @@ def chosen(cfg: CompareConfig) -> tuple[str, list[Run]]:
         return "those named", [any_run(wanted, "runs") for wanted in cfg.runs]
     if experiment := cfg.tracking.get("experiment"):
         return of_experiment(str(experiment))
-    if cfg.sweep_folder in (None, LAST):
+    if cfg.sweep_folder in (None, "last"):
         sweeps = all_sweeps()
         if not sweeps:
             require(cfg.sweep_folder is None, f"sweep=last: there is no sweep below {top}; make one by train -m")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from omegaconf import DictConfig
 
 from mlmx.config.errors import RequestError, did_you_mean, require
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from optuna.pruners import BasePruner
     from optuna.trial import FrozenTrial
 
-STUDY_FILE, STUDY = "study.db", "mlmx"
+STUDY_FILE = "study.db"
 SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler", "gp": "GPSampler", "qmc": "QMCSampler"}
 PRUNERS = ("median", "hyperband", "none")
 KILLED, PRUNED = "killed", "pruned"  # attributes of a trial
@@ -49,7 +49,7 @@ def _study(folder: Path) -> Study:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # the jobs say what happens
     storage = f"sqlite:///{folder / STUDY_FILE}"
-    return optuna.create_study(storage=storage, study_name=STUDY, direction="minimize", load_if_exists=True)
+    return optuna.create_study(storage=storage, study_name="mlmx", direction="minimize", load_if_exists=True)
 
 
 class Search:
@@ -121,7 +121,6 @@ def distribution(override: Override) -> BaseDistribution:
             items = list(value.range())
             if all(isinstance(item, int) for item in items):
                 return IntDistribution(int(items[0]), int(items[-1]), step=1 if log else int(value.step), log=log)
-        assert isinstance(value, (ChoiceSweep, RangeSweep)) or override.is_sweep_override()
         return CategoricalDistribution([*override.sweep_string_iterator()])
     except ValueError as error:
         raise RequestError(f"{line}: is no space to search ({error})") from error
