@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mlmx.config.errors import require
+from mlmx.config.errors import RequestError, require
 from mlmx.config.options import bind
 from mlmx.config.own_files import load_option
 from mlmx.config.paths import outputs_dir
@@ -33,7 +33,6 @@ from mlmx.tracking.store import Store, bound_store
 from mlmx.training.arguments import require_names
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 
@@ -50,57 +49,71 @@ class Parts:
     source: partial[Any]
     split: partial[Any]
     chunking: partial[Any]
-    heldout: HeldoutSource
     strategy: partial[Any]
     shares: tuple[float, float]
     final_probability: float | None
     store: Store | None
+    heldout: Heldout
+    heldout_source: partial[Any] | None  # None: the dataset's own split, or a share of it
+    heldout_origin: str
+    allow_overlap: bool
 
 
 def parts_of(cfg: TrainConfig) -> Parts:
-    """Bind every group of a config.
-
-    Raises:
-        RequestError: an unknown name or option, a wrong type or value.
-    """
+    """Bind every group of a config; `RequestError` for an unknown name or option, a wrong type or value."""
     (encoder,) = bind("model", cfg.model, MODELS)
-    source, split, says = bind("dataset", cfg.dataset, DATASETS, split_chunks, DatasetHeldout)
+    source, split, of_dataset = bind("dataset", cfg.dataset, DATASETS, split_chunks, DatasetHeldout)
     (chunking,) = bind("chunking", cfg.chunking, CHUNKINGS)
     strategy, shares, schedule = bind("masking", cfg.masking, MASKINGS, replacement_shares, rate_schedule)
     store = bound_store(cfg.tracking)
     require_names(cfg.trainer)
-    require(
-        cfg.trainer["name"] != "stock" or (cfg.masking == {"name": "token"} and cfg.chunking == {"name": "concat"}),
-        "trainer.name=stock: is the library's own collator on joined documents; it goes with masking=token and "
-        "chunking=concat, both without options",
-    )
-    heldout = heldout_source(cfg.heldout, source, says())
-    return Parts(encoder_of(encoder), source, split, chunking, heldout, strategy, shares(), schedule(), store)
+    if cfg.trainer["name"] == "stock" and not (cfg.masking == {"name": "token"} and cfg.chunking == {"name": "concat"}):
+        with_it = "it goes with masking=token and chunking=concat, both without options"
+        raise RequestError(f"trainer.name=stock: is the library's own collator on joined documents; {with_it}")
+    says: DatasetHeldout = of_dataset()
+    other, origin = None, "the dataset's own held-out split"
+    if asked := cfg.heldout.dataset or says.heldout:
+        options = load_option("dataset", asked) if isinstance(asked, str) else asked
+        other, *_ = bind("heldout.dataset", options, DATASETS, split_chunks, DatasetHeldout)
+        named = asked if isinstance(asked, str) else ":".join(str(v) for v in (options["name"], options.get("path")))
+        origin = f"heldout.dataset={named}"
+        if _call(other) == _call(source):
+            instead = "name another dataset, or leave it out for a share of documents that is then not trained on"
+            raise RequestError(f"{origin}: is the training source itself; {instead}")
+    bound = encoder_of(encoder), source, split, chunking, strategy, shares(), schedule()
+    return Parts(*bound, store, cfg.heldout, other, origin, says.allow_overlap)
+
+
+def _call(bound: partial[Any]) -> tuple[Any, dict[str, Any]]:
+    """A bound function and all its options, those left to their defaults as well."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(bound.func).parameters.items()}
+    return bound.func, defaults | bound.keywords
+
+
+def _texts_of(parts: Parts) -> Split:
+    """Training and held-out documents; see `split_off`."""
+    texts, found = read(parts.source), read(parts.heldout_source) if parts.heldout_source else {}
+    other, wanted = found.get("heldout", found.get("train")), parts.heldout
+    return split_off(texts, other, parts.heldout_origin, wanted.documents, wanted.share, parts.allow_overlap)
 
 
 def texts_sha256(parts: Parts) -> dict[str, str | None]:
     """Hashes of the texts that a run would be trained and measured on, as in data.json's ``content_sha256``."""
-    texts = parts.heldout.split(read(parts.source))
-    return {
-        "corpus": content_sha256(texts.train),
-        "heldout": None if texts.heldout is None else content_sha256(texts.heldout),
-    }
+    texts = _texts_of(parts)
+    held = None if texts.heldout is None else content_sha256(texts.heldout)
+    return {"corpus": content_sha256(texts.train), "heldout": held}
 
 
 def check_training(cfg: TrainConfig) -> None:
     """Everything that can be judged before torch is imported and anything is written."""
     parts = parts_of(cfg)
     identity.require_names(cfg.resume.allow)
-    require(
-        cfg.on_nan == "stop" or cfg.trainer["name"] != "stock",
-        f"on_nan={cfg.on_nan}: trainer.name=stock takes every step as the library does and can only stop; leave on_nan "
-        "out, or choose trainer=default",
-    )
-    require(
-        cfg.register is None or parts.store is not None,
-        f"register={cfg.register}: the registry is MLflow's, and tracking=none leaves it out; choose tracking=local or "
-        "tracking=server",
-    )
+    if cfg.on_nan != "stop" and cfg.trainer["name"] == "stock":
+        can = "trainer.name=stock takes every step as the library does and can only stop"
+        raise RequestError(f"on_nan={cfg.on_nan}: {can}; leave on_nan out, or choose trainer=default")
+    if cfg.register is not None and parts.store is None:
+        why = "the registry is MLflow's, and tracking=none leaves it out"
+        raise RequestError(f"register={cfg.register}: {why}; choose tracking=local or tracking=server")
     require("[MASK]" in cfg.example, f"example={cfg.example!r}: holds no [MASK] to fill")
     require_amounts(**parts.split.keywords)
     require_fit(parts.encoder, cfg.chunk_size)
@@ -108,26 +121,22 @@ def check_training(cfg: TrainConfig) -> None:
     require_budget("masking.final_probability", parts.final_probability or 1.0, max(cfg.chunk_size, 4))
     masking.try_out(parts.strategy)
     chunks.try_out(parts.chunking, cfg.chunk_size)
-    for source in filter(None, (parts.source, parts.heldout.source)):
+    for source in filter(None, (parts.source, parts.heldout_source)):
         quick_check(source)
     require_there(parts.encoder)
     metrics.try_out()
 
 
 def gather(cfg: TrainConfig, parts: Parts, source_name: str, cache: TokenCache) -> Material:
-    """texts → tokens → chunks, and the masker over them.
-
-    Args:
-        cache: where tokens come from; what is made is written once the caller lets it `keep`.
+    """texts → tokens → chunks, and the masker over them; tokens that are made are written once the cache may `keep`.
 
     Raises:
         RequestError: a model or text that does not fit, too few chunks, held-out texts among the training ones.
     """
     tokenizer = load_tokenizer(parts.encoder, cfg.chunk_size)
-    mask = masker(
-        parts.strategy, tokenizer, cfg.mlm_probability, cfg.seed, parts.shares, parts.final_probability, cfg.epochs
-    )
-    texts = parts.heldout.split(read(parts.source))
+    rates = cfg.mlm_probability, cfg.seed, parts.shares, parts.final_probability, cfg.epochs
+    mask = masker(parts.strategy, tokenizer, *rates)
+    texts = _texts_of(parts)
     rows = cut(parts.chunking, kept_tokens(texts.train, tokenizer, cache), cfg.chunk_size)
     train_chunks, eval_chunks = parts.split(rows)
     heldout = None if texts.heldout is None else heldout_chunks(texts.heldout, tokenizer, cfg.chunk_size, cache)
@@ -140,51 +149,6 @@ def gather(cfg: TrainConfig, parts: Parts, source_name: str, cache: TokenCache) 
 
 
 @dataclass(frozen=True)
-class HeldoutSource:
-    """Where held-out documents come from, and how many; ``source`` is None for the dataset's own or a share."""
-
-    source: partial[Any] | None
-    origin: str
-    wanted: Heldout
-    allow_overlap: bool
-
-    def split(self, texts: dict[str, Dataset]) -> Split:
-        """Training and held-out documents; see `heldout.split_off`."""
-        found = read(self.source) if self.source else {}
-        other = found.get("heldout", found.get("train"))
-        return split_off(texts, other, self.origin, self.wanted.documents, self.wanted.share, self.allow_overlap)
-
-
-def heldout_source(wanted: Heldout, training: partial[Any], says: DatasetHeldout) -> HeldoutSource:
-    """Bind the ``heldout`` node.
-
-    Args:
-        says: what the dataset says of its held-out documents.
-    Raises:
-        RequestError: an unknown option, or the training source named as the held-out one.
-    """
-    asked = wanted.dataset or says.heldout
-    if not asked:
-        own = "the dataset's own held-out split"
-        return HeldoutSource(None, own, wanted, says.allow_overlap)
-    options = load_option("dataset", asked) if isinstance(asked, str) else asked
-    source, *_ = bind("heldout.dataset", options, DATASETS, split_chunks, DatasetHeldout)
-    origin = asked if isinstance(asked, str) else ":".join(str(v) for v in (options["name"], options.get("path")))
-    require(
-        _call(source) != _call(training),
-        f"heldout.dataset={origin}: is the training source itself; name another dataset, or leave it out for "
-        "a share of documents that is then not trained on",
-    )
-    return HeldoutSource(source, f"heldout.dataset={origin}", wanted, says.allow_overlap)
-
-
-def _call(bound: partial[Any]) -> tuple[Any, dict[str, Any]]:
-    """A bound function and all its options, those left to their defaults as well."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(bound.func).parameters.items()}
-    return bound.func, defaults | bound.keywords
-
-
-@dataclass(frozen=True)
 class Material:
     """The data of an experiment, ready to be masked, and the report on it."""
 
@@ -194,4 +158,4 @@ class Material:
     eval_chunks: Chunks
     heldout: HeldoutChunks | None
     report: dict[str, dict[str, Any]]
-    examples: tuple[Example, ...] = ()
+    examples: tuple[Example, ...]

@@ -100,7 +100,7 @@ def test_a_plugin_takes_its_place_in_a_run_beside_the_shared_options(plugin: Pat
 
 
 def test_held_out_documents_come_from_a_plugin_too(plugin: Path):
-    source = parts_of(config(heldout=Heldout(dataset={"name": "poems", "verses": 3}))).heldout.source
+    source = parts_of(config(heldout=Heldout(dataset={"name": "poems", "verses": 3}))).heldout_source
     assert source is not None
     assert (source.func.__module__, source.keywords) == (MODULE, {"verses": 3})
 

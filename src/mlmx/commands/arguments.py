@@ -13,17 +13,15 @@ from typing import NoReturn
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
-from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
-from omegaconf import DictConfig
 
-from mlmx.config.compose import overrides_of, quoted
+from mlmx.config.compose import quoted
 from mlmx.config.errors import RequestError, path_of, require
 from mlmx.config.own_files import SEARCH, searched
 from mlmx.config.redaction import redact, refuse_secrets
 from mlmx.config.schema import CONFIGS, group_names
-from mlmx.config.trust import TRUST_FLAG, TrustedCode, trusted_code_of
+from mlmx.config.trust import TRUST_FLAG, trusted_code_of
 
 LONGEST_OVERRIDE = 10_000  # characters
 MOST_LEVELS = 30  # of brackets
@@ -32,20 +30,30 @@ GROUPS_ELSEWHERE = {"experiment": "tracking.experiment", "sweep": "sweep_folder"
 
 
 def parse(command: str, arguments: Sequence[str]) -> argparse.Namespace:
-    """Hydra's flags, the overrides, and as ``folders`` those of ``--config-dir`` or ``hydra.searchpath=``.
+    """Hydra's flags and the overrides; as ``code`` what ``--trust-remote-code=owner/name@commit`` names, which Hydra
+    never sees, as ``folders`` those of ``--config-dir`` or ``hydra.searchpath=``.
 
     Raises:
         RequestError: what Hydra does not know, would pass over, or would answer without naming what was given.
     """
+    ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in (TRUST_FLAG, "--out") if command == "compare" else (TRUST_FLAG,):
+        ours.add_argument(flag, action="append", nargs="?", const="", default=[])
+    known, others = ours.parse_known_args(arguments)
+    trusted = known.trust_remote_code
+    require(len(trusted) <= 1, f"{TRUST_FLAG} is given {len(trusted)} times; one repository can be trusted")
+    code = trusted_code_of(command, trusted[0]) if trusted else None
+    if command == "compare":
+        others = _literal_files(known.out, others)
     # Hydra's own parser refuses a key=value behind a flag (model=minilm -m lr=1,2); intermixed does not.
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
-    parsed = parser.parse_intermixed_args(literal_texts(command, literal_files(command, arguments)))
+    parsed = parser.parse_intermixed_args(literal_texts(command, others))
     _take_out_secrets(command, parsed)
     if command == "train":  # beside it stands resume.allow
         parsed.overrides = [re.sub(r"\Aresume=", "resume.run=", override) for override in parsed.overrides]
     _require_well_formed(command, parsed)
-    parsed.folders = [parsed.config_dir] if parsed.config_dir else []
+    parsed.code, parsed.folders = code, [parsed.config_dir] if parsed.config_dir else []
     for override in [one for one in parsed.overrides if one.startswith(f"{SEARCH}=")]:
         with contextlib.suppress(Exception):  # of many kinds; composing says what is wrong
             folders = OverridesParser.create().parse_override(override).value()
@@ -53,20 +61,6 @@ def parse(command: str, arguments: Sequence[str]) -> argparse.Namespace:
                 parsed.folders = folders
                 parsed.overrides.remove(override)
     return parsed
-
-
-def take_trusted_code(command: str, arguments: Sequence[str]) -> tuple[TrustedCode | None, list[str]]:
-    """What ``--trust-remote-code=owner/name@commit`` names, and the other arguments: Hydra never sees the flag.
-
-    Raises:
-        RequestError: no full commit, named twice, or a command that loads no model.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(TRUST_FLAG, dest="values", action="append", nargs="?", const="", default=[])
-    known, others = parser.parse_known_args(arguments)
-    if len(known.values) > 1:
-        _refuse(f"{TRUST_FLAG} is given {len(known.values)} times; one repository can be trusted")
-    return (trusted_code_of(command, known.values[0]) if known.values else None), others
 
 
 def _refuse(message: str) -> NoReturn:
@@ -90,17 +84,21 @@ def _take_out_secrets(command: str, parsed: argparse.Namespace) -> None:
 def _require_well_formed(command: str, parsed: argparse.Namespace) -> None:
     """What Hydra would pass over or answer without naming what was given."""
     purposes = [flag for flag in ("run", "multirun", "cfg", "info", "shell_completion") if vars(parsed)[flag]]
-    if len(purposes) > 1:
-        flags = ", ".join("--" + purpose.replace("_", "-") for purpose in purposes)
-        _refuse(f"{flags}: each asks for something else; give one of them")
-    if parsed.resolve and not parsed.cfg:
-        _refuse("--resolve: goes with --cfg job")
+    flags = ", ".join("--" + purpose.replace("_", "-") for purpose in purposes)
+    require(len(purposes) <= 1, f"{flags}: each asks for something else; give one of them")
+    require(not parsed.resolve or parsed.cfg, "--resolve: goes with --cfg job")
     if parsed.experimental_rerun is not None:  # it would unpickle a file
         _refuse(f"--experimental-rerun {parsed.experimental_rerun}: not taken here; a run's overrides.yaml repeats it")
     groups = [*group_names(CONFIGS[command]), "experiment"]
     for override in parsed.overrides:
         key, equals, value = override.partition("=")
-        _require_short_and_flat(override, literal=(command, key) == ("predict", "text"))
+        # Hydra's parser, whose time grows with the square of a list, is to read each within a second or two.
+        if len(override) > LONGEST_OVERRIDE and (command, key) != ("predict", "text"):
+            long = f"is {len(override):,} characters long and may have {LONGEST_OVERRIDE:,}"
+            _refuse(f"{override[:60]}…: {long}; write it into a YAML file below --config-dir, or files as a glob")
+        signs = re.sub(r"\'[^']*'|\"[^\"]*\"", "", override)
+        deepest = max(itertools.accumulate(((sign in "[{(") - (sign in "]})") for sign in signs), initial=0))
+        require(deepest <= MOST_LEVELS, f"{override[:60]}…: is nested {deepest} levels deep and may be {MOST_LEVELS}")
         if not override.startswith("~") and not (key and equals):
             _refuse(f"{override!r}: is no key=value (python -m mlmx {command} --help lists the keys)")
         if key in groups and value == "null":
@@ -108,24 +106,11 @@ def _require_well_formed(command: str, parsed: argparse.Namespace) -> None:
     for flag, value in (("--config-name", parsed.config_name), ("--config-path", parsed.config_path)):
         if value:
             _refuse(f"{flag} {value}: not taken here, {command} names its own config; --config-dir adds a folder to it")
-    if parsed.config_dir and any(o.startswith(f"{SEARCH}=") for o in parsed.overrides):
-        _refuse(f"--config-dir {parsed.config_dir}: goes not with hydra.searchpath; give the folders by one of the two")
-    if parsed.config_dir and not path_of("--config-dir", parsed.config_dir).is_dir():
-        _refuse(f"--config-dir {parsed.config_dir}: no such folder (looked in {Path.cwd()})")
-
-
-def _require_short_and_flat(override: str, literal: bool) -> None:
-    """What Hydra's parser, whose time grows with the square of a list, reads within a second or two."""
-    require(
-        literal or len(override) <= LONGEST_OVERRIDE,
-        f"{override[:60]}…: is {len(override):,} characters long and may have {LONGEST_OVERRIDE:,}; "
-        "write it into a YAML file below --config-dir, or files as a glob",
-    )
-    level = deepest = 0
-    for sign in re.sub(r"\'[^']*'|\"[^\"]*\"", "", override):
-        level += (sign in "[{(") - (sign in "]})")
-        deepest = max(deepest, level)
-    require(deepest <= MOST_LEVELS, f"{override[:60]}…: is nested {deepest} levels deep and may be {MOST_LEVELS}")
+    if folder := parsed.config_dir:
+        if any(override.startswith(f"{SEARCH}=") for override in parsed.overrides):
+            _refuse(f"--config-dir {folder}: goes not with hydra.searchpath; give the folders by one of the two")
+        exists = path_of("--config-dir", folder).is_dir()
+        require(exists, f"--config-dir {folder}: no such folder (looked in {Path.cwd()})")
 
 
 def literal_texts(command: str, arguments: list[str]) -> list[str]:
@@ -140,30 +125,20 @@ def literal_texts(command: str, arguments: list[str]) -> list[str]:
     return [*others, f"text=[{','.join(map(quoted, texts))}]"]
 
 
-def literal_files(command: str, arguments: Sequence[str]) -> list[str]:
+def _literal_files(outs: Sequence[str], arguments: Sequence[str]) -> list[str]:
     """``--out``, single values of ``out=`` and ``runs=``, ``experiment=`` and ``sweep=`` of ``compare``, as they stand.
 
     ``--out a.html out=b.csv runs=c`` → ``out=['a.html','b.csv'] runs=['c']``. Two that Hydra would take for groups:
     ``experiment=x`` → ``tracking.experiment='x'``, ``sweep=x`` → ``sweep_folder='x'``.
-
-    Raises:
-        RequestError: ``--out`` without a file, or an experiment beside runs or a sweep.
     """
-    if command != "compare":
-        return list(arguments)
     given = [one for one in arguments if one.partition("=")[0] in ("runs", "sweep", "experiment")]
     names = {one.partition("=")[0] for one in given}
-    require(
-        len(names) <= 1 or "experiment" not in names,
-        f"{' and '.join(given)}: each says which runs to compare; give one of them",
-    )
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--out", action="append", nargs="?", const="", default=[])
-    known, rest = parser.parse_known_args(arguments)
-    require(all(known.out), "--out: needs a file, such as --out report.html")
+    if len(names) > 1 and "experiment" in names:
+        _refuse(f"{' and '.join(given)}: each says which runs to compare; give one of them")
+    require(all(outs), "--out: needs a file, such as --out report.html")
     others: list[str] = []
     found: dict[str, list[str]] = {"out": [], "runs": []}
-    for argument in [*(f"out={file}" for file in known.out), *rest]:
+    for argument in [*(f"out={file}" for file in outs), *arguments]:
         key, _, value = argument.partition("=")
         is_plain = bool(value) and value[0] not in "[{'\""
         if key in found and is_plain:
@@ -180,21 +155,8 @@ def search_path(parsed: argparse.Namespace) -> list[str]:
     return [searched(parsed.folders)] if parsed.folders else []
 
 
-def sweep_overrides(whole: DictConfig, loader: ConfigLoader) -> list[Override]:
-    """What a sweep is asked for by its config (``hydra.sweeper.params``) and by the command line.
-
-    Args:
-        loader: what ``model=glob(*)`` is looked up in.
-    """
-    added = [f"{key}={value}" for key, value in (whole.hydra.sweeper.get("params") or {}).items()]
-    return OverridesParser.create(loader).parse_overrides([*added, *overrides_of(whole.hydra)])
-
-
 def jobs(overrides: Sequence[Override], grid: bool) -> list[list[str]]:
-    """The overrides of each job, as the sweeper asks for them.
-
-    Args:
-        grid: the sweeper is Hydra's own, which takes lists only.
+    """The overrides of each job, as the sweeper asks for them; ``grid``: it is Hydra's own, which takes lists only.
 
     Raises:
         RequestError: more jobs than anyone means, or an interval without a search.
@@ -205,15 +167,13 @@ def jobs(overrides: Sequence[Override], grid: bool) -> list[list[str]]:
         return _ends(overrides)
     number = 1
     for override in filter(Override.is_sweep_override, overrides):
-        value = override.value()
+        value, line = override.value(), override.input_line
         # Not listed, and in order even where they are to be shuffled: there may be millions.
         values = value.range() if isinstance(value, RangeSweep) else override.sweep_iterator()
         number *= sum(1 for _ in itertools.islice(values, MOST_JOBS + 1))
-        require(number > 0, f"{override.input_line}: holds no value, so the sweep would make no run")
-        require(
-            number <= MOST_JOBS,
-            f"{override.input_line}: makes this a sweep of more than {MOST_JOBS:,} runs; sweep fewer values",
-        )
+        require(number > 0, f"{line}: holds no value, so the sweep would make no run")
+        if number > MOST_JOBS:
+            _refuse(f"{line}: makes this a sweep of more than {MOST_JOBS:,} runs; sweep fewer values")
     return [list(job) for batch in BasicSweeper.split_arguments(list(overrides), None) for job in batch]
 
 

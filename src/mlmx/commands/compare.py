@@ -25,16 +25,14 @@ from mlmx.tracking.read import fetch
 from mlmx.tracking.store import Store, bound_store
 
 log = logging.getLogger("mlmx")
-LAST = "last"
 
 
 def check(cfg: CompareConfig) -> None:
     """There are runs to compare, and a folder for every file."""
     for out in cfg.out:
         path = path_of("out", out)
-        require(
-            path.absolute().parent.is_dir(), f"out={out}: there is no folder {path.absolute().parent}; make it first"
-        )
+        folder = path.absolute().parent
+        require(folder.is_dir(), f"out={out}: there is no folder {folder}; make it first")
         require(not path.is_dir(), f"out={out}: is a folder; give a file's name")
     if cfg.tracking.get("name"):
         store_of(cfg)
@@ -81,17 +79,13 @@ def store_of(cfg: CompareConfig) -> Store:
 
 
 def chosen(cfg: CompareConfig) -> tuple[str, list[Run]]:
-    """What is compared, in words, and its runs, as the local folders tell.
-
-    Raises:
-        RequestError: no such run, sweep or experiment, or nothing to compare yet.
-    """
+    """What is compared, in words, and its runs, as the local folders tell."""
     top = outputs_dir() / "train"
     if cfg.runs:
         return "those named", [any_run(wanted, "runs") for wanted in cfg.runs]
     if experiment := cfg.tracking.get("experiment"):
         return of_experiment(str(experiment))
-    if cfg.sweep_folder in (None, LAST):
+    if cfg.sweep_folder in (None, "last"):
         sweeps = all_sweeps()
         if not sweeps:
             require(cfg.sweep_folder is None, f"sweep=last: there is no sweep below {top}; make one by train -m")
@@ -103,9 +97,9 @@ def chosen(cfg: CompareConfig) -> tuple[str, list[Run]]:
         is_sweep = (folder / SweepRecord.FILE).is_file() or (folder.is_dir() and bool(Sweep(folder).runs()))
         require(is_sweep, f"sweep={cfg.sweep_folder}: no sweep's folder; give one below {top}, or runs=[…]")
         sweep = Sweep(folder.resolve())
-    those_begun = sweep.runs()
-    require(bool(those_begun), f"{sweep.folder}: none of this sweep's jobs has begun")
-    return f"the sweep in {sweep.folder}", those_begun
+    begun = sweep.runs()
+    require(bool(begun), f"{sweep.folder}: none of this sweep's jobs has begun")
+    return f"the sweep in {sweep.folder}", begun
 
 
 def of_experiment(name: str = "") -> tuple[str, list[Run]]:
@@ -120,12 +114,11 @@ def of_experiment(name: str = "") -> tuple[str, list[Run]]:
         require(bool(runs), f"no sweep and no finished run below {top}; train some first, or name them: runs=[…]")
         name, those = next((name, those) for name, those in by_name.items() if runs[-1] in those)
         return f"experiment {name}" if name else "no experiment", those
-    known = [known for known in by_name if known]
-    require(
-        name in by_name,
-        f"experiment={name}: no run below {top} is of this experiment{did_you_mean(name, known)} "
-        f"(known: {', '.join(known) or 'none'}); for one of a server add tracking=server tracking.uri=…",
-    )
+    if name not in by_name:
+        known = list(filter(None, by_name))
+        listed = f"{did_you_mean(name, known)} (known: {', '.join(known) or 'none'})"
+        server = "for one of a server add tracking=server tracking.uri=…"
+        raise RequestError(f"experiment={name}: no run below {top} is of this experiment{listed}; {server}")
     return f"experiment {name}", by_name[name]
 
 
@@ -147,11 +140,7 @@ def show(table: Table, title: str) -> None:
 
 
 def write(table: Table, path: Path, title: str) -> None:
-    """One file, by its suffix; what was there is replaced at once, or not at all.
-
-    Raises:
-        RequestError: there is nothing to draw.
-    """
+    """One file, by its suffix; what was there is replaced at once, or not at all."""
     kind = path.suffix.lower()
     if kind == ".csv":
         contents = csv_text(table).encode()
@@ -165,9 +154,9 @@ def write(table: Table, path: Path, title: str) -> None:
             if kind == ".html":
                 contents = page.report(table, title, files).encode()
             else:
-                wanted = {file.name: file for file in files}
-                chart = wanted.get(path.name.lower()) or wanted.get("curves.png")
-                require(chart is not None, f"out={path}: these runs have nothing to draw; they have no losses yet")
-                assert chart is not None
+                drawn = {file.name: file for file in files}
+                chart = drawn.get(path.name.lower()) or drawn.get("curves.png")
+                if chart is None:
+                    raise RequestError(f"out={path}: these runs have nothing to draw; they have no losses yet")
                 contents = chart.read_bytes()
     whole.write(path, contents)

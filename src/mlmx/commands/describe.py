@@ -22,7 +22,6 @@ from mlmx.tracking.store import Store
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-SHOWN_TARGETS = 12
 Report = Mapping[str, Mapping[str, Any]]  # as in data.json
 Scores = Mapping[str, float]
 
@@ -81,8 +80,8 @@ def masked_sample(mask: Masker, chunks: Chunks, tokenizer: PreTrainedTokenizerBa
     batch = mask([chunks[0]])
     inputs, labels = batch["input_ids"][0], batch["labels"][0]
     targets = tokenizer.convert_ids_to_tokens([int(label) for label in labels if label != IGNORE_INDEX])
-    more = "" if len(targets) <= SHOWN_TARGETS else f" … ({len(targets)} in all)"
-    return f"masked   {tokenizer.decode(inputs)}\ntargets  {' '.join(targets[:SHOWN_TARGETS])}{more}"
+    more = "" if len(targets) <= 12 else f" … ({len(targets)} in all)"
+    return f"masked   {tokenizer.decode(inputs)}\ntargets  {' '.join(targets[:12])}{more}"
 
 
 def preview(mask: Masker, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -168,11 +167,8 @@ def scores(found: Scores, report: Report, protocol: str) -> str:
 def outcome(run: Run, status: str, resumable: bool, before: Scores, after: Scores, store: Store | None) -> str:
     """How a run ended, its numbers before training and after it, and what to do next, in markdown."""
     folder = shlex.quote(str(run.folder))
-    rows = [
-        f"| {name} | {before[name]:,.5g} | {after[name]:,.5g} |"
-        for name in after
-        if name in before and name.startswith(("eval/", "heldout/"))
-    ]
+    both = [name for name in after if name in before and name.startswith(("eval/", "heldout/"))]
+    rows = [f"| {name} | {before[name]:,.5g} | {after[name]:,.5g} |" for name in both]
     table = ["| | before training | after |", "|---|---|---|", *rows, ""] if rows else []
     commands = [f"python -m mlmx train resume={folder}"] if resumable else []
     if status == Status.FINISHED:

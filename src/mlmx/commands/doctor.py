@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mlmx")
 HALF_WRITTEN = (".*.tmp", "checkpoints/.*.tmp", RESERVE_FILE)  # in a run's folder
-HALF_WRITTEN_TOKENS = ".*.tmp"  # in the cache's folder
 
 
 def check(cfg: DoctorConfig) -> None:
@@ -58,7 +57,10 @@ def doctor(cfg: DoctorConfig, job: Job) -> None:
             if about.status in (Status.KILLED, Status.FAILED):
                 again = f"the same command keeps what is done: {about.command}"
                 log.info("%-9s%s: a sweep; %s", about.status.lower(), sweep.folder, again)
-        clear_cache(outputs_dir() / "cache")
+        quiet = time.time() - process.SILENCE_SECONDS  # tokens of the last minutes may still be being written
+        for half in sorted((outputs_dir() / "cache").glob(".*.tmp")):
+            if max(path.stat().st_mtime for path in (half, *half.rglob("*"))) < quiet:
+                _remove(half)
         settle(bound_store(cfg.tracking))
 
 
@@ -78,14 +80,6 @@ def describe(run: Run, found_dead: bool) -> str:
     if found_dead:
         then = f"{at_it} is gone, marked KILLED; {then}"
     return f"{status:<9}{run.folder}: {then}"
-
-
-def clear_cache(folder: Path) -> None:
-    """Remove half-written tokens; those of the last minutes may still be being written."""
-    quiet = time.time() - process.SILENCE_SECONDS
-    for half in sorted(folder.glob(HALF_WRITTEN_TOKENS)):
-        if max(path.stat().st_mtime for path in (half, *half.rglob("*"))) < quiet:
-            _remove(half)
 
 
 def _remove(path: Path) -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from mlmx.commands import describe
 from mlmx.config.errors import RequestError, path_of
 from mlmx.config.paths import is_below_outputs, outputs_dir
 from mlmx.config.schema import EvaluateConfig, Job, TrainConfig
-from mlmx.data.cache import TokenCache
-from mlmx.data.heldout import HeldoutChunks, choose, heldout_chunks, split_off
-from mlmx.data.masking import Masker, masker
+from mlmx.data.heldout import choose, heldout_chunks, split_off
+from mlmx.data.masking import masker
 from mlmx.data.texts import quick_check, read
 from mlmx.evaluation import metrics
 from mlmx.evaluation.measure import Measure
@@ -43,10 +41,8 @@ def resolve(cfg: EvaluateConfig) -> tuple[Path, TrainConfig, Run | None, Parts]:
     folder = path_of("run", cfg.run)
     run = None if (folder / "config.json").is_file() else find_run(cfg.run)
     if run is None and not (cfg.dataset and cfg.chunk_size):
-        raise RequestError(
-            f"run={cfg.run}: is a model's folder, not a run; say what to score it on, "
-            "for example chunk_size=128 dataset=imdb_packaged"
-        )
+        on = "say what to score it on, for example chunk_size=128 dataset=imdb_packaged"
+        raise RequestError(f"run={cfg.run}: is a model's folder, not a run; {on}")
     folder = run.model if run else folder
     made = run.config() if run else TrainConfig(chunking={"name": "concat"}, masking={"name": "token"})
     settings = replace(
@@ -73,7 +69,20 @@ def evaluate(cfg: EvaluateConfig, job: Job) -> dict[str, float]:
     with log_to():
         with token_cache() as cache:
             if cfg.dataset:
-                tokenizer, mask, heldout, report = other_texts(settings, parts, run, source_name, cache)
+                # All of its documents are held out but those that the run was trained on.
+                tokenizer = load_tokenizer(parts.encoder, settings.chunk_size)
+                mask = masker(parts.strategy, tokenizer, settings.mlm_probability, settings.seed)
+                texts = read(parts.source)
+                documents, most, left_out = texts.get("heldout", texts["train"]), settings.heldout.documents, 0
+                if run is not None:
+                    trained = read(parts_of(run.config()).source)
+                    split = split_off(trained, documents, source_name, most, 0, allow_overlap=True)
+                    assert split.heldout is not None
+                    chosen, left_out = split.heldout, split.left_out
+                else:
+                    chosen = choose(documents, most)
+                heldout = heldout_chunks(chosen, tokenizer, settings.chunk_size, cache)
+                report = {"heldout": {"source": source_name, "chunks": len(heldout), "left_out_for_overlap": left_out}}
                 measure = Measure(tokenizer, mask, heldout, cfg.batch_size)
             else:
                 made = gather(settings, parts, source_name, cache)
@@ -91,30 +100,6 @@ def evaluate(cfg: EvaluateConfig, job: Job) -> dict[str, float]:
         elif run is not None:
             log.info("not kept with the run: it lies outside %s; MLMX_OUTPUTS=<folder> moves that", outputs_dir())
     return scored
-
-
-def other_texts(
-    settings: TrainConfig, parts: Parts, run: Run | None, source_name: str, cache: TokenCache
-) -> tuple[Any, Masker, HeldoutChunks, dict[str, Any]]:
-    """Documents of another dataset, all of them held out but those that the run was trained on.
-
-    At most ``heldout.documents`` are scored, chosen by content hash.
-    """
-    tokenizer = load_tokenizer(parts.encoder, settings.chunk_size)
-    mask = masker(parts.strategy, tokenizer, settings.mlm_probability, settings.seed)
-    texts = read(parts.source)
-    documents = texts.get("heldout", texts["train"])
-    left_out = 0
-    if run is not None:
-        trained = read(parts_of(run.config()).source)
-        split = split_off(trained, documents, source_name, settings.heldout.documents, 0, allow_overlap=True)
-        assert split.heldout is not None
-        chosen, left_out = split.heldout, split.left_out
-    else:
-        chosen = choose(documents, settings.heldout.documents)
-    heldout = heldout_chunks(chosen, tokenizer, settings.chunk_size, cache)
-    report = {"heldout": {"source": source_name, "chunks": len(heldout), "left_out_for_overlap": left_out}}
-    return tokenizer, mask, heldout, report
 
 
 def record(cfg: EvaluateConfig, run: Run, chunk_size: int, protocol: str, scored: dict[str, float]) -> None:

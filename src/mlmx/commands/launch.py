@@ -13,7 +13,6 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,23 +22,14 @@ from hydra._internal.callbacks import Callbacks
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from mlmx.commands import arguments, resume
-from mlmx.config import own_files
-from mlmx.config.compose import (
-    ComposedOnce,
-    composed,
-    folder_of,
-    is_grid,
-    key_of,
-    overrides_of,
-    register_resolvers,
-    require_confined,
-    require_folder,
-)
+from mlmx.config import compose, own_files
+from mlmx.config.compose import ComposedOnce, folder_of, is_grid, key_of, overrides_of, require_confined
 from mlmx.config.own_files import Files
 from mlmx.config.paths import conf_dir
 from mlmx.config.redaction import refuse_secrets
@@ -59,30 +49,28 @@ def launch(command: str, given: Sequence[str]) -> int:
     """Do what a command line asks for, and return its exit code."""
     neighbours = threads.Neighbours()
     register_schemas()
-    register_resolvers()
+    compose.register_resolvers()
     own_files.register_source()
-    code, others = arguments.take_trusted_code(command, given)
-    parsed = arguments.parse(command, others)
+    parsed = arguments.parse(command, given)
 
     def is_right(elsewhere: bool = False) -> None:
         threads.choose_waiting(neighbours, alone=not (elsewhere or "RANK" in os.environ))
-        if code is not None:
-            print(f"mlmx: the code of {code} is run, with all your rights", file=sys.stderr)
+        if parsed.code is not None:
+            print(f"mlmx: the code of {parsed.code} is run, with all your rights", file=sys.stderr)
 
-    with trusting(code), own_files.noted() as own, hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    conf = hydra.initialize_config_dir(str(conf_dir()), version_base="1.3")
+    with trusting(parsed.code), own_files.noted() as own, conf:
+        if command == "train":
+            is_auto = not parsed.multirun and resume.asked(parsed.overrides) == "auto"
+            alone: Any = _config(command, _composed(command, parsed)) if is_auto else None
+            resume.take_up(parsed, alone)
         if parsed.cfg or parsed.info or parsed.hydra_help or parsed.shell_completion:
             return show(command, parsed)
         return (sweep if parsed.multirun else run)(command, parsed, own, is_right)
 
 
 def run(command: str, parsed: argparse.Namespace, own: Files, is_right: Checked) -> int:
-    """One job, in this process.
-
-    Args:
-        own: YAML of the user's own that is read for it.
-    """
-    if command == "train":
-        _take_up(parsed)
+    """One job, in this process; ``own``: YAML of the user's own that is read for it."""
     whole = _composed(command, parsed)
     require_confined(command, whole)
     config = _checked(command, whole)
@@ -94,17 +82,8 @@ def run(command: str, parsed: argparse.Namespace, own: Files, is_right: Checked)
 
 
 def _composed(command: str, parsed: argparse.Namespace) -> DictConfig:
-    def compose(given: list[str]) -> DictConfig:
-        return hydra.compose(command, [*given, *arguments.search_path(parsed)], return_hydra_config=True)
-
-    return composed(compose, parsed.overrides)
-
-
-def _take_up(parsed: argparse.Namespace) -> None:
-    """Of ``train resume=…`` the command line that goes on with the run it means."""
-    is_auto = resume.asked(parsed.overrides) == "auto"
-    own: Any = _config("train", _composed("train", parsed)) if is_auto else None
-    resume.take_up(parsed, own)
+    more = arguments.search_path(parsed)
+    return compose.composed(lambda o: hydra.compose(command, [*o, *more], return_hydra_config=True), parsed.overrides)
 
 
 def _checked(command: str, whole: DictConfig) -> Config:
@@ -123,28 +102,24 @@ def _module(command: str) -> ModuleType:
     return importlib.import_module(f"mlmx.commands.{command}")
 
 
-def _job(node: DictConfig, folder: Path, own: Files) -> Job:
-    return Job(folder, tuple(overrides_of(node)), dict(node.runtime.choices), own)
+def _job(node: DictConfig, folder: Path, own: Files, home: Path | None = None) -> Job:
+    return Job(folder, tuple(overrides_of(node)), dict(node.runtime.choices), own, home)
 
 
 def sweep(command: str, parsed: argparse.Namespace, own: Files, is_right: Checked) -> int:
     """Jobs as Hydra's sweeper asks for them, where its launcher runs them; those of ``train`` under their parent."""
-    if command == "train":
-        resume.take_up(parsed, None)
     loader = ComposedOnce(GlobalHydra.instance().config_loader().get_search_path())
-
-    def compose(given: list[str]) -> DictConfig:
-        all_of_them = [*given, *arguments.search_path(parsed), "hydra.mode=MULTIRUN"]
-        return loader.load_configuration(command, all_of_them, RunMode.MULTIRUN, from_shell=False)
-
-    whole = composed(compose, parsed.overrides)
+    load = functools.partial(loader.load_configuration, command, run_mode=RunMode.MULTIRUN, from_shell=False)
+    more = [*arguments.search_path(parsed), "hydra.mode=MULTIRUN"]
+    whole = compose.composed(lambda given: load(overrides=[*given, *more]), parsed.overrides)
     require_confined(command, whole, multirun=True)
     refuse_secrets(OmegaConf.to_container(whole, resolve=False))  # the sweeper writes it to multirun.yaml
-    asked = arguments.sweep_overrides(whole, loader)
+    added = [f"{key}={value}" for key, value in (whole.hydra.sweeper.get("params") or {}).items()]
+    asked = OverridesParser.create(loader).parse_overrides([*added, *overrides_of(whole.hydra)])
     configs: list[Any] = []
     for number, overrides in enumerate(arguments.jobs(asked, is_grid(whole))):
         with _named(number, " ".join(one for one in overrides if one not in parsed.overrides)):
-            found = composed(functools.partial(loader.load_sweep_config, whole), overrides)
+            found = compose.composed(functools.partial(loader.load_sweep_config, whole), overrides)
             require_confined(command, found, number, multirun=True)
             configs.append(_checked(command, found))
     elsewhere = whole.hydra.launcher._target_ != LAUNCHER
@@ -166,16 +141,13 @@ def sweep(command: str, parsed: argparse.Namespace, own: Files, is_right: Checke
     with parent.recorded(plan), passed_on() if elsewhere else contextlib.nullcontext():
         loader.folder = folder
         whole.hydra.sweep.dir = str(folder)
-        if (
-            own
-        ):  # jobs that are composed in other processes are so from the sweep's copies, which nobody edits meanwhile
+        if own:  # jobs composed in other processes are so from the sweep's copies, which nobody edits meanwhile
             keep_own(folder, own)
             others = [one for one in overrides_of(whole.hydra, "hydra") if key_of(one) != own_files.SEARCH]
             copies = own_files.searched([str(folder / own_files.FOLDER), *whole.hydra.searchpath])
             whole.hydra.overrides.hydra = [*others, copies]
         _launch(whole, loader)
-    failed = parent.failures(plan.sweep)
-    if failed:
+    if failed := parent.failures(plan.sweep):
         then = "; the same command again tries them anew" if plan.jobs else ""  # a search goes on to other values
         print(f"mlmx: {len(failed)} of {len(plan.sweep.jobs())} jobs failed{then}", file=sys.stderr)
     return 1 if failed else 0
@@ -202,41 +174,36 @@ def _launch(whole: DictConfig, loader: ComposedOnce) -> None:
 
 
 def job(values: DictConfig) -> object:
-    """A job of a sweep, as launchers call it, perhaps in a process of their own.
+    """A job of a sweep, as launchers call it, perhaps in a process of their own; returns what the command does.
 
-    Returns:
-        What the command does; of a command other than ``train`` also the error that ended it: raised here, Hydra would
-        write a line of its own about it.
+    Of a command other than ``train`` also the error that ended it: raised, Hydra would write a line of its own.
     """
     register_schemas()
-    register_resolvers()
+    compose.register_resolvers()
     node: Any = HydraConfig.get()
     command, number, folder = str(node.job.config_name), int(node.job.num), str(node.runtime.output_dir)
-    require_folder(command, "hydra.runtime.output_dir", folder)
+    compose.require_folder(command, "hydra.runtime.output_dir", folder)
     home, sweeper = Path(node.sweep.dir), node.sweeper
     own = own_files.kept(home)
     config = to_config(command, values, [home / own_files.FOLDER] if own else own_files.folders_of(node))
-    one = _job(node, Path(folder), own)
     if isinstance(config, TrainConfig):
         from mlmx.sweeps.job import run_job  # noqa: PLC0415 (imports numpy)
 
         is_search = sweeper._target_ == SEARCH
         stop = search.stop_early(home, number, sweeper.pruner, sweeper.startup_trials) if is_search else None
-        return run_job(config, replace(one, sweep=home), number, _module("train").train, stop)
+        return run_job(config, _job(node, Path(folder), own, home), number, _module("train").train, stop)
     try:
         with _named(number, node.job.override_dirname):
-            made: object = getattr(_module(command), command)(config, one)
+            made: object = getattr(_module(command), command)(config, _job(node, Path(folder), own))
             return made
     except Exception as error:  # noqa: BLE001 (of any kind: it is raised again when all jobs have run)
         return error
     finally:
-        discard_empty(one.folder)  # Hydra makes one for each job
+        discard_empty(Path(folder))  # Hydra makes one for each job
 
 
 def show(command: str, parsed: argparse.Namespace) -> int:
     """``--cfg``, ``--info``, ``--hydra-help`` and completion, which are Hydra's."""
-    if command == "train":
-        _take_up(parsed)
     whole, given = GlobalHydra.instance().hydra, [*parsed.overrides, *arguments.search_path(parsed)]
     assert whole is not None
     if parsed.cfg or parsed.info:

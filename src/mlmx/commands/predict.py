@@ -14,21 +14,18 @@ from mlmx.runs.run import find_run
 
 def check(cfg: PredictConfig) -> None:
     """The run is there and finished, and every text holds a mask."""
-    encoder_of(cfg)
-    require(
-        bool(cfg.text) or not (sys.stdin and sys.stdin.isatty()), 'text: missing; give text="This is a great [MASK]."'
-    )
-    require_masks(cfg.text)
+    _encoder(cfg)
+    waits = not cfg.text and sys.stdin and sys.stdin.isatty()
+    require(not waits, 'text: missing; give text="This is a great [MASK]."')
+    _require_masks(cfg.text)
 
 
-def require_masks(texts: list[str]) -> None:
-    """Every text holds a mask."""
+def _require_masks(texts: list[str]) -> None:
     for text in texts:
         require("[MASK]" in text or "<mask>" in text, f"text={text!r}: holds no [MASK] to fill")
 
 
-def encoder_of(cfg: PredictConfig) -> Encoder:
-    """The run's model."""
+def _encoder(cfg: PredictConfig) -> Encoder:
     run = find_run(cfg.run)
     encoder = pretrained(path=str(run.model))
     return encoder if trusted_code() is None else trained_from(encoder, run.config().model)
@@ -41,8 +38,8 @@ def predict(cfg: PredictConfig, job: Job) -> None:
     except UnicodeDecodeError as error:
         raise RequestError(f"text: standard input is no UTF-8 ({error})") from error
     require(bool(texts), "text: standard input holds no line; give text=… or lines with a [MASK]")
-    require_masks(texts)
-    encoder = encoder_of(cfg)
+    _require_masks(texts)
+    encoder = _encoder(cfg)
     tokenizer = load_tokenizer(encoder, chunk_size=3)
     loaded = load_model(encoder, tokenizer, seed=0)
     for text in texts:

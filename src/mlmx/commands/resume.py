@@ -29,8 +29,7 @@ FOLDER = "hydra.run.dir="
 def take_up(parsed: argparse.Namespace, composed: TrainConfig | None) -> None:
     """Rewrite the overrides of ``train resume=…`` in place; a command without it stays as it is.
 
-    Args:
-        composed: the config of the command as it stands, for ``resume=auto``; None where it cannot be composed.
+    ``composed``: the config of the command as it stands, for ``resume=auto``; None where it cannot be composed.
 
     Raises:
         RequestError: no such run, one that has finished or is being trained, or a sweep.
@@ -38,21 +37,20 @@ def take_up(parsed: argparse.Namespace, composed: TrainConfig | None) -> None:
     wanted = asked(parsed.overrides)
     if wanted is None:
         return
-    require(
-        not parsed.multirun,
-        f"resume={wanted}: goes on with one run; leave out -m, or name the folder of one job of the sweep",
-    )
+    if parsed.multirun:
+        instead = "leave out -m, or name the folder of one job of the sweep"
+        raise RequestError(f"resume={wanted}: goes on with one run; {instead}")
     given = [override for override in parsed.overrides if not override.startswith(KEY)]
     if wanted == "auto":
         found, before = _own(given, composed), []
     else:
         found = unfinished(wanted, extend=any(o.startswith("resume.allow=") for o in given))
         before = _command(found, parsed, given)
-    if found is None:
-        parsed.overrides = given
-        return
-    kept = [override for override in given if not override.startswith(FOLDER)]
-    parsed.overrides = [*before, *kept, KEY + quoted(str(found.folder)), FOLDER + quoted(str(found.folder))]
+    parsed.overrides = given
+    if found is not None:
+        kept = [override for override in given if not override.startswith(FOLDER)]
+        folder = quoted(str(found.folder))
+        parsed.overrides = [*before, *kept, KEY + folder, FOLDER + folder]
 
 
 def asked(overrides: list[str]) -> str | None:
@@ -93,31 +91,24 @@ def _own(given: list[str], composed: TrainConfig | None) -> Run | None:
 def unfinished(wanted: str, extend: bool) -> Run:
     """The run that ``resume=`` means: its folder, its MLflow run id, or the ``last`` one that can be resumed.
 
-    Args:
-        extend: one that has finished is meant as well, to be trained on with changed dials.
-
-    Raises:
-        RequestError: no such run, one that has finished, or one that is being trained.
+    ``extend``: one that has finished is meant as well, to be trained on with changed dials.
     """
     run = run_named(wanted, "resume")
     if run is None:
         found = [run for run in all_runs() if is_unfinished(run)]
         require(bool(found), f"resume=last: no unfinished run below {outputs_dir() / 'train'}")
         return found[-1]
-    require(not is_taken(run), f"resume={wanted}: {process.holder(run)}")
-    require(
-        extend or run.status != Status.FINISHED,
-        f"resume={wanted}: this run has finished; to train it longer say so, "
-        f"for example: train resume={wanted} epochs=6 resume.allow=[epochs]",
-    )
+    require(not _is_taken(run), f"resume={wanted}: {process.holder(run)}")
+    longer = f"to train it longer say so, for example: train resume={wanted} epochs=6 resume.allow=[epochs]"
+    require(extend or run.status != Status.FINISHED, f"resume={wanted}: this run has finished; {longer}")
     return run
 
 
 def is_unfinished(run: Run) -> bool:
     """Whether a run has ended before its time and nobody is at it."""
-    return run.status not in (None, Status.FINISHED) and not is_taken(run)
+    return run.status not in (None, Status.FINISHED) and not _is_taken(run)
 
 
-def is_taken(run: Run) -> bool:
+def _is_taken(run: Run) -> bool:
     """Whether another training is at a run; the first process of this very one may be, where there are several."""
     return os.environ.get("RANK", "0") == "0" and process.is_alive(run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from mlmx.config.errors import RequestError, WorkError, require
+from mlmx.config.errors import RequestError, WorkError
 from mlmx.config.schema import Job, SyncConfig
 from mlmx.runs import process
 from mlmx.runs.log import log_to
@@ -18,25 +18,18 @@ log = logging.getLogger("mlmx")
 def check(cfg: SyncConfig) -> None:
     """There is something to send, and somewhere to send it."""
     for run in meant(cfg):
-        require(
-            cfg.run == "all" or bool(bound_store(cfg.tracking) if cfg.tracking else store_of(run)),
-            f"run={cfg.run}: was made with tracking=none; say where to send it: tracking=local, or tracking=server "
-            "tracking.uri=…",
-        )
+        if cfg.run != "all" and not (bound_store(cfg.tracking) if cfg.tracking else store_of(run)):
+            where = "say where to send it: tracking=local, or tracking=server tracking.uri=…"
+            raise RequestError(f"run={cfg.run}: was made with tracking=none; {where}")
 
 
 def meant(cfg: SyncConfig) -> list[Run]:
-    """The runs to send; with ``all`` those that have ended, of whatever else there is.
-
-    Raises:
-        RequestError: no such run, or one that is being trained and sends its numbers itself.
-    """
+    """The runs to send; with ``all`` those that have ended, of whatever else there is."""
     if cfg.run == "all":
         return [run for run in all_runs() if not process.is_alive(run)]
     run = any_run(cfg.run)
-    require(
-        not process.is_alive(run), f"run={cfg.run}: is being trained and sends its numbers itself; sync it when it ends"
-    )
+    if process.is_alive(run):
+        raise RequestError(f"run={cfg.run}: is being trained and sends its numbers itself; sync it when it ends")
     return [run]
 
 
@@ -70,11 +63,7 @@ def sync(cfg: SyncConfig, job: Job) -> None:
 
 
 def sent(run: Run, store: Store) -> str:
-    """``3 points, 1 model sent to http://…``.
-
-    Raises:
-        WorkError: MLflow did not take it.
-    """
+    """``3 points, 1 model sent to http://…``; `WorkError` where MLflow did not take it."""
     with process.unless_held(run.folder) as is_free:  # two at once would make two MLflow runs
         if not is_free:
             raise WorkError(f"{run.folder}: is in use by another process")
@@ -83,8 +72,7 @@ def sent(run: Run, store: Store) -> str:
         except RequestError as error:
             return str(error)
         except Exception as error:
-            why = reason(error, store)
-            raise WorkError(f"{run.folder}: {store.uri} did not take it ({why})") from error
+            raise WorkError(f"{run.folder}: {store.uri} did not take it ({reason(error, store)})") from error
     counts = ", ".join(f"{count:,} {what if count > 1 else what[:-1]}" for what, count in missing.items() if count)
     return f"{counts} sent to {store.uri}" if counts else f"{store.uri} has all of it"
 

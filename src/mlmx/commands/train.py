@@ -11,9 +11,9 @@ import shlex
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlmx.commands import describe
 from mlmx.config.schema import KEEP_ALL, Job, Resume, TrainConfig
@@ -58,8 +58,7 @@ check = check_training  # before torch is imported and anything is written
 def train(cfg: TrainConfig, job: Job, stop_early: StopEarly | None = None) -> float:
     """One run, from the baseline to the saved model; returns its last ``heldout/loss``.
 
-    Args:
-        stop_early: is given each epoch and its scores, and says whether that was enough.
+    ``stop_early`` is given each epoch and its scores, and says whether that was enough.
     """
     if os.environ.get("RANK", "0") == "0":
         dead = [run for run in process.mark_dead() if run.folder != job.folder]
@@ -72,11 +71,7 @@ def train(cfg: TrainConfig, job: Job, stop_early: StopEarly | None = None) -> fl
 
 
 def _train(cfg: TrainConfig, job: Job, dead: Sequence[Run] = (), stop_early: StopEarly | None = None) -> float:
-    """A run with its record.
-
-    Args:
-        dead: runs whose processes were found gone; MLflow gets to know it as well.
-    """
+    """A run with its record; MLflow gets to know as well of dead runs, whose processes were found gone."""
     memory.keep_freed()
     parts, clock, job = parts_of(cfg), Clock(), replace(job, overrides=identity.without_resume(job.overrides))
     with log_to(), contextlib.ExitStack() as until_its_end:
@@ -92,32 +87,30 @@ def _train(cfg: TrainConfig, job: Job, dead: Sequence[Run] = (), stop_early: Sto
             log.info("%s", describe.masked_sample(ready.material.mask, ready.material.train_chunks, tokenizer))
             # Before MLflow's thread wants Python as well, at each of its many small operations.
             before = describe.fills(model, tokenizer, cfg.example)
-            tracker.start(
-                describe.run_name(cfg, job),
-                ready.measure.protocol,
-                describe.params(cfg, job, ready.arguments, model, report),
-                describe.tags(cfg, job, report, ready.measure.protocol) | provenance.tags(),
-                report,
-                cfg.register,
-                rotates=cfg.keep != KEEP_ALL or bool(ready.arguments.save_total_limit),
-            )
+            name, protocol = describe.run_name(cfg, job), ready.measure.protocol
+            params = describe.params(cfg, job, ready.arguments, model, report)
+            tags = describe.tags(cfg, job, report, protocol) | provenance.tags()
+            rotates = cfg.keep != KEEP_ALL or bool(ready.arguments.save_total_limit)
+            tracker.start(name, protocol, params, tags, report, cfg.register, rotates=rotates)
             tracker.settle([run for run in dead if store_of(run) == parts.store])
             fit(cfg, ready, run, tracker, stop_early)
             clock.lap("train")
             after = describe.fills(model, tokenizer, cfg.example)
             log.info("before training  %s\nafter training   %s", before, after)
-            conclude(ready, run, tracker)
-            draw_plots(run, describe.run_name(cfg, job))
+            # Measured once: losses by kind of word, and the sums that pairs of runs are compared by.
+            if found := ready.measure.breakdown(model, ready.material.train_chunks):
+                tracker.log(*tracker.latest, found)
+                log.info("%s", describe.by_word(found))
+            if ready.measure.documents is not None:
+                with disk.writing(run.folder / HELDOUT_FILE):
+                    ready.measure.documents.save(run.folder / HELDOUT_FILE)
+            draw_plots(run, name)
         log.info("%s", describe.ending(run, tracker.last, clock.seconds, tracker.store))
     return tracker.last.get("heldout/loss", tracker.last.get("eval/loss", math.nan))
 
 
 def opened(cfg: TrainConfig, job: Job, ready: Ready) -> Run:
-    """The run's folder, new or, with ``resume=``, the one it was interrupted in.
-
-    Raises:
-        RequestError: the folder holds another run, or what is asked for is not the run in it.
-    """
+    """The run's folder, new or, with ``resume=``, the one it was interrupted in; refused where it holds another run."""
     report = ready.material.report
     inputs = {  # what a run is made of beyond its dials
         "data.train": report["train"]["sha256"],
@@ -151,21 +144,9 @@ def require_space(job: Job, ready: Ready, keep: str) -> None:
 
 
 def make_ready(cfg: TrainConfig, job: Job, parts: Parts, clock: Clock, cache: TokenCache) -> Ready:
-    """Load and check all parts of the run; writes nothing.
-
-    Raises:
-        RequestError: an option the library refuses, a model or text that does not fit, too few chunks.
-    """
-    arguments = training_arguments(
-        cfg.trainer,
-        Run(job.folder).checkpoints,
-        lr=cfg.lr,
-        epochs=cfg.epochs,
-        batch_size=cfg.batch_size,
-        weight_decay=cfg.weight_decay,
-        seed=cfg.seed,
-        precision=cfg.precision,
-    )
+    """Load and check all parts of the run; writes nothing."""
+    dials = {name: getattr(cfg, name) for name in ("lr", "epochs", "batch_size", "weight_decay", "seed", "precision")}
+    arguments = training_arguments(cfg.trainer, Run(job.folder).checkpoints, **dials)
     material = gather(cfg, parts, describe.source_name(cfg, job), cache)
     clock.lap("data")
     importlib.import_module("mlmx.training.trainer")
@@ -184,50 +165,38 @@ def fit(cfg: TrainConfig, ready: Ready, run: Run, tracker: Tracker, stop_early: 
     """Train from the baseline to the last epoch and save the model."""
     from mlmx.training.trainer import Trainer, run_and_save  # noqa: PLC0415 (imports torch)
 
+    material = ready.material
     trainer = Trainer(
         cfg.trainer["name"],
         ready.arguments,
         model=ready.model,
-        tokenizer=ready.material.tokenizer,
-        train_chunks=ready.material.train_chunks,
-        eval_chunks=ready.material.eval_chunks,
-        mask=ready.material.mask,
+        tokenizer=material.tokenizer,
+        train_chunks=material.train_chunks,
+        eval_chunks=material.eval_chunks,
+        mask=material.mask,
         mlm_probability=cfg.mlm_probability,
         masked_logits=head.masked_logits,
         # More than a batch can have: the budget of each of its chunks, and a word or span beyond it.
-        most_targets=cfg.batch_size * (math.ceil(max(ready.material.mask.rates) * cfg.chunk_size) + LONGEST_UNIT),
+        most_targets=cfg.batch_size * (math.ceil(max(material.mask.rates) * cfg.chunk_size) + LONGEST_UNIT),
         scores=ready.measure,
-        fills=Fills(ready.material.examples, ready.material.tokenizer, ready.measure),
+        fills=Fills(material.examples, material.tokenizer, ready.measure),
         recorder=tracker,
         on_nan=cfg.on_nan,
         stop_early=stop_early,
         keep=cfg.keep,
         save_seconds=math.inf if cfg.save_minutes is None else cfg.save_minutes * 60,
     )
-    checkpoint = checkpoints.newest_whole(run.checkpoints)
-    if checkpoint is not None:
+    if checkpoint := checkpoints.newest_whole(run.checkpoints):
         log.info("resume   from %s", checkpoint)
     run_and_save(trainer, run.model, checkpoint)
 
 
-def conclude(ready: Ready, run: Run, tracker: Tracker) -> None:
-    """What is measured once, at the end: losses by kind of word, and the sums that pairs of runs are compared by."""
-    found = ready.measure.breakdown(ready.model, ready.material.train_chunks)
-    step, epoch = tracker.latest
-    if found:
-        tracker.log(step, epoch, found)
-        log.info("%s", describe.by_word(found))
-    if ready.measure.documents is not None:
-        with disk.writing(run.folder / HELDOUT_FILE):
-            ready.measure.documents.save(run.folder / HELDOUT_FILE)
-
-
-def draw_plots(run: Run, title: str) -> list[Any]:
+def draw_plots(run: Run, title: str) -> None:
     """The run's curves as PNG files."""
     from mlmx.comparison.plots import plot_run  # noqa: PLC0415 (imports matplotlib)
 
     with disk.writing(run.plots):
-        return plot_run(run.metrics(), run.plots, title)
+        plot_run(run.metrics(), run.plots, title)
 
 
 @contextlib.contextmanager
@@ -265,12 +234,11 @@ def recorded(run: Run, store: Store | None, clock: Clock) -> Iterator[Tracker]:
                 raise
 
 
-@dataclass
 class Clock:
     """Seconds spent per part of a run."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
-    began: float = field(default_factory=time.monotonic)
+    def __init__(self) -> None:
+        self.seconds, self.began = dict[str, float](), time.monotonic()
 
     def lap(self, name: str) -> None:
         """Book the time since the last lap under ``name``."""

@@ -25,21 +25,19 @@ def store_of(cfg: UiConfig) -> Store:
     if store is None or store.artifacts is None:
         address = f"; {trouble(store) or f'open {store.uri} instead'}" if store else ""
         raise RequestError(f"tracking={cfg.tracking.get('name')}: ui shows the local store{address}")
-    path, wrong = store.artifacts.parent / "mlflow.db", trouble(store)
-    require(
-        path.exists(), f"no MLflow store at {path} yet; train something first: python -m mlmx train experiment=demo"
-    )
-    require(wrong is None, wrong or "")
+    path = store.artifacts.parent / "mlflow.db"
+    first = "train something first: python -m mlmx train experiment=demo"
+    require(path.exists(), f"no MLflow store at {path} yet; {first}")
+    if wrong := trouble(store):
+        raise RequestError(wrong)
     return store
 
 
 def check(cfg: UiConfig) -> None:
     """There is a store to show, the address is of this machine alone unless asked otherwise, and the port is free."""
-    require(
-        cfg.expose or is_loopback(cfg.host),
-        f"host={cfg.host}: would let other machines read and change the runs, without a password; leave it out, "
-        "or add expose=true in a network you trust",
-    )
+    if not cfg.expose and not is_loopback(cfg.host):
+        danger = "would let other machines read and change the runs, without a password"
+        raise RequestError(f"host={cfg.host}: {danger}; leave it out, or add expose=true in a network you trust")
     store_of(cfg)
     try:
         family, *_, found = socket.getaddrinfo(cfg.host, cfg.port, type=socket.SOCK_STREAM)[0]
@@ -50,12 +48,10 @@ def check(cfg: UiConfig) -> None:
         try:
             probe.bind(found)
         except OSError as error:
-            away = error.errno == errno.EADDRNOTAVAIL
-            raise RequestError(
-                f"host={cfg.host}: is no address of this machine ({error.strerror})"
-                if away
-                else f"port={cfg.port}: cannot be used ({error.strerror}); choose another, such as port={cfg.port + 1}"
-            ) from error
+            what = f"port={cfg.port}: cannot be used ({error.strerror}); choose another, such as port={cfg.port + 1}"
+            if error.errno == errno.EADDRNOTAVAIL:
+                what = f"host={cfg.host}: is no address of this machine ({error.strerror})"
+            raise RequestError(what) from error
 
 
 def is_loopback(host: str) -> bool:
@@ -77,13 +73,8 @@ def ui(cfg: UiConfig, job: Job) -> None:
         warning = f"whoever reaches {cfg.host}:{cfg.port} can read, change and delete the runs; there is no password"
         print(f"mlmx: warning: {warning}", file=sys.stderr, flush=True)
     print(f"MLflow UI on {address(cfg, store)} for {store.uri}; Ctrl-C ends it", flush=True)
-    environment = {
-        **os.environ,
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DO_NOT_TRACK": "true",
-        "PYTHONWARNINGS": "ignore",
-    }
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "PYTHONWARNINGS": "ignore"}
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | quiet
     command = [sys.executable, "-m", "mlflow", "server", "--host", cfg.host, "--port", str(cfg.port), "--workers", "1"]
     command += ["--uvicorn-opts", "--log-level warning"]  # one line per request would scroll the address away
     command += ["--backend-store-uri", store.uri, "--default-artifact-root", str(store.artifacts)]

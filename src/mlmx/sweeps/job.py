@@ -37,10 +37,8 @@ Train = Callable[[TrainConfig, Job, "StopEarly | None"], float]
 def run_job(cfg: TrainConfig, job: Job, number: int, train: Train, stop_early: StopEarly | None = None) -> float:
     """The run of a job of a sweep; returns its last ``heldout/loss``, NaN where it failed: the others go on.
 
-    Args:
-        job: with the sweep's folder, and the one that Hydra has made for it.
-        number: Hydra's, for the line that says why it failed.
-        train: what makes a run, given its config, its job and ``stop_early``; returns its last ``heldout/loss``.
+    ``job`` comes with the sweep's folder and the one that Hydra has made for it; ``number`` is Hydra's; ``train`` makes
+    a run and returns its last ``heldout/loss``.
     """
     assert job.sweep is not None
     if os.environ.get("RANK", "0") != "0":  # of several processes one keeps the record
@@ -68,7 +66,8 @@ def _run_job(
         log.info("\njob %-5d%s%s", number, what, " is done" if done else "")
         if before is not None and done:
             discard_empty(job.folder)
-            return objective(before.run)
+            metrics = before.run.result().metrics
+            return float(metrics.get("heldout/loss", metrics.get("eval/loss", math.nan)))
         folder = before.folder if before is not None else sweep.free_folder(job.folder)
         if folder != job.folder:
             discard_empty(job.folder)
@@ -103,9 +102,3 @@ def earlier(sweep: Sweep, cfg: TrainConfig, key: str) -> SweepJob | None:
     process.mark_dead()
     before, now = records.read_splits(found.folder), texts_sha256(parts_of(cfg))
     return found if {name: before.get(name, SplitRecord()).content_sha256 for name in now} == now else None
-
-
-def objective(run: Run) -> float:
-    """What a sweep is about: the last ``heldout/loss``, or ``eval/loss`` where nothing is held out."""
-    metrics = run.result().metrics
-    return float(metrics.get("heldout/loss", metrics.get("eval/loss", math.nan)))

@@ -39,44 +39,28 @@ log = logging.getLogger("mlmx")
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep that is about to run.
-
-    Attributes:
-        swept: what stands behind each swept key on the command line or in the config: ``{"lr": "2e-5,5e-5"}``.
-        jobs: how many; 0 where only the sweeper knows.
-    """
+    """A sweep that is about to run."""
 
     sweep: Sweep
     name: str
     command: str
     identity: str
-    swept: Mapping[str, str]
-    jobs: int
+    swept: Mapping[str, str]  # what stands behind each swept key: ``{"lr": "2e-5,5e-5"}``
+    jobs: int  # how many; 0 where only the sweeper knows
     note: str | None
     store: Store | None
 
 
 def planned(
-    cfg: TrainConfig,
-    given: Sequence[str],
-    fixed: Sequence[str],
+    cfg: TrainConfig,  # of any of its jobs
+    given: Sequence[str],  # the overrides as they stood on the command line
+    fixed: Sequence[str],  # those that are the same for all jobs, without those of Hydra's node
     swept: Mapping[str, str],
     jobs: int,
-    folder: Path,
-    own: Files,
+    folder: Path,  # Hydra's
+    own: Files,  # YAML of the user's own, of which the sweep keeps copies
 ) -> Plan:
-    """Where a sweep is to run, in a folder that is known before Hydra makes it.
-
-    Args:
-        cfg: that of any of its jobs.
-        given: the overrides as they stood on the command line.
-        fixed: the overrides that are the same for all jobs, those of Hydra's node left out.
-        folder: Hydra's.
-        own: YAML of the user's own, of which the sweep keeps copies.
-
-    Raises:
-        RequestError: the named folder holds another sweep, or a run.
-    """
+    """Where a sweep is to run, in a folder that is known before Hydra makes it; refused where it holds another."""
     without_effect = tuple(f"{key}{end}" for key in identity.WITHOUT_EFFECT for end in ("=", "."))
     same = sorted(override for override in fixed if not override.lstrip("+").startswith(without_effect))
     key = identity.fingerprint({"fixed": same, "swept": sorted(swept)})
@@ -96,11 +80,7 @@ def planned(
 
 @contextlib.contextmanager
 def recorded(plan: Plan) -> Iterator[None]:
-    """Inside the block the jobs run; the sweep's record is made before and ends truthfully, whatever ends the block.
-
-    Raises:
-        RequestError: another process is at this sweep.
-    """
+    """Inside the block the jobs run; the sweep's record is made before and ends truthfully, whatever ends the block."""
     folder = plan.sweep.folder
     with log_to(), process.held(folder):
         mark_dead()
@@ -115,7 +95,14 @@ def recorded(plan: Plan) -> Iterator[None]:
             states = Counter(str(run.status).lower() for run in plan.sweep.runs())
             listed = ", ".join(f"{number} {state}" for state, number in states.items()) or "nothing yet"
             log.info("again    of an earlier issue: %s; sweep.reuse=false begins anew", listed)
-        parent = _opened(plan)
+        parent = None if plan.store is None else Mirror(Run(folder), plan.store)
+        if parent is not None:  # made or opened again, so that the store is there before the jobs are
+            try:
+                _write_record(plan, "The jobs are running.")
+                parent.update()
+            except Exception as error:  # noqa: BLE001 (of many kinds, from MLflow's and its database's)
+                why = reason(error, parent.store)
+                log.warning("MLflow does not take the sweep (%s); it goes on without its parent there", why)
         status = Status.FAILED
         try:
             yield
@@ -131,20 +118,6 @@ def recorded(plan: Plan) -> Iterator[None]:
 def failures(sweep: Sweep) -> dict[Path, str]:
     """Why jobs failed, by folder."""
     return {job.folder: job.about.error or "failed" for job in sweep.jobs() if job.failed}
-
-
-def _opened(plan: Plan) -> Mirror | None:
-    """The parent's MLflow run, made or opened again, so that the store is there before the jobs are."""
-    if plan.store is None:
-        return None
-    mirror = Mirror(Run(plan.sweep.folder), plan.store)
-    try:
-        _write_record(plan, "The jobs are running.")
-        mirror.update()
-    except Exception as error:  # noqa: BLE001 (of many kinds, from MLflow's and its database's)
-        why = reason(error, plan.store)
-        log.warning("MLflow does not take the sweep (%s); it goes on without its parent there", why)
-    return mirror
 
 
 def _write_record(plan: Plan, state: str, table: Table | None = None, ended: int | None = None) -> None:
@@ -219,8 +192,7 @@ def adopt(parent: Mirror, sweep: Sweep) -> None:
         if record is None or ended.get(record.run_id) == run.status:
             continue
         if record.tags.get(PARENT) != mlflow.run_id:
-            own = replace(record, tags=record.tags | {PARENT: mlflow.run_id})
-            records.write(own, run.folder)
+            records.write(replace(record, tags=record.tags | {PARENT: mlflow.run_id}), run.folder)
         with process.unless_held(run.folder) as is_free:
             if is_free:
                 update(run, parent.store)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from omegaconf import DictConfig
 
 from mlmx.config.errors import RequestError, did_you_mean, require
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from optuna.pruners import BasePruner
     from optuna.trial import FrozenTrial
 
-STUDY_FILE, STUDY = "study.db", "mlmx"
+STUDY_FILE = "study.db"
 SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler", "gp": "GPSampler", "qmc": "QMCSampler"}
 PRUNERS = ("median", "hyperband", "none")
 KILLED, PRUNED = "killed", "pruned"  # attributes of a trial
@@ -40,10 +40,8 @@ def require_possible(sweeper: DictConfig) -> None:
         require(value in known, f"hydra.sweeper.{name}={value}: {listed}")
     for name in ("n_trials", "n_jobs"):
         require(sweeper[name] >= 1, f"hydra.sweeper.{name}={sweeper[name]}: must be at least 1")
-    require(
-        importlib.util.find_spec("optuna") is not None,
-        "hydra/sweeper=optuna: needs Optuna, which is not installed; pip install 'mlmx[optuna]'",
-    )
+    if importlib.util.find_spec("optuna") is None:
+        raise RequestError("hydra/sweeper=optuna: needs Optuna, which is not installed; pip install 'mlmx[optuna]'")
 
 
 def _study(folder: Path) -> Study:
@@ -51,16 +49,14 @@ def _study(folder: Path) -> Study:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # the jobs say what happens
     storage = f"sqlite:///{folder / STUDY_FILE}"
-    return optuna.create_study(storage=storage, study_name=STUDY, direction="minimize", load_if_exists=True)
+    return optuna.create_study(storage=storage, study_name="mlmx", direction="minimize", load_if_exists=True)
 
 
 class Search:
-    """A study and its space.
+    """A study and its space: of the overrides of the command line and the config the swept ones.
 
-    Args:
-        overrides: of the command line and the config, the swept ones among them.
-        startup_trials: before the sampler learns from what it has seen, and the pruner may end a run.
-        seed: of the sampler; a search that goes on draws new numbers.
+    ``startup_trials`` come before the sampler learns from what it has seen, and the pruner may end a run; ``seed`` is
+    the sampler's, and a search that goes on draws new numbers.
     """
 
     def __init__(
@@ -85,10 +81,8 @@ class Search:
 
     def made(self) -> int:
         """Trials that have come to an end of their own."""
-        return sum(
-            trial.state.is_finished() and not trial.user_attrs.get(KILLED)
-            for trial in self.study.get_trials(deepcopy=False)
-        )
+        trials = self.study.get_trials(deepcopy=False)
+        return sum(trial.state.is_finished() and not trial.user_attrs.get(KILLED) for trial in trials)
 
     def ask(self, number: int) -> list[Trial]:
         """The next trials; none where ``number`` is not positive."""
@@ -127,7 +121,6 @@ def distribution(override: Override) -> BaseDistribution:
             items = list(value.range())
             if all(isinstance(item, int) for item in items):
                 return IntDistribution(int(items[0]), int(items[-1]), step=1 if log else int(value.step), log=log)
-        assert isinstance(value, (ChoiceSweep, RangeSweep)) or override.is_sweep_override()
         return CategoricalDistribution([*override.sweep_string_iterator()])
     except ValueError as error:
         raise RequestError(f"{line}: is no space to search ({error})") from error
