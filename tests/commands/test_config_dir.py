@@ -119,6 +119,18 @@ def test_a_sweep_is_issued_again_without_the_folder(own: Path, outputs: Path):
     assert main(["train", f"resume={job.folder}", "epochs=2", "resume.allow=[epochs]"]) == 0, "a job is a run"
 
 
+def test_a_search_keeps_every_option_that_it_may_come_to(own: Path, outputs: Path):
+    for name in ("first", "second", "third"):
+        shutil.copy(own / "dataset" / "theirs.yaml", own / "dataset" / f"{name}.yaml")
+    given = ["train", "-m", "--config-dir", "own configs", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3"]
+    given += ["experiment=night", "dataset=ours", "heldout.documents=4", "tracking=none", "hydra.sweeper.seed=5"]
+    assert main([*given, "heldout.dataset=choice(first,second,third)", "lr=interval(1e-5,1e-3)"]) == 0
+    [sweep] = all_sweeps()
+    kept = {f"dataset/{name}.yaml" for name in ("first", "second", "third")}
+    assert kept <= set(files_below(sweep.folder / "conf"))
+    assert [run.status for run in sweep.runs()] == ["FINISHED"] * 3
+
+
 @pytest.mark.parametrize("flag", [["--config-dir", "own configs"], ["hydra.searchpath=['file://own configs']"]])
 def test_held_out_documents_are_named_by_a_yaml_of_ones_own(
     flag: list[str], own: Path, asked: list[tuple[TrainConfig, Job]], capsys: pytest.CaptureFixture[str]

@@ -229,6 +229,45 @@ def test_jobs_that_ended_before_mlflow_knew_it_are_mended_with_the_sweep(
         assert "model" in {one.name for one in client.search_logged_models([child.info.experiment_id])}
 
 
+@pytest.mark.usefixtures("store")
+def test_a_job_is_brought_to_the_store_that_it_asked_for(sweep: Sweeping, outputs: Path):
+    from mlflow import MlflowClient
+
+    assert sweep("lr=1e-4", "tracking=local,none", "sweep.reuse=false") == 0
+    _, children = told(outputs)
+    assert [child.data.tags["mlmx.folder"] for child in children] == [str(the_sweep().folder / "0")], "the other: none"
+
+    client = MlflowClient(f"sqlite:///{outputs / 'mlflow.db'}")
+    assert sweep("lr=1e-3,1e-2", "tracking.experiment=b") == 0
+    experiment = client.get_experiment_by_name("b").experiment_id
+    [job] = [run for run in client.search_runs([experiment]) if run.data.tags["mlmx.folder"].endswith("/0")]
+    client.update_run(job.info.run_id, "RUNNING")  # as if its ending had been lost
+    assert sweep("lr=1e-3,1e-2", "tracking.experiment=a") == 0
+    assert client.get_run(job.info.run_id).info.status == "FINISHED"
+    models = client.search_logged_models([client.get_experiment_by_name("a").experiment_id, experiment])
+    own = [(one.experiment_id, one.name) for one in models if one.source_run_id == job.info.run_id]
+    assert sorted(own) == [(experiment, "epoch-1"), (experiment, "model")], "none is there twice"
+
+
+@pytest.mark.usefixtures("store", "untaught")
+def test_a_job_that_was_deleted_in_mlflow_keeps_no_other_from_it(
+    sweep: Sweeping, outputs: Path, capsys: pytest.CaptureFixture[str]
+):
+    from mlflow import MlflowClient
+
+    assert sweep("lr=1e-4,1e-3") == 0
+    client = MlflowClient(f"sqlite:///{outputs / 'mlflow.db'}")
+    first, second = sorted(told(outputs)[1], key=lambda run: run.data.tags["mlmx.folder"])
+    client.delete_run(first.info.run_id)
+    client.update_run(second.info.run_id, "RUNNING")
+    capsys.readouterr()
+    assert sweep("lr=1e-4,1e-3") == 0
+    said = capsys.readouterr().out
+    assert f"MLflow did not get all of {the_sweep().folder / '0'} (RuntimeError: run {first.info.run_id}" in said
+    assert "how the sweep ended" not in said
+    assert client.get_run(second.info.run_id).info.status == "FINISHED"
+
+
 @pytest.mark.usefixtures("untaught")
 @pytest.mark.parametrize("by_name", [True, False])
 def test_a_sweep_that_is_being_run_is_refused(

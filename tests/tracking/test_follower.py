@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -62,6 +63,40 @@ def test_what_arrived_without_an_answer_is_not_there_twice(deed: str, store: Pat
     assert run.data.params == {"lr": "1e-05"}
     assert len(run.inputs.dataset_inputs) == 2
     assert repr(history(local(), made)) == repr(stored(logged(made)))
+
+
+def test_how_a_run_ended_is_said_until_it_is_heard(store: Path, outputs: Path, monkeypatch):
+    """A database may be busy more than twice; nothing comes after this one thing."""
+    from mlflow import MlflowClient
+
+    monkeypatch.setattr(follower, "RETRY_AFTER_SECONDS", (0.01,))
+    end, left = MlflowClient.set_terminated, [3]
+
+    def busy(*args: Any) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise RuntimeError("database is locked")
+        end(*args)
+
+    monkeypatch.setattr(MlflowClient, "set_terminated", busy)
+    made = tracker(outputs / "run", local())
+    log_steps(made, range(1, 4))
+    made.finish("FAILED", {})
+    assert history(local(), made) == stored(logged(made)), "its status is looked at there"
+
+
+def test_mlflow_hears_of_an_end_that_no_file_can_be_told(store: Path, outputs: Path, monkeypatch):
+    made = tracker(outputs / "run", local())
+    log_steps(made, range(1, 4))
+    until(lambda: caught_up(made))
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Tracker, "_write", lambda *args, **fields: (_ for _ in ()).throw(full))
+    with pytest.raises(OSError, match="No space"):
+        made.finish("FAILED", {}, resumable=True)
+    from mlflow import MlflowClient
+
+    run = MlflowClient(local().uri).get_run(made.run.result().run_id)
+    assert (run.info.status, run.data.tags["resumable"]) == ("FAILED", "true")
 
 
 def stored(points: list[tuple[str, int, int, float]]) -> list[tuple[str, int, int, float]]:

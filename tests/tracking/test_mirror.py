@@ -19,7 +19,7 @@ from filelock import FileLock
 from mlmx.commands.main import main
 from mlmx.runs import process
 from mlmx.runs.run import Run
-from mlmx.tracking import follower
+from mlmx.tracking import follower, mirror
 from mlmx.tracking.mirror import update
 from mlmx.tracking.store import Store, local
 from mlmx.tracking.tracker import Tracker
@@ -299,11 +299,19 @@ def of_all(outputs: Path) -> tuple[Any, list[Any]]:
     return client, client.search_runs([client.get_experiment_by_name("mlmx").experiment_id])
 
 
-def test_a_resumed_run_that_was_deleted_in_mlflow_is_back(store: Path, outputs: Path):
+def test_a_resumed_run_that_was_deleted_in_mlflow_is_back(store: Path, outputs: Path, monkeypatch):
     folder = outputs / "train" / "run"
     made = ended(folder, "KILLED", resumable=True)
     client, _ = of(outputs)
     client.delete_run(made.run_id)
+    own = mirror.connect
+
+    def late(at: Store) -> Any:
+        """Where a run is so short that it has ended before MLflow is reached."""
+        until(lambda: Run(folder).status == "FINISHED")
+        return own(at)
+
+    monkeypatch.setattr(mirror, "connect", late)
     ended(folder)
     assert of(outputs)[1].info.run_id == made.run_id
 

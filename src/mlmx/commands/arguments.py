@@ -178,18 +178,16 @@ def jobs(overrides: Sequence[Override], grid: bool) -> list[list[str]]:
 
 
 def _ends(overrides: Sequence[Override]) -> list[list[str]]:
-    """Two jobs of a search in intervals, whose values are known to its sweeper only: at their lower and upper ends."""
-    ends: tuple[list[str], list[str]] = ([], [])
+    """Jobs of a search in intervals, whose values only its sweeper knows: at both ends, and every choice once."""
+    tried: list[list[str]] = []
     for override in overrides:
-        if not override.is_sweep_override():
-            values = [str(override.input_line)] * 2
-        elif override.is_discrete_sweep():
-            values = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        key, value = override.get_key_element(), override.value()
+        if isinstance(value, IntervalSweep):
+            tried.append([f"{key}={end}" for end in (value.start, value.end)])
+        elif override.is_sweep_override():
+            values = [f"{key}={one}" for one in override.sweep_string_iterator()]
+            require(bool(values), f"{override.input_line}: holds no value, so the sweep would make no run")
+            tried.append([values[0], values[-1]] if isinstance(value, RangeSweep) else values)
         else:
-            interval = override.value()
-            assert isinstance(interval, IntervalSweep)
-            values = [f"{override.get_key_element()}={value}" for value in (interval.start, interval.end)]
-        require(bool(values), f"{override.input_line}: holds no value, so the sweep would make no run")
-        for job, value in zip(ends, (values[0], values[-1]), strict=True):
-            job.append(value)
-    return list(ends)
+            tried.append([str(override.input_line)])
+    return [[values[number % len(values)] for values in tried] for number in range(max(2, *map(len, tried)))]

@@ -185,7 +185,8 @@ def job(values: DictConfig) -> object:
     compose.require_folder(command, "hydra.runtime.output_dir", folder)
     home, sweeper = Path(node.sweep.dir), node.sweeper
     own = own_files.kept(home)
-    config = to_config(command, values, [home / own_files.FOLDER] if own else own_files.folders_of(node))
+    folders = own_files.folders_of(node)
+    config = to_config(command, values, [home / own_files.FOLDER, *folders] if own else folders)
     if isinstance(config, TrainConfig):
         from mlmx.sweeps.job import run_job  # noqa: PLC0415 (imports numpy)
 

@@ -32,7 +32,7 @@ from mlmx.runs.run import Run
 from mlmx.sweeps import search
 from mlmx.sweeps.sweep import Sweep, all_sweeps, mark_dead
 from mlmx.tracking.mirror import Mirror, record_of, renoted, update
-from mlmx.tracking.store import Store, found_runs, reason
+from mlmx.tracking.store import Store, found_runs, reason, store_of
 
 log = logging.getLogger("mlmx")
 
@@ -188,11 +188,16 @@ def adopt(parent: Mirror, sweep: Sweep) -> None:
     known = found_runs(mlflow.client, f"tags.`{PARENT}` = '{mlflow.run_id}'")
     ended = {one.info.run_id: one.info.status for one in known}
     for run in sweep.runs():
-        record = record_of(run)
+        record, store = record_of(run), store_of(run)
         if record is None or ended.get(record.run_id) == run.status:
             continue
-        if record.tags.get(PARENT) != mlflow.run_id:
-            records.write(replace(record, tags=record.tags | {PARENT: mlflow.run_id}), run.folder)
-        with process.unless_held(run.folder) as is_free:
-            if is_free:
-                update(run, parent.store)
+        if store is None or store.uri != parent.store.uri:  # made when the sweep was tracked elsewhere, or not at all
+            continue
+        try:
+            if record.tags.get(PARENT) != mlflow.run_id:
+                records.write(replace(record, tags=record.tags | {PARENT: mlflow.run_id}), run.folder)
+            with process.unless_held(run.folder) as is_free:
+                if is_free:
+                    update(run, store)
+        except Exception as error:  # noqa: BLE001 (of many kinds, from MLflow's and its database's)
+            log.warning("MLflow did not get all of %s (%s)", run.folder, brief(error))
