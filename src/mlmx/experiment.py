@@ -150,9 +150,9 @@ class HeldoutSource:
 
     def split(self, texts: dict[str, Dataset]) -> Split:
         """Training and held-out documents; see `heldout.split_off`."""
-        found = read(self.source) if self.source else {}
-        other = found.get("heldout", found.get("train"))
-        return split_off(texts, other, self.origin, self.wanted.documents, self.wanted.share, self.allow_overlap)
+        found, wanted = read(self.source) if self.source else {}, self.wanted
+        source = found.get("heldout", found["train"]) if found else texts.get("heldout")
+        return split_off(texts["train"], source, self.origin, wanted.documents, wanted.share, self.allow_overlap)
 
 
 def heldout_source(wanted: Heldout, training: partial[Any], says: DatasetHeldout) -> HeldoutSource:

@@ -107,7 +107,7 @@ def other_texts(
     left_out = 0
     if run is not None:
         trained = read(parts_of(run.config()).source)
-        split = split_off(trained, documents, source_name, settings.heldout.documents, 0, allow_overlap=True)
+        split = split_off(trained["train"], documents, source_name, settings.heldout.documents, 0, allow_overlap=True)
         assert split.heldout is not None
         chosen, left_out = split.heldout, split.left_out
     else:
