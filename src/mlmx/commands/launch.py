@@ -60,7 +60,7 @@ def launch(command: str, given: Sequence[str]) -> int:
     neighbours = threads.Neighbours()
     register_schemas()
     register_resolvers()
-    own_files.register_source()
+    Plugins.instance().register(own_files.PlainFiles)
     code, others = arguments.take_trusted_code(command, given)
     parsed = arguments.parse(command, others)
 

@@ -54,10 +54,8 @@ class Chunks:
         return {"input_ids": ids, "word_starts": starts, "sample": int(self.samples[index]), "epoch": self.epoch}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any] | list[dict[str, Any]]:
-        """Several rows at once, as torch's DataLoader asks for them.
-
-        Rows of one length come stacked, under the same names and with one more axis; others one by one.
-        """
+        """Several rows at once, as torch's DataLoader asks for them: those of one length stacked, under the same names
+        and with one more axis; others one by one."""
         rows = np.asarray(indices)
         starts, lengths = self.starts[rows], self.lengths[rows]
         if len(self.prefix) or len(self.suffix) or (lengths != lengths[0]).any():
@@ -76,10 +74,8 @@ class Chunks:
 
 
 def _windows(flat: NDArray[Any], length: int) -> NDArray[Any]:
-    """Every run of ``length`` neighbours as a row, [N - length + 1, length], a view.
-
-    ``sliding_window_view`` gives the same, but takes several times longer than the rows themselves.
-    """
+    """Every run of ``length`` neighbours as a row, [N - length + 1, length], a view. ``sliding_window_view`` gives the
+    same, but takes several times longer than the rows themselves."""
     return np.ndarray((len(flat) - length + 1, length), flat.dtype, flat, strides=flat.strides * 2)
 
 

@@ -42,10 +42,8 @@ Strategy = Callable[..., Bools]
 
 
 def strategy(*, words: bool, uniforms: bool) -> Callable[[F], F]:
-    """What a strategy needs; one that does not say is taken to need both.
-
-    A tokenizer that tells where words begin; uniforms to place units by, else it gets zeros: drawing takes time.
-    """
+    """What a strategy needs, both unless it says: a tokenizer that tells where words begin; uniforms to place units by,
+    else it gets zeros, as drawing takes time."""
     return states(needs_words=words, needs_uniforms=uniforms)
 
 

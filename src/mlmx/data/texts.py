@@ -279,7 +279,5 @@ def refuse_archive(path: Path) -> None:
     with contextlib.suppress(OSError), path.open("rb") as file:  # whoever reads it says why it cannot be read
         start = file.read(512)
         kinds += [kind for signature, kind in SIGNATURES.items() if re.match(signature, start, re.DOTALL)]
-    if kinds:
-        raise RequestError(
-            f"dataset.path={path}: is {kinds[0]}, and those are not unpacked; unpack it and give the files"
-        )
+    if kind := next(iter(kinds), None):
+        raise RequestError(f"dataset.path={path}: is {kind}, and those are not unpacked; unpack it and give the files")
