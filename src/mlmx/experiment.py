@@ -93,8 +93,8 @@ def _call(bound: partial[Any]) -> tuple[Any, dict[str, Any]]:
 def _texts_of(parts: Parts) -> Split:
     """Training and held-out documents; see `split_off`."""
     texts, found = read(parts.source), read(parts.heldout_source) if parts.heldout_source else {}
-    other, wanted = found.get("heldout", found.get("train")), parts.heldout
-    return split_off(texts, other, parts.heldout_origin, wanted.documents, wanted.share, parts.allow_overlap)
+    source, wanted = found.get("heldout", found["train"]) if found else texts.get("heldout"), parts.heldout
+    return split_off(texts["train"], source, parts.heldout_origin, wanted.documents, wanted.share, parts.allow_overlap)
 
 
 def texts_sha256(parts: Parts) -> dict[str, str | None]:

@@ -25,7 +25,7 @@ from mlmx.config.errors import RequestError
 from mlmx.config.paths import outputs_dir
 from mlmx.config.schema import Job, TrainConfig, UiConfig
 from mlmx.config.sources import find_package_file
-from mlmx.data.texts import kind_of, refuse_archive
+from mlmx.data.texts import refuse_archive
 
 ROOT = Path(__file__).resolve().parents[2]
 CANARY = "Canary-7f3a9e51c0"
@@ -410,7 +410,7 @@ def test_a_packed_file_among_others_is_refused(refusal: Refusal, here: Path):
 def test_texts_that_begin_like_an_archive_are_texts(text: str, tmp_path: Path):
     path = tmp_path / "a.txt"
     path.write_text(text)
-    assert kind_of(path) is None
+    refuse_archive(path)
 
 
 # ----------------------------------------------------------------------------- secrets in a request

@@ -141,7 +141,8 @@ def test_documents_are_chosen_by_content_not_by_place(imdb):
 
 def test_a_held_out_share_is_disjoint_and_takes_every_copy():
     texts = Dataset.from_dict({"text": [f"document number {i % 90}" for i in range(100)]})
-    train, held = heldout.hold_out(texts, share=0.2, most=50)
+    split = split_off(texts, None, "nowhere", 50, 0.2, allow_overlap=False)
+    train, held = split.train, split.heldout
     assert len(held) == 18
     assert not set(train["text"]) & set(held["text"])
     assert set(train["text"]) | set(held["text"]) == set(texts["text"])
@@ -151,8 +152,8 @@ def test_overlap_is_counted_quoted_and_refused():
     training = Dataset.from_dict({"text": ["one", "two", "three"]})
     other = Dataset.from_dict({"text": ["two", "three", "four"]})
     with pytest.raises(RequestError, match=r"2 of its 3 documents.*'two'.*allow_overlap=true"):
-        split_off({"train": training}, other, "heldout.dataset=x", 10, 0.1, allow_overlap=False)
-    split = split_off({"train": training}, other, "heldout.dataset=x", 10, 0.1, allow_overlap=True)
+        split_off(training, other, "heldout.dataset=x", 10, 0.1, allow_overlap=False)
+    split = split_off(training, other, "heldout.dataset=x", 10, 0.1, allow_overlap=True)
     assert (split.heldout["text"][:], split.left_out) == (["four"], 2)
 
 

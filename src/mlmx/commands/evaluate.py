@@ -76,7 +76,7 @@ def evaluate(cfg: EvaluateConfig, job: Job) -> dict[str, float]:
                 documents, most, left_out = texts.get("heldout", texts["train"]), settings.heldout.documents, 0
                 if run is not None:
                     trained = read(parts_of(run.config()).source)
-                    split = split_off(trained, documents, source_name, most, 0, allow_overlap=True)
+                    split = split_off(trained["train"], documents, source_name, most, 0, allow_overlap=True)
                     assert split.heldout is not None
                     chosen, left_out = split.heldout, split.left_out
                 else:

@@ -50,7 +50,7 @@ def launch(command: str, given: Sequence[str]) -> int:
     neighbours = threads.Neighbours()
     register_schemas()
     compose.register_resolvers()
-    own_files.register_source()
+    Plugins.instance().register(own_files.PlainFiles)
     parsed = arguments.parse(command, given)
 
     def is_right(elsewhere: bool = False) -> None:

@@ -98,11 +98,10 @@ def require_confined(command: str, composed: DictConfig, number: int = 0, multir
         chosen = OmegaConf.select(node, name)
         if chosen is None or chosen.get("root") is not None:
             raise RequestError(f"hydra/{name}: is not taken; a run writes its own train.log (leave it at none)")
+    own = "Hydra's own launcher and sweeper, and its installed plugins, are"
     for path, key, target in entries(OmegaConf.to_container(node, resolve=False)):
-        require(
-            key != "_target_" or (path in TARGETS and re.fullmatch(TARGETS[path], str(target)) is not None),
-            f"hydra.{path}={target}: is not taken; Hydra's own launcher and sweeper, and its installed plugins, are",
-        )
+        is_own = key != "_target_" or (path in TARGETS and re.fullmatch(TARGETS[path], str(target)) is not None)
+        require(is_own, f"hydra.{path}={target}: is not taken; {own}")
     with open_dict(composed):
         composed.hydra.job.num, composed.hydra.job.id = number, str(number)
     with _as_hydra_config(composed):  # for ${hydra:…} in a folder's name

@@ -15,7 +15,6 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
-from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
@@ -48,11 +47,6 @@ class PlainFiles(FileConfigSource):
         if Path(self.path, place).is_file():
             _read(Path(self.path), place)
         return super().load_config(config_path)
-
-
-def register_source() -> None:
-    """Make `PlainFiles` known to Hydra."""
-    Plugins.instance().register(PlainFiles)
 
 
 def searched(folders: Sequence[str]) -> str:

@@ -24,20 +24,16 @@ from mlmx.config.trust import TRUST_FLAG
 STARS = "***"
 # The environment's names, looked through at every line; os.environ would decode each of them again every time.
 NAMES: Mapping[Any, Any] = os.environb if os.supports_bytes_environ else os.environ
-LEAST_CHARACTERS = 8  # a shorter value would be found by chance in ordinary text
-SECRET_NAME = re.compile(
-    r"(token|passw(or)?d|secret|secret_?key|api_?key|access_?key(_?id)?|private_?key|credentials)$", re.IGNORECASE
-)
+
+SECRET = re.compile(r"(?i)(token|passw(or)?d|secret|(secret|api|access|private)_?key|access_?key_?id|credentials)$")
 # Every pattern begins with a literal and is bounded, so that a line of megabytes takes no longer than its length asks.
 # Credentials in an address, up to its host: a password may hold a slash or an @ of its own, a token may stand alone.
 USERINFO = re.compile(
-    r"(://)(?!\*\*\*@)"
-    r"(?:[^\s/?#@:'\"\[]{1,256}:(?!\d{1,5}\b(?!@))[^\s'\"]{0,1024}@|[^\s/?#'\"]{1,1024}@)"
+    r"(://)(?!\*\*\*@)(?:[^\s/?#@:'\"\[]{1,256}:(?!\d{1,5}\b(?!@))[^\s'\"]{0,1024}@|[^\s/?#'\"]{1,1024}@)"
 )
 PARAMETER = re.compile(
-    r"([?&](?:[\w.%-]{0,64}?(?:token|secret|passw(?:or)?d|signature|credential|api[-_]?key|access[-_]?key(?:id)?)"
-    r"|sig|key)=)(?!\*\*\*)[^&;#\s'\"]+",
-    re.IGNORECASE,
+    r"(?i)([?&](?:[\w.%-]{0,64}?(?:token|secret|passw(?:or)?d|signature|credential|api[-_]?key|access[-_]?key(?:id)?)"
+    r"|sig|key)=)(?!\*\*\*)[^&;#\s'\"]+"
 )
 HEADER = re.compile(r"(authorization['\"]?\s*[:=]\s*['\"]?(?:basic|bearer)\s+)(?!\*\*\*)[^\s'\"]+", re.IGNORECASE)
 KNOWN_FORM = re.compile(r"()(?:\bhf_[A-Za-z0-9]{16,}|\bapi_org_[A-Za-z0-9]{16,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b)")
@@ -92,13 +88,13 @@ def _secrets() -> Iterator[tuple[str, str]]:
     """Names and values of the environment variables that hold secrets."""
     for name in filter(_is_secret, NAMES):
         value = os.environ.get(os.fsdecode(name), "").strip()
-        if len(value) >= LEAST_CHARACTERS:
+        if len(value) >= 8:  # a shorter one would be found by chance in ordinary text
             yield os.fsdecode(name), value
 
 
 @lru_cache(maxsize=1024)
 def _is_secret(name: str | bytes) -> bool:
-    return SECRET_NAME.search(os.fsdecode(name)) is not None
+    return SECRET.search(os.fsdecode(name)) is not None
 
 
 @lru_cache(maxsize=256)
@@ -141,15 +137,11 @@ def refuse_code(values: object) -> None:
     """Refuse a plain, resolved config that could run code: names are looked up in tables, never imported."""
     for path, key, _ in entries(values):
         if key == "_target_":
-            raise RequestError(
-                f"{redact(path)}: a config names functions by 'name:', _target_ is not accepted; "
-                "your own functions come in through the entry point group mlmx.plugins"
-            )
+            own = "your own functions come in through the entry point group mlmx.plugins"
+            raise RequestError(f"{redact(path)}: a config names functions by 'name:', _target_ is not accepted; {own}")
         if "trust_remote_code" in key:
-            raise RequestError(
-                f"{redact(path)}: cannot be switched on by a config; name the repository on the command line: "
-                f"{TRUST_FLAG}=owner/name@<40 hexadecimal digits>"
-            )
+            instead = f"name the repository on the command line: {TRUST_FLAG}=owner/name@<40 hexadecimal digits>"
+            raise RequestError(f"{redact(path)}: cannot be switched on by a config; {instead}")
 
 
 def refuse_secrets(values: object) -> None:
@@ -176,10 +168,8 @@ def remedy(what: str) -> str:
     """What to do about a secret in a request, by what `exposed` calls it."""
     if what != "credentials in an address":
         return "leave it out; libraries read it from the environment"
-    return (
-        "leave them out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a tracking server, "
-        "HF_TOKEN for the hub, in the environment"
-    )
+    server = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a tracking server"
+    return f"leave them out and set {server}, HF_TOKEN for the hub, in the environment"
 
 
 def entries(value: object, path: str = "") -> Iterator[tuple[str, str, Any]]:

@@ -120,11 +120,9 @@ class TrainConfig:
         often, needed = self.save_minutes, "must be greater than 0, or null for none"
         _dial("save_minutes", str(often), often is None or 0 < often < math.inf, needed, TRAIN["save_minutes"])
         kept, limit = (BEST_AND_LAST, KEEP_ALL), self.trainer.get("save_total_limit")
-        require(
-            self.keep in kept or (bool(re.fullmatch("[0-9]{1,7}", self.keep)) and 1 <= int(self.keep) <= MOST),
-            f"keep={self.keep}: choose {BEST_AND_LAST}, {KEEP_ALL}, or how many of the newest checkpoints stay, a "
-            f"whole number from 1{did_you_mean(self.keep, kept)}",
-        )
+        is_number = bool(re.fullmatch("[0-9]{1,7}", self.keep)) and 1 <= int(self.keep) <= MOST
+        newest = f"how many of the newest checkpoints stay, a whole number from 1{did_you_mean(self.keep, kept)}"
+        _dial("keep", self.keep, self.keep in kept or is_number, f"choose {', '.join(kept)}, or {newest}")
         again = f"trainer.save_total_limit={limit} says it another way; leave that out"
         _dial("keep", self.keep, self.keep == KEEP_ALL or limit is None, again)
         is_name = self.register is None or bool(re.fullmatch(r"\w[\w .\-]{0,199}", self.register))
@@ -227,9 +225,7 @@ class CompareConfig:
 Config = (
     TrainConfig | PrepareConfig | EvaluateConfig | PredictConfig | UiConfig | DoctorConfig | SyncConfig | CompareConfig
 )
-CONFIGS: dict[str, type[Config]] = {
-    schema.__name__.removesuffix("Config").lower(): schema for schema in typing.get_args(Config)
-}
+CONFIGS: dict[str, type[Config]] = {c.__name__.removesuffix("Config").lower(): c for c in typing.get_args(Config)}
 
 
 @dataclass(frozen=True)

@@ -44,12 +44,9 @@ def require_reachable(kind: str, repo: str, revision: str | None = None) -> None
     if _hub_answers():
         return
     at = "" if revision is None else f" at revision {revision}"
-    local = "folder (model.path=…)" if kind == "model" else "file (dataset=files dataset.path=…)"
-    require(
-        _is_cached(kind, repo, revision),
-        f"{kind}.path={repo}: the hub cannot be reached and no copy of it{at} is cached here; connect, or give a "
-        f"local {local}, or try experiment=demo, which needs no network",
-    )
+    local = "local folder (model.path=…)" if kind == "model" else "local file (dataset=files dataset.path=…)"
+    none = f"{kind}.path={repo}: the hub cannot be reached and no copy of it{at} is cached here; connect, or give a"
+    require(_is_cached(kind, repo, revision), f"{none} {local}, or try experiment=demo, which needs no network")
     # The libraries are to work offline. They read the switch at import; one already imported is told as well.
     os.environ["HF_HUB_OFFLINE"] = "1"
     for name in ("huggingface_hub.constants", "datasets.config"):

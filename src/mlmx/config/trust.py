@@ -30,11 +30,7 @@ class TrustedCode:
 
 
 _trusted: ContextVar[TrustedCode | None] = ContextVar("trusted_code", default=None)
-
-
-def trusted_code() -> TrustedCode | None:
-    """What the command line trusts, or None."""
-    return _trusted.get()
+trusted_code = _trusted.get  # what the command line trusts, or None
 
 
 @contextlib.contextmanager

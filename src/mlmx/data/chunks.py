@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlmx.config.errors import RequestError
+from mlmx.config.errors import RequestError, require
 from mlmx.config.options import table
 from mlmx.config.plugins import call
 from mlmx.data.tokens import Tokens
@@ -54,10 +54,8 @@ class Chunks:
         return {"input_ids": ids, "word_starts": starts, "sample": int(self.samples[index]), "epoch": self.epoch}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any] | list[dict[str, Any]]:
-        """Several rows at once, as torch's DataLoader asks for them.
-
-        Rows of one length come stacked, under the same names and with one more axis; others one by one.
-        """
+        """Several rows at once, as torch's DataLoader asks for them: those of one length stacked, under the same names
+        and with one more axis; others one by one."""
         rows = np.asarray(indices)
         starts, lengths = self.starts[rows], self.lengths[rows]
         if len(self.prefix) or len(self.suffix) or (lengths != lengths[0]).any():
@@ -76,10 +74,8 @@ class Chunks:
 
 
 def _windows(flat: NDArray[Any], length: int) -> NDArray[Any]:
-    """Every run of ``length`` neighbours as a row, [N - length + 1, length], a view.
-
-    ``sliding_window_view`` gives the same, but takes several times longer than the rows themselves.
-    """
+    """Every run of ``length`` neighbours as a row, [N - length + 1, length], a view. ``sliding_window_view`` gives the
+    same, but takes several times longer than the rows themselves."""
     return np.ndarray((len(flat) - length + 1, length), flat.dtype, flat, strides=flat.strides * 2)
 
 
@@ -152,34 +148,27 @@ def split_chunks(
     # Shares are rounded as the library does, but 0.9 and 0.1 of 37 chunks are not more than 37 of them.
     counts = [w if isinstance(w, int) else round(w * len(chunks), 6) for w in wanted.values()]
     train_size, eval_size = math.floor(counts[0]), math.ceil(counts[1])
-    if len(chunks) == 0:
-        raise RequestError(
-            f"the corpus gives no chunk of {chunks.chunk_size} tokens (it has {len(chunks.tokens.ids):,} tokens); "
-            "choose a smaller chunk_size, chunking=document, or more text"
-        )
+    none = f"the corpus gives no chunk of {chunks.chunk_size} tokens (it has {len(chunks.tokens.ids):,} tokens)"
+    require(len(chunks) > 0, f"{none}; choose a smaller chunk_size, chunking=document, or more text")
     if train_size + eval_size > len(chunks) or min(train_size, eval_size) < 1:
-        raise RequestError(
-            f"the corpus gives {len(chunks):,} chunks of {chunks.chunk_size} tokens, too few for "
-            f"dataset.train_chunks={train_chunks:g} and dataset.eval_chunks={eval_chunks:g}; lower these "
-            "(shares such as 0.9 and 0.1 work too) or chunk_size"
-        )
+        given = f"dataset.train_chunks={train_chunks:g} and dataset.eval_chunks={eval_chunks:g}"
+        few = f"the corpus gives {len(chunks):,} chunks of {chunks.chunk_size} tokens, too few for {given}"
+        raise RequestError(f"{few}; lower these (shares such as 0.9 and 0.1 work too) or chunk_size")
     drawn = np.random.default_rng(split_seed).permutation(len(chunks))
     return chunks.select(drawn[eval_size : eval_size + train_size]), chunks.select(drawn[:eval_size])
 
 
 def require_amounts(train_chunks: float = 1, eval_chunks: float = 1, split_seed: int = 0) -> dict[str, int | float]:
     """Both amounts as whole numbers of chunks, or shares that leave something to the other."""
-    if split_seed < 0:
-        raise RequestError(f"dataset.split_seed={split_seed}: must be 0 or more; the default is 42")
+    require(split_seed >= 0, f"dataset.split_seed={split_seed}: must be 0 or more; the default is 42")
     wanted: dict[str, int | float] = {}
     for name, value in (("train_chunks", train_chunks), ("eval_chunks", eval_chunks)):
         wanted[name] = int(value) if value >= 1 and float(value).is_integer() else float(value)
-        if isinstance(wanted[name], float) and not 0 < value < 1:
-            needed = "give a number of chunks from 1 up, or a share between 0 and 1"
-            raise RequestError(f"dataset.{name}={value:g}: {needed}")
-    if sum(value for value in wanted.values() if isinstance(value, float)) > 1 + 1e-9:
-        given = f"dataset.train_chunks={train_chunks:g} and dataset.eval_chunks={eval_chunks:g}"
-        raise RequestError(f"{given}: shares of one corpus must not exceed 1 together")
+        is_amount = isinstance(wanted[name], int) or 0 < value < 1
+        require(is_amount, f"dataset.{name}={value:g}: give a number of chunks from 1 up, or a share between 0 and 1")
+    given = f"dataset.train_chunks={train_chunks:g} and dataset.eval_chunks={eval_chunks:g}"
+    share = sum(value for value in wanted.values() if isinstance(value, float))
+    require(share <= 1 + 1e-9, f"{given}: shares of one corpus must not exceed 1 together")
     return wanted
 
 

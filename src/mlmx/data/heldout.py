@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlmx.config.errors import require
+from mlmx.config.errors import RequestError, require
 from mlmx.data.cache import Entry, TokenCache
 from mlmx.data.chunks import Chunks, document
 from mlmx.data.hashing import batches, document_keys, hashed_order
-from mlmx.data.rng import mix, sample_keys, uniform
+from mlmx.data.rng import Words, mix, sample_keys, uniform
 from mlmx.data.tokens import Tokens, entry_name, entry_of, take_whole, tokenize, tokens_of
 
 if TYPE_CHECKING:
@@ -25,15 +25,6 @@ if TYPE_CHECKING:
 # Letters and digits, with apostrophes inside: no usual tokenizer makes a piece that reaches beyond such a word.
 WORD = re.compile(r"\w+(?:['’]\w+)*")
 WORD_RATE = 0.15
-
-
-def hold_out(texts: Dataset, share: float, most: int) -> tuple[Dataset, Dataset]:
-    """Training and held-out texts, order kept: a content-hashed share is taken out, every copy of a text together."""
-    keys = document_keys(texts)
-    unique = np.unique(keys)
-    number = min(most, round(share * len(unique)), len(unique) - 1)
-    out = np.isin(keys, unique[hashed_order(unique)[:number]])
-    return texts.select(np.flatnonzero(~out)), choose(texts.select(np.flatnonzero(out)), most)
 
 
 def choose(texts: Dataset, most: int) -> Dataset:
@@ -62,31 +53,26 @@ class DatasetHeldout:
     allow_overlap: bool = False  # leave those that also stand in the training texts unscored, instead of refusing
 
 
-def split_off(
-    texts: Mapping[str, Dataset], other: Dataset | None, origin: str, documents: int, share: float, allow_overlap: bool
-) -> Split:
-    """Held-out documents: of another source where one is given, else the dataset's own, else a share of it."""
-    source = texts.get("heldout") if other is None else other
-    return _split_off(texts["train"], source, origin, documents, share, allow_overlap)
-
-
 @lru_cache(maxsize=2)  # the jobs of a sweep have the same texts
-def _split_off(
+def split_off(
     train: Dataset, source: Dataset | None, origin: str, documents: int, share: float, allow_overlap: bool
 ) -> Split:
+    """Held-out documents: of a source where there is one, else a content-hashed share of the training texts."""
+    keys = document_keys(train)
     if source is None:
-        if round(share * len(np.unique(document_keys(train)))) < 1:
+        unique = np.unique(keys)
+        if (number := round(share * len(unique))) < 1:
             return Split(train, None, "nothing")  # the share is less than a document
-        rest, held = hold_out(train, share, documents)
+        out = np.isin(keys, unique[hashed_order(unique)[: min(documents, number, len(unique) - 1)]])  # with its copies
+        rest, held = train.select(np.flatnonzero(~out)), choose(train.select(np.flatnonzero(out)), documents)
         return Split(rest, held, f"a share of {share:g} of the documents")
-    shared = np.isin(document_keys(source), document_keys(train))
+    shared = np.isin(document_keys(source), keys)
     count = int(shared.sum())
-    require(
-        count == 0 or allow_overlap,
-        f"{origin}: {count:,} of its {len(source):,} documents also stand in the training texts, the first: "
-        f"{source[int(shared.argmax())]['text'][:60]!r}; take other held-out documents, or leave these unscored by "
-        "dataset.allow_overlap=true",
-    )
+    if count and not allow_overlap:
+        first = source[int(shared.argmax())]["text"][:60]
+        also = f"{count:,} of its {len(source):,} documents also stand in the training texts, the first: {first!r}"
+        instead = "take other held-out documents, or leave these unscored by dataset.allow_overlap=true"
+        raise RequestError(f"{origin}: {also}; {instead}")
     remaining = source.select(np.flatnonzero(~shared)) if count else source
     require(len(remaining) > 0, f"{origin}: no held-out document is left that does not stand in the training texts")
     return Split(train, choose(remaining, documents), origin, count)
@@ -198,9 +184,7 @@ def token_groups(heldout: Tokens, training: Chunks) -> NDArray[np.int8]:
     return groups
 
 
-def _words(
-    ids: NDArray[np.int32], word_starts: NDArray[np.bool_] | None
-) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
+def _words(ids: NDArray[np.int32], word_starts: NDArray[np.bool_] | None) -> tuple[Words, NDArray[np.bool_]]:
     """A hash of each word's pieces, uint64[W], and where words begin, bool[N]."""
     starts = np.ones(len(ids), np.bool_) if word_starts is None else np.array(word_starts)
     starts[:1] = True  # even where a row was cut within a word

@@ -33,6 +33,7 @@ Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int64]
 Draws = NDArray[np.uint32]
+Shares = tuple[float, float]  # of the targets: shown as ``[MASK]``, and as a random token
 LAST = np.uint32(2**32 - 1)  # stands behind every unit
 # Rows of chunks, each a mapping of its own, or those of one length stacked: the same names, one more axis.
 Rows = Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -41,10 +42,8 @@ Strategy = Callable[..., Bools]
 
 
 def strategy(*, words: bool, uniforms: bool) -> Callable[[F], F]:
-    """What a strategy needs; one that does not say is taken to need both.
-
-    A tokenizer that tells where words begin; uniforms to place units by, else it gets zeros: drawing takes time.
-    """
+    """What a strategy needs, both unless it says: a tokenizer that tells where words begin; uniforms to place units by,
+    else it gets zeros, as drawing takes time."""
     return states(needs_words=words, needs_uniforms=uniforms)
 
 
@@ -100,16 +99,12 @@ def try_out(strategy: Strategy) -> None:
     _place_units(strategy, uniforms, word_starts, np.full((2, 1), 1.2))
 
 
-def replacement_shares(
-    *, mask_share: float = 0.8, random_share: float = 0.1, keep_share: float = 0.1
-) -> tuple[float, float]:
+def replacement_shares(*, mask_share: float = 0.8, random_share: float = 0.1, keep_share: float = 0.1) -> Shares:
     """Shares of the targets shown as ``[MASK]``, as a random token, and as they are."""
     shares = (mask_share, random_share, keep_share)
-    require(
-        min(shares) >= 0 and abs(sum(shares) - 1) < 1e-9,
-        f"masking.mask_share={mask_share:g}, masking.random_share={random_share:g}, masking.keep_share={keep_share:g}: "
-        f"each must be 0 or more and together 1 (they sum to {sum(shares):g}); the usual values are 0.8, 0.1, 0.1",
-    )
+    got = f"masking.mask_share={mask_share:g}, masking.random_share={random_share:g}, masking.keep_share={keep_share:g}"
+    needed = f"each must be 0 or more and together 1 (they sum to {sum(shares):g}); the usual values are 0.8, 0.1, 0.1"
+    require(min(shares) >= 0 and abs(sum(shares) - 1) < 1e-9, f"{got}: {needed}")
     return mask_share, random_share
 
 
@@ -145,11 +140,9 @@ class Vocabulary:
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     """Masking's view of a tokenizer; refused if it has no mask token."""
-    require(
-        tokenizer.mask_token_id is not None,
-        f"{tokenizer.name_or_path}: its tokenizer has no mask token, so it is no masked language model; "
-        "choose an encoder such as distilbert, bert_base or roberta_base",
-    )
+    none = f"{tokenizer.name_or_path}: its tokenizer has no mask token, so it is no masked language model"
+    has_mask = tokenizer.mask_token_id is not None
+    require(has_mask, f"{none}; choose an encoder such as distilbert, bert_base or roberta_base")
     special = np.zeros(len(tokenizer), np.bool_)
     special[[i for i in tokenizer.all_special_ids if i < len(special)]] = True
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.mask_token_id
@@ -170,7 +163,7 @@ class Masker:
     vocabulary: Vocabulary
     rates: tuple[float, ...]  # of each epoch; the last one holds from there on
     seed: int
-    shares: tuple[float, float] = (0.8, 0.1)
+    shares: Shares = (0.8, 0.1)
     fixed: bool = False  # one mask per sample for the whole run, at the first rate (evaluation)
     draws_units: bool = True  # the strategy is given uniforms to place its units by, else zeros
 
@@ -231,7 +224,7 @@ def take_units(unit_starts: Bools, candidates: Bools, budgets: Floats, draws: Dr
     return targets
 
 
-def shown(right: Ids, bits: Words, vocabulary: Vocabulary, shares: tuple[float, float]) -> Ids:
+def shown(right: Ids, bits: Words, vocabulary: Vocabulary, shares: Shares) -> Ids:
     """What the model sees of each target, [M]: ``[MASK]``, an ordinary token at random, or the ``right`` id."""
     mask_share, random_share = shares
     fate = bits >> np.uint64(11)  # of 2⁵³
@@ -281,16 +274,15 @@ def masker(
     tokenizer: PreTrainedTokenizerBase,
     mlm_probability: float,
     seed: int,
-    shares: tuple[float, float] = (0.8, 0.1),
+    shares: Shares = (0.8, 0.1),
     final_probability: float | None = None,
     epochs: float = 1,
 ) -> Masker:
     """The masker of a run's training batches; refused where whole words are asked of a tokenizer that knows none."""
-    require(
-        getattr(tokenizer, "backend_tokenizer", None) is not None or not getattr(strategy.func, "needs_words", True),
-        f"masking={strategy.func.__name__}: {tokenizer.name_or_path} has no fast tokenizer, which alone tells where "
-        "words begin; use masking=token or a model with a tokenizer.json",
-    )
+    tells_words = getattr(tokenizer, "backend_tokenizer", None) is not None
+    slow = f"{tokenizer.name_or_path} has no fast tokenizer, which alone tells where words begin"
+    slow = f"masking={strategy.func.__name__}: {slow}; use masking=token or a model with a tokenizer.json"
+    require(tells_words or not getattr(strategy.func, "needs_words", True), slow)
     last = mlm_probability if final_probability is None else final_probability
     rates = tuple(float(rate) for rate in np.linspace(mlm_probability, last, max(1, int(np.ceil(epochs)))))
     draws_units = getattr(strategy.func, "needs_uniforms", True)

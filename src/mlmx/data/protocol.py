@@ -51,10 +51,8 @@ class Yardstick:
 
 @dataclass(frozen=True)
 class WholeWords:
-    """Collates rows for bits per byte: the tokens of chosen words, all shown as ``[MASK]``.
-
-    Words are chosen by (document, character span), so they are the same words for every tokenizer.
-    """
+    """Collates rows for bits per byte: the tokens of chosen words, all shown as ``[MASK]``. Words are chosen by
+    (document, character span), so they are the same words for every tokenizer."""
 
     vocabulary: Vocabulary
 

@@ -38,7 +38,7 @@ def data_report(
         report = dict(zip(parts, pool.map(partial(_rows_report, source), parts.values()), strict=True))
     tokens, sizes = chunks.tokens, sorted({64, 128, 256, 512, chunks.chunk_size})
     report["corpus"] |= {
-        "documents": tokens.num_documents,
+        "documents": len(tokens.offsets) - 1,
         "tokens": len(tokens.ids),
         "dropped_tokens": max(len(tokens.ids) - report["corpus"]["tokens"], 0),
         "chunks_per_chunk_size": {str(size): len(chunking(tokens, size)) for size in sizes},
@@ -49,7 +49,7 @@ def data_report(
     if heldout is None or texts.heldout is None:
         return report
     report["heldout"] = _rows_report(texts.origin, heldout) | {
-        "documents": heldout.tokens.num_documents,
+        "documents": len(heldout.keys),
         **_words_report(heldout.tokens, tokenizer.unk_token_id),
         "content_sha256": content_sha256(texts.heldout),
         "left_out_for_overlap": texts.left_out,
@@ -78,7 +78,7 @@ def _rows_report(source: str, rows: Chunks) -> dict[str, Any]:
 @lru_cache(maxsize=4)  # those of the jobs of a sweep are the same, and of millions
 def _words_report(tokens: Tokens, unknown_id: int | None) -> Mapping[str, float]:
     """How well the tokenizer fits the texts: tokens per word, and the share of tokens it does not know."""
-    special = tokens.num_documents * (tokens.num_prefix + tokens.num_suffix)
+    special = (len(tokens.offsets) - 1) * (tokens.num_prefix + tokens.num_suffix)
     own = max(len(tokens.ids) - special, 1)
     unknown = 0 if unknown_id is None else np.count_nonzero(tokens.ids == unknown_id)
     report = {"unknown_share": unknown / own}

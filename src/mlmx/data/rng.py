@@ -44,10 +44,8 @@ def _first_word(number: int) -> Words:
 
 
 def bits_at(keys: Words, positions: NDArray[Any], stream: int = 0) -> Words:
-    """uint64 random words: the one at a position depends on its key, the stream and the position alone.
-
-    Keys and positions are broadcast against each other; positions may wrap round below 0.
-    """
+    """uint64 random words: the one at a position depends on its key, the stream and the position alone. Keys and
+    positions are broadcast against each other; positions may wrap round below 0."""
     return mix((keys ^ np.uint64(stream * STREAM % 2**64)) + _counters(positions))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import re
 import warnings
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -57,11 +59,10 @@ def _is_text(rows: Dataset) -> bool:
 
 
 def _require_there(path: str, revision: str | None = None, **_: object) -> None:
-    require(
-        revision is None or not Path(path).exists(),
-        f"dataset.path={path}: a folder of this name lies in {Path.cwd()} and would be read in place of revision "
-        f"{revision} of the hub's; run elsewhere, or give dataset.revision=null to read the folder",
-    )
+    if revision is not None and Path(path).exists():
+        own = f"a folder of this name lies in {Path.cwd()} and would be read in place of revision {revision}"
+        other = "run elsewhere, or give dataset.revision=null to read the folder"
+        raise RequestError(f"dataset.path={path}: {own} of the hub's; {other}")
     require_reachable("dataset", path, revision)
 
 
@@ -95,11 +96,9 @@ def _from_hub(
     # Offline the library takes the copy that it prepared last, whatever revision was asked for.
     folders = [Path(file["filename"]).parent.name for rows in loaded.values() for file in rows.cache_files]
     for commit in filter(COMMIT.fullmatch, folders):
-        require(
-            commit == revision or not COMMIT.fullmatch(revision or ""),
-            f"dataset.path={path}: the copy cached last is of revision {commit}, not {revision}; connect, or give "
-            f"dataset.revision={commit}",
-        )
+        if commit != revision and COMMIT.fullmatch(revision or ""):
+            last = f"the copy cached last is of revision {commit}, not {revision}"
+            raise RequestError(f"dataset.path={path}: {last}; connect, or give dataset.revision={commit}")
     return {name: _text_only(rows, text_column, path) for name, rows in loaded.items()}
 
 
@@ -260,38 +259,25 @@ def _has_text(batch: pa.Table | dict[str, pa.Array]) -> pa.Array | list[bool]:
 
 
 # Archives and compressed files are not unpacked; by what they begin with, so that another name does not bring them in.
-ARCHIVES = (
-    *(".zip", ".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".gz", ".bz2", ".xz", ".lzma", ".zst", ".zstd", ".7z", ".rar"),
-    *(".lz4", ".br", ".z", ".cab", ".jar"),
-)
+ARCHIVES = re.compile(r"\.(zip|tar|tgz|tbz2?|txz|gz|bz2|xz|lzma|zstd?|7z|rar|lz4|br|z|cab|jar)")
 SIGNATURES = {
-    **dict.fromkeys((b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08"), "a zip archive"),
-    b"\x1f\x8b": "compressed by gzip",
-    b"BZh": "compressed by bzip2",
-    b"\xfd7zXZ\x00": "compressed by xz",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd",
-    b"\x04\x22\x4d\x18": "compressed by lz4",
-    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
-    b"Rar!\x1a\x07": "a rar archive",
+    rb"PK(\x03\x04|\x05\x06|\x07\x08)": "a zip archive",
+    rb"\x1f\x8b": "compressed by gzip",
+    rb"BZh.1AY&SY": "compressed by bzip2",  # a text may well begin with BZh
+    rb"\xfd7zXZ\x00": "compressed by xz",
+    rb"\x28\xb5\x2f\xfd": "compressed by zstd",
+    rb"\x04\x22\x4d\x18": "compressed by lz4",
+    rb"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    rb"Rar!\x1a\x07": "a rar archive",
+    rb".{257}ustar": "a tar archive",
 }
-BZIP2_BLOCK = b"\x31\x41\x59\x26\x53\x59"  # follows BZh and a digit; a text may well begin with BZh
 
 
 def refuse_archive(path: Path) -> None:
     """Refuse a file that is an archive or compressed, by its name or by its first bytes."""
-    kind = "an archive" if path.suffix.lower() in ARCHIVES else kind_of(path)
-    if kind is not None:
+    kinds = ["an archive"] if ARCHIVES.fullmatch(path.suffix.lower()) else []
+    with contextlib.suppress(OSError), path.open("rb") as file:  # whoever reads it says why it cannot be read
+        start = file.read(512)
+        kinds += [kind for signature, kind in SIGNATURES.items() if re.match(signature, start, re.DOTALL)]
+    if kind := next(iter(kinds), None):
         raise RequestError(f"dataset.path={path}: is {kind}, and those are not unpacked; unpack it and give the files")
-
-
-def kind_of(path: Path) -> str | None:
-    """``a zip archive`` and the like by the first bytes, or None."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(512)
-    except OSError:
-        return None  # whoever reads it says why it cannot be read
-    for signature, kind in SIGNATURES.items():
-        if start.startswith(signature) and (signature != b"BZh" or start[4:10] == BZIP2_BLOCK):
-            return kind
-    return "a tar archive" if start[257:].startswith(b"ustar") else None

@@ -40,10 +40,6 @@ class Tokens:
     num_suffix: int  # and after them
     tokenized_by: str = "unknown"  # the library and its version
 
-    @property
-    def num_documents(self) -> int:
-        return len(self.offsets) - 1
-
 
 def tokenize(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     """All texts, untruncated, each with the model's special tokens; a fast tokenizer also tells where words begin."""
@@ -160,12 +156,8 @@ def _with_word_ids(
     if probe[-1] == probe[0] or len(set(probe)) <= 2:
         pieces = [(piece or "").lstrip("▁") for piece in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
         pieces = ["" if piece.startswith("<0x") else piece for piece in pieces]  # bytes of a character, not signs
-        first, last = (np.array([bool(piece) and _is_sign(piece[at]) for piece in pieces]) for at in (0, -1))
+        kind = unicodedata.category  # Punctuation or Symbol; a vowel sign that combines with its letter is neither
+        first, last = (np.array([bool(piece) and kind(piece[at])[0] in "PS" for piece in pieces]) for at in (0, -1))
         starts |= first[ids]
         starts[1:] |= last[ids[:-1]]
     return ids, lengths, starts
-
-
-def _is_sign(character: str) -> bool:
-    """Punctuation or symbol; a vowel sign that combines with its letter is neither."""
-    return unicodedata.category(character)[0] in "PS"

@@ -18,10 +18,8 @@ GROWING = (".jsonl", ".log")  # while the run goes on
 
 
 class Artifacts:
-    """Linked or copied where the address is a folder of this machine's disks, else sent to the server.
-
-    There sizes are compared: it keeps no checksums.
-    """
+    """Linked or copied where the address is a folder of this machine's disks, else sent to the server; there sizes are
+    compared, as it keeps no checksums."""
 
     def __init__(self, address: str, tracking_uri: str) -> None:
         parsed = urlparse(address)
@@ -33,11 +31,8 @@ class Artifacts:
             self.remote = get_artifact_repository(address, tracking_uri=tracking_uri)
 
     def bring(self, paths: Sequence[Path], folder: str = "", again: bool = False) -> int:
-        """Put those of these files that ``folder`` does not have as they are; returns how many.
-
-        Args:
-            again: the others as well: a server tells sizes, which a file may keep when it is written again.
-        """
+        """Put those of these files that ``folder`` does not have as they are; returns how many. With ``again`` the
+        others as well: a server tells sizes, which a file may keep when it is written again."""
         if self.local is not None:  # looked at; asking MLflow takes 20 ms
             lacking = [path for path in paths if not is_placed(path, self.local / folder / path.name)]
         else:

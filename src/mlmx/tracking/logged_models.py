@@ -109,12 +109,11 @@ class Models:
         return {}
 
     def _remove_where(self, unwanted: Callable[[str, Known], bool]) -> None:
-        for (name, step), known in list(self.all().items()):
-            if not unwanted(name, known):
-                continue
+        found = self.all()
+        for key, known in [(key, known) for key, known in found.items() if unwanted(key[0], known)]:
             if not {REGISTERED, VERSIONS} & self.client.get_logged_model(known.model_id).tags.keys():
                 self._remove(known)
-                self.all().pop((name, step), None)
+                found.pop(key, None)
 
     def _remove(self, known: Known) -> None:
         """The model and its files; what the run says of its step stays."""
@@ -124,12 +123,8 @@ class Models:
     def register(
         self, name: str, saved: Iterable[Saved], scores: Mapping[int, Mapping[str, Score]], ended: int
     ) -> dict[str, int]:
-        """The best and the last of a finished run's models as versions of ``name``; returns how many were not there.
-
-        Args:
-            scores: of each step that was scored.
-            ended: milliseconds since 1970.
-        """
+        """The best and the last of a finished run's models as versions of ``name``, by the ``scores`` of each step that
+        was scored; ``ended`` in milliseconds since 1970. Returns how many were not there."""
         order = sorted(saved, key=lambda one: not one.final)  # the final model where its step has no checkpoint
         found = [(one.step, self.all().get((one.name, str(one.step)))) for one in order]
         by_step = {step: known for step, known in found if known is not None and known.ready}
@@ -141,8 +136,7 @@ class Models:
         metric = checkpoints.loss_name(losses.values())
         added = 0
         for step in dict.fromkeys([last if best is None else best, last]):
-            known = by_step[step]
-            if known.model_id not in there:
+            if (known := by_step[step]).model_id not in there:
                 tags = {key: known.tags[key] for key in (PROTOCOL,) if key in known.tags}
                 tags |= {MODEL_ID: known.model_id, ENDED: str(ended), STEP: str(step)}
                 if metric and metric in losses[step]:
@@ -154,9 +148,8 @@ class Models:
                         raise
                 self.client.set_logged_model_tags(known.model_id, {REGISTERED: name})  # first: now its files stay
                 known.tags[REGISTERED] = name
-                made = self.client.create_model_version(
-                    name, known.address, self.mlflow.run_id, tags, await_creation_for=0, model_id=known.model_id
-                )
+                given = name, known.address, self.mlflow.run_id, tags
+                made = self.client.create_model_version(*given, await_creation_for=0, model_id=known.model_id)
                 # What the model's page shows; a server has written it itself.
                 listed = json.loads(self.client.get_logged_model(known.model_id).tags.get(VERSIONS, "[]"))
                 if (one := {"name": name, "version": made.version}) not in listed:

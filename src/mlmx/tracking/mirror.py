@@ -97,11 +97,8 @@ class Mirror:
     def update(self, bring: Callable[[str, Deed], Mapping[str, int]] = lambda name, deed: deed()) -> Counter[str]:
         """Bring MLflow what it lacks of the folder as it is now, and say how many of each of `COUNTED` that were.
 
-        Args:
-            bring: does what brings the thing of that name, unless its failing is to end the update.
-
-        Raises:
-            RequestError: the run was never announced to any store. What MLflow raises comes, too; call it again then.
+        ``bring`` does what brings the thing of that name, unless its failing is to end the update. `RequestError` for a
+        run that was never announced to any store; what MLflow raises comes, too: call it again then.
         """
         if looks := self.changed or self.scored:
             self.changed = False  # what is written from here on is looked at the next time
@@ -198,7 +195,10 @@ class Mirror:
             kept = {*record.kept, *(one.folder.name for one in saved)}
             yield Thing("what is kept", kept, lambda models: models.keep(kept))
         paths = [path for name in FILES if (path := self.run.folder / name).is_file()]
-        files = {path: _state(path, ended) for path in (*paths, *sorted(self.run.plots.glob("*.png")))}
+        files: dict[Path, tuple[int, int]] = {}  # by what one is known to have been written again
+        for path in (*paths, *sorted(self.run.plots.glob("*.png"))):
+            found = path.stat()  # of one that grows only when the run has ended
+            files[path] = (found.st_mtime_ns, found.st_size) if ended or path.suffix not in GROWING else (0, 0)
         yield Thing("its files", files, partial(self._send_files, files))
         yield from self.also
         if ended:
@@ -258,12 +258,6 @@ def _keep_id(run: Run, run_id: str) -> None:
     for kind in (MlflowRecord, Result):
         if (record := records.read(kind, run.folder)) is not None:
             records.write(replace(record, run_id=run_id), run.folder)
-
-
-def _state(path: Path, ended: bool) -> tuple[int, int]:
-    """By which a file is known to have been written again; one that grows is only so when the run has ended."""
-    found = path.stat()
-    return (found.st_mtime_ns, found.st_size) if ended or path.suffix not in GROWING else (0, 0)
 
 
 def _ended_at(run: Run, started: int) -> int:

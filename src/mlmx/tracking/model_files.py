@@ -84,21 +84,12 @@ def descriptions(folder: Path, files: Sequence[Path], model_id: str, run_id: str
     column = json.dumps([{"type": "string", "required": True}])
     env, python = {"conda": "conda.yaml", "virtualenv": "python_env.yaml"}, platform.python_version()
     examples = {"artifact_path": "input_example.json", "serving_input_path": "serving_input_example.json"}
+    function = {"env": env, "loader_module": "mlflow.transformers", "python_version": python}
+    names = {"instance_type": "FillMaskPipeline", "task": "fill-mask", "source_model_name": "", "model_binary": MODEL}
+    names |= {"pipeline_model_type": "AutoModelForMaskedLM", "tokenizer_type": "AutoTokenizer"}
+    parts = {"code": None, "components": ["tokenizer"], "transformers_version": version("transformers")}
     described = {
-        "flavors": {
-            "python_function": {"env": env, "loader_module": "mlflow.transformers", "python_version": python},
-            "transformers": {
-                "code": None,
-                "components": ["tokenizer"],
-                "instance_type": "FillMaskPipeline",
-                "model_binary": MODEL,
-                "pipeline_model_type": "AutoModelForMaskedLM",
-                "source_model_name": "",
-                "task": "fill-mask",
-                "tokenizer_type": "AutoTokenizer",
-                "transformers_version": version("transformers"),
-            },
-        },
+        "flavors": {"python_function": function, "transformers": names | parts},
         "mlflow_version": version("mlflow"),
         "model_id": model_id,
         "model_size_bytes": sum(path.stat().st_size for path in files),

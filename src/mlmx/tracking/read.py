@@ -28,14 +28,10 @@ MOST_BYTES = 100_000_000  # of a file
 
 
 def fetch(store: Store, folder: Path, *, run_ids: Sequence[str] = (), parent: str | None = None) -> list[Run]:
-    """Runs with their params, histories and small files, each as a folder below ``folder``, oldest first.
+    """Runs with their params, histories and small files, each as a folder below ``folder``, oldest first: these, or the
+    jobs of ``parent``, the run of a sweep, or those of the store's experiment.
 
-    Args:
-        run_ids: which; or ``parent``, the run of a sweep whose jobs are meant; else those of the store's experiment.
-
-    Raises:
-        RequestError: no such run or experiment.
-        WorkError: the store does not answer.
+    `RequestError` where there is no such run or experiment, `WorkError` where the store does not answer.
     """
     if path := store.database:
         require(path.exists(), f"tracking=local: no MLflow store at {path} yet; train something first")

@@ -114,11 +114,8 @@ def make(store: Store) -> None:
     """Make a local store where there is none, in its newest schema; one that is there is looked at only.
 
     It is migrated under another name and then renamed: a process that is killed meanwhile leaves no half of one, and
-    those that start together find either none or all of it.
-
-    Raises:
-        WorkError: the one that is there cannot be used. MLflow itself would try for 100 s to open it, or, if it has
-            another schema, migrate some unasked.
+    those that start together find either none or all of it. `WorkError` where the one that is there cannot be used:
+    MLflow itself would try for 100 s to open it, or, if it has another schema, migrate some unasked.
     """
     if store.database is None or store.artifacts is None:
         return
@@ -195,10 +192,8 @@ def trouble(store: Store) -> str | None:
         found = next(iter(opened.execute("SELECT version_num FROM alembic_version")), (None,))[0]
     if found in (None, wanted) or wanted is None:
         return None
-    return (
-        f"{path} has the schema of another version of MLflow ({found}, this one has {wanted}); make a copy of it, "
-        f"then: mlflow db upgrade {shlex.quote(uri)}"
-    )
+    other = f"{path} has the schema of another version of MLflow ({found}, this one has {wanted})"
+    return f"{other}; make a copy of it, then: mlflow db upgrade {shlex.quote(uri)}"
 
 
 @cache

@@ -21,10 +21,8 @@ Sample = tuple[int, int, dict[str, float]]  # step, milliseconds since 1970, val
 class SystemMetrics:
     """Samples in a thread of its own until ``ended`` is set; whoever sends them takes them from ``waiting``.
 
-    Args:
-        started: of the run, in milliseconds since 1970. A sample's step is how many times ten seconds it came later,
-            so that a run that is resumed goes on counting.
-        sampled: called after each.
+    A sample's step is how many times ten seconds it came after ``started``, the run's, in milliseconds since 1970, so
+    that a run that is resumed goes on counting. ``sampled`` is called after each.
     """
 
     def __init__(self, started: int, sampled: Callable[[], None]) -> None:

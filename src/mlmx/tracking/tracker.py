@@ -67,8 +67,7 @@ class Tracker:
         params: Mapping[str, Any],
         tags: Mapping[str, str],
         report: Mapping[str, Mapping[str, Any]],  # of the data; its splits become the MLflow run's datasets
-        registered: str
-        | None = None,  # the name of its best and last models in MLflow's registry, once it has finished
+        registered: str | None = None,  # its best and last models' name in MLflow's registry, once it has finished
         rotates: bool = False,  # older checkpoints are deleted as new ones come, and so are their models in MLflow
     ) -> None:
         """Write what is known before training; MLflow is asked for the run."""
