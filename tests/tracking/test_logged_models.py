@@ -478,6 +478,29 @@ def test_checkpoints_that_went_while_mlflow_was_away_never_come(store: Path, out
     assert "did not take" not in said.text
 
 
+@pytest.mark.usefixtures("short")
+def test_a_removal_whose_answer_is_lost_is_no_obstacle_to_the_next(store: Path, outputs: Path, said: Any, monkeypatch):
+    from mlflow import MlflowClient
+
+    folder, remove, lost = outputs / "train" / "run", MlflowClient.delete_logged_model, [0]
+
+    def removed(self: Any, *args: Any) -> None:
+        remove(self, *args)
+        lost[0] += 1
+        if lost[0] == 1:
+            raise ConnectionError("no answer")
+
+    monkeypatch.setattr(MlflowClient, "delete_logged_model", removed)
+    made = opened(folder, rotates=True)
+    for step in (1, 2, 3):
+        shutil.rmtree(folder / "checkpoints" / f"checkpoint-{step - 1}", ignore_errors=True)
+        train(made, range(step, step + 1))
+        until(lambda: caught_up(made))
+    made.finish("FINISHED", {})
+    assert set(models_of(folder)) == {"epoch-3"}
+    assert "did not take" not in said.text
+
+
 def test_checkpoints_deleted_by_hand_stay_in_mlflow(store: Path, outputs: Path):
     folder = outputs / "train" / "run"
     made = opened(folder, rotates=True)

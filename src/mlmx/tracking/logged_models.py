@@ -105,7 +105,11 @@ class Models:
     def keep(self, names: Iterable[str]) -> dict[str, int]:
         """Remove the models of other checkpoints, but for those in the registry: the folder has none of them either."""
         kept = {*names, None}
-        self._remove_where(lambda _, known: known.tags.get(CHECKPOINT) not in kept)
+        try:
+            self._remove_where(lambda _, known: known.tags.get(CHECKPOINT) not in kept)
+        except BaseException:
+            self.known = None  # what was removed without an answer would not be found when it is tried again
+            raise
         return {}
 
     def _remove_where(self, unwanted: Callable[[str, Known], bool]) -> None:
