@@ -111,7 +111,8 @@ def targets(
 
 
 def _values(model: PreTrainedModel, batch: Batch, metrics: Mapping[str, Metric]) -> dict[str, torch.Tensor]:
-    logits, labels = head.masked_logits(model, _on(model, batch))  # given back before the next batch
+    # Their memory is given back before the next batch.
+    logits, labels = head.masked_logits(model, {name: value.to(model.device) for name, value in batch.items()})
     return {name: metric(logits, labels).double().cpu() for name, metric in metrics.items()}
 
 
@@ -119,14 +120,10 @@ def likeliest(
     model: PreTrainedModel, batch: Batch, top: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
     """Inside `exactly`: of each target the likeliest ids, int64[M, top], their probabilities, that of the right id."""
-    logits, labels = head.masked_logits(model, _on(model, batch))
+    logits, labels = head.masked_logits(model, {name: value.to(model.device) for name, value in batch.items()})
     probabilities = logits.float().softmax(-1)
     found, own = probabilities.topk(top), probabilities.gather(1, labels[:, None])[:, 0]
     return found.indices.cpu().numpy(), found.values.cpu().numpy(), own.cpu().numpy()
-
-
-def _on(model: PreTrainedModel, batch: Batch) -> Batch:
-    return {name: value.to(model.device) for name, value in batch.items()}
 
 
 @contextlib.contextmanager

@@ -1,11 +1,4 @@
-"""What a run and a sweep say of themselves: records, each a JSON file of its folder.
-
-::
-
-    result.json   how a run ended, its last numbers           process.json  which process makes it
-    data.json     what it is trained and measured on          job.json      which job of a sweep it is
-    mlflow.json   all that makes its MLflow run               sweep.json    what a sweep is, in its own folder
-"""
+"""What a run and a sweep say of themselves: records, each a JSON file of its folder."""
 
 from __future__ import annotations
 
@@ -65,7 +58,7 @@ Milliseconds = Count  # since 1970
 
 @dataclass
 class Result:
-    """How a run ended; where that was not written, as by a power cut, it says RUNNING."""
+    """How a run ended, its last numbers; where that was not written, as by a power cut, it says RUNNING."""
 
     FILE: ClassVar = "result.json"
     status: Status = Status.RUNNING
@@ -114,7 +107,7 @@ class ProcessRecord:
 
 @dataclass
 class JobRecord:
-    """A job of a sweep."""
+    """Which job of a sweep a run is."""
 
     FILE: ClassVar = "job.json"
     key: str = ""  # of everything that its numbers come from, see `identity.fingerprint`
@@ -125,7 +118,7 @@ class JobRecord:
 
 @dataclass
 class SweepRecord:
-    """A sweep; where its file is torn, nobody knows how it stands."""
+    """What a sweep is, in its own folder; where its file is torn, nobody knows how it stands."""
 
     FILE: ClassVar = "sweep.json"
     name: str = ""
@@ -141,7 +134,7 @@ class SweepRecord:
 
 @dataclass
 class SplitRecord:
-    """A part of the data report; what else it says is for people."""
+    """A part of the report on what a run is trained and measured on; what else it says is for people."""
 
     FILE: ClassVar = "data.json"  # that of all splits
     source: str = ""
@@ -186,9 +179,8 @@ def parsed(kind: type[R], found: Mapping[str, Any]) -> R:
     """
     usable = {}
     for name, adapter in _adapters(kind).items():
-        if name in found:
-            with contextlib.suppress(ValidationError):
-                usable[name] = adapter.validate_python(found[name])
+        with contextlib.suppress(KeyError, ValidationError):
+            usable[name] = adapter.validate_python(found[name])
     return kind(**usable)
 
 
@@ -223,6 +215,11 @@ def _adapters(kind: type[Record]) -> dict[str, TypeAdapter[Any]]:
 def milliseconds() -> int:
     """What time it is, in milliseconds since 1970, as records and MLflow count."""
     return int(time.time() * 1000)
+
+
+def milliseconds_of(moment: str) -> int:
+    """A time as text, such as `moment`, in the same."""
+    return int(datetime.fromisoformat(moment).timestamp() * 1000)
 
 
 def moment() -> str:

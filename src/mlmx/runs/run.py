@@ -141,10 +141,8 @@ def begin_run(
 ) -> Run:
     """Write the first files of a run; refuse a folder that already holds one, unless that is what goes on.
 
-    Args:
-        inputs: what the run is made of beyond its config, see `identity`.
-        own: YAML of the user's own that its config was composed with.
-        drift: of a run that goes on what has changed about it, kept in ``drift.jsonl``; None for a new one.
+    ``inputs``: what it is made of beyond its config, see `identity`; ``own``: YAML of the user's own, which the config
+    was composed with; ``drift``: of a run that goes on what has changed about it (``drift.jsonl``), None for a new one.
     """
     if drift is None and (folder / "config.yaml").exists():
         choices = f"choose another hydra.run.dir, or go on with it by resume={folder}"
