@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Batch = dict[str, "torch.Tensor"]
 Rows = Chunks | Sequence[Mapping[str, Any]]
 Collate = Callable[[Sequence[Any]], Batch]
+Metrics = Mapping[str, Metric]
 # Of the targets of a batch: the row of each, int64[M], its column, int64[M], and each metric's value, float64[M].
 Targets = tuple[NDArray[np.int64], NDArray[np.int64], dict[str, "torch.Tensor"]]
 
@@ -58,11 +59,7 @@ def score(model: PreTrainedModel, rows: Rows, collate: Collate, batch_size: int)
 
 
 def score_documents(
-    model: PreTrainedModel,
-    rows: HeldoutChunks,
-    collate: Collate,
-    batch_size: int,
-    metrics: Mapping[str, Metric] | None = None,
+    model: PreTrainedModel, rows: HeldoutChunks, collate: Collate, batch_size: int, metrics: Metrics | None = None
 ) -> DocumentSums:
     """Score held-out rows, summed per document; targets are added in the order of the rows, whatever the batch size."""
     metrics = all_metrics() if metrics is None else metrics
@@ -100,7 +97,7 @@ def bits_per_byte(words: DocumentSums, word_bytes: NDArray[np.int64]) -> float:
 
 
 def targets(
-    model: PreTrainedModel, rows: Rows, collate: Collate, batch_size: int, metrics: Mapping[str, Metric]
+    model: PreTrainedModel, rows: Rows, collate: Collate, batch_size: int, metrics: Metrics
 ) -> Iterator[Targets]:
     """Metrics at each target of rows in their order, ``batch_size`` at a time; to be used inside `exactly`."""
     for first in range(0, len(rows), batch_size):
@@ -110,7 +107,7 @@ def targets(
             yield first + row, column, _values(model, batch, metrics)
 
 
-def _values(model: PreTrainedModel, batch: Batch, metrics: Mapping[str, Metric]) -> dict[str, torch.Tensor]:
+def _values(model: PreTrainedModel, batch: Batch, metrics: Metrics) -> dict[str, torch.Tensor]:
     # Their memory is given back before the next batch.
     logits, labels = head.masked_logits(model, {name: value.to(model.device) for name, value in batch.items()})
     return {name: metric(logits, labels).double().cpu() for name, metric in metrics.items()}

@@ -178,15 +178,14 @@ def keep_own(folder: Path, own: own_files.Files) -> None:
 
 def find_run(wanted: str) -> Run:
     """The finished run a user means: its folder, its MLflow run id, or ``last``; refuses any other."""
-    run = run_named(wanted)
-    if run is None:
-        finished = [run for run in all_runs() if run.status == Status.FINISHED]
-        if not finished:
-            raise RequestError(f"run=last: no finished run below {outputs_dir() / 'train'}; train one first")
-        return finished[-1]
-    if run.status != Status.FINISHED or not (run.model / "config.json").is_file():
-        raise RequestError(f"run={wanted}: this run is unfinished (status {run.status}); choose one that finished")
-    return run
+    if run := run_named(wanted):
+        if run.status != Status.FINISHED or not (run.model / "config.json").is_file():
+            raise RequestError(f"run={wanted}: this run is unfinished (status {run.status}); choose one that finished")
+        return run
+    for run in reversed(all_runs()):
+        if run.status == Status.FINISHED:
+            return run
+    raise RequestError(f"run=last: no finished run below {outputs_dir() / 'train'}; train one first")
 
 
 def run_named(wanted: str, key: str = "run") -> Run | None:

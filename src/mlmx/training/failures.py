@@ -105,15 +105,13 @@ class Mishaps:
     def split(self, step: int, reason: str, never: str | None, record: Record) -> None:
         """Twice as many parts from here on; a `WorkError` where a part is one row already, or ``never`` says why."""
         if never is not None:
+            choose = "choose a smaller batch_size and as many times more trainer.gradient_accumulation_steps"
             raise WorkError(
-                f"out of memory at step {step} ({reason}): {never} a batch is not split by itself; choose a smaller "
-                "batch_size and as many times more trainer.gradient_accumulation_steps"
+                f"out of memory at step {step} ({reason}): {never} a batch is not split by itself; {choose}"
             )
         if self.rows_at_once == 1:
-            raise WorkError(
-                f"out of memory at step {step} with a single row ({reason}): choose a smaller chunk_size, or "
-                "trainer.activation_checkpointing=true"
-            )
+            choose = "choose a smaller chunk_size, or trainer.activation_checkpointing=true"
+            raise WorkError(f"out of memory at step {step} with a single row ({reason}): {choose}")
         self.splits *= 2
         record({"perf/splits": float(self.splits)})
         log.warning(

@@ -69,8 +69,8 @@ class OptimizerState:
             group["initial_lr"], group["weight_decay"] = lr, decay
         if isinstance(scheduler, LambdaLR):
             scheduler.base_lrs = [lr for lr, _ in asked]
-            at = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-            rates = [base * factor for base, factor in zip(scheduler.base_lrs, at, strict=True)]
+            last, factors = scheduler.last_epoch, scheduler.lr_lambdas
+            rates = [lr * factor(last) for lr, factor in zip(scheduler.base_lrs, factors, strict=True)]
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
             scheduler._last_lr = rates  # noqa: SLF001 (what its get_last_lr returns)
@@ -86,11 +86,9 @@ def load_random_states(states: Mapping[str, Any]) -> None:
 
 
 class Checkpoints:
-    """Those of a training: when the next one is due, what is in one, and which stay.
+    """Those of a training: what is in one, and which stay (``keep``: all of them leaves it to ``save_total_limit``).
 
-    Args:
-        keep: which stay; ``all`` leaves it to ``save_total_limit``.
-        save_seconds: after so long without a checkpoint an interim one is saved, which the next one replaces.
+    After ``save_seconds`` without a checkpoint an interim one is due, which the next one replaces.
     """
 
     def __init__(self, arguments: TrainingArguments, keep: str, save_seconds: float) -> None:
