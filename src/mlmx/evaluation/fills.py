@@ -46,8 +46,8 @@ class Fills:
                 ids, _, real = pad(chunks, self.measure.vocabulary.pad_id)
                 at = np.arange(len(some)) * ids.shape[1] + np.array([one.position for one in some])
                 masked = batch(ids, at, self.measure.vocabulary.mask_id, real)
-                found = scoring.likeliest(trained, masked, top)
-                for one, ids, chances, own in zip(some, *(part.tolist() for part in found), strict=True):
+                parts = (part.tolist() for part in scoring.likeliest(trained, masked, top))
+                for one, ids, chances, own in zip(some, *parts, strict=True):
                     row = {"sentence": one.sentence, "target": one.target, "target_probability": round(own, 4)}
                     row |= {f"fill_{n}": str(self.tokenizer.decode([token])).strip() for n, token in enumerate(ids, 1)}
                     rows.append(row | {"probabilities": " ".join(f"{chance:.4f}" for chance in chances)})

@@ -99,13 +99,7 @@ def try_out() -> None:
 
 
 def higher_is_better(name: str) -> bool:
-    """Whether more of a logged number is better, as its metric says; of one that nobody knows, less is.
-
-    >>> higher_is_better("heldout/accuracy"), higher_is_better("final/heldout_accuracy_rare")
-    (True, True)
-    >>> higher_is_better("eval/perplexity"), higher_is_better("train/grad_norm")
-    (False, False)
-    """
+    """Whether more of a logged number is better, as its metric says; of one that nobody knows, less is."""
     kinds = "|".join([*BANDS, *PIECES])
     known = [*METRICS, *OTHERS, *plugins("metric")]
     named = [one for one in known if re.search(rf"(^|[/_]){re.escape(one)}(_({kinds}))?$", name)]

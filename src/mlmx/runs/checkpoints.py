@@ -151,11 +151,7 @@ def restored(kept: Any, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401 (
 
 
 def limit_of(keep: str) -> int | None:
-    """How many of the newest checkpoints stay, whatever they score; None for all of them.
-
-    >>> limit_of("all"), limit_of("best+last"), limit_of("3")
-    (None, 1, 3)
-    """
+    """How many of the newest checkpoints stay, whatever they score; None for all of them."""
     return {KEEP_ALL: None, BEST_AND_LAST: 1}[keep] if keep in (KEEP_ALL, BEST_AND_LAST) else int(keep)
 
 

@@ -40,8 +40,7 @@ class MetricsFile:
         moment = f"{self.date[:19]}.{int((now - second) * 1e6):06}{self.date[19:]}"
         epoch = round(epoch * 1e6) / 1e6  # the same as round(epoch, 6), in a third of the time
         row = {"step": step, "epoch": epoch, "time": moment, **metrics}
-        line = memoryview((json.dumps(row) + "\n").encode())
-        written = 0
+        line, written = memoryview((json.dumps(row) + "\n").encode()), 0
         try:
             while written < len(line):
                 written += self.file.write(line[written:])

@@ -143,12 +143,11 @@ def mark_dead() -> list[Run]:
     for run in all_runs():
         if run.status == Status.RUNNING and not is_alive(run):
             with unless_held(run.folder) as is_free:
-                if not is_free or run.status != Status.RUNNING:  # resumed, or ended, since it was looked at
-                    continue
                 resumable = (run.folder / "config.yaml").is_file()  # else it had not begun
                 try:
-                    records.write(replace(run.result(), status=Status.KILLED, resumable=resumable), run.folder)
-                    dead.append(run)
+                    if is_free and run.status == Status.RUNNING:  # else resumed, or ended, since it was looked at
+                        records.write(replace(run.result(), status=Status.KILLED, resumable=resumable), run.folder)
+                        dead.append(run)
                 except OSError as error:
                     log.info("%s: its process is gone, but KILLED cannot be written (%s)", run.folder, error)
     return dead

@@ -40,11 +40,7 @@ class Status(StrEnum):
 
 
 def numbers(values: object) -> dict[str, float]:
-    """Of a mapping the entries that are numbers, by names that can be shown; empty where it is none.
-
-    >>> numbers({"eval/loss": 2.5, "steps": 7, "note": "7", "ok": True})
-    {'eval/loss': 2.5, 'steps': 7}
-    """
+    """Of a mapping the entries that are numbers, by names that can be shown; empty where it is none."""
     found = values.items() if isinstance(values, Mapping) else ()
     named = [(name, one) for name, one in found if isinstance(name, str) and name.isprintable()]
     largest = sys.float_info.max
@@ -172,11 +168,7 @@ def read_splits(folder: Path, notes: list[str] | None = None) -> dict[str, Split
 
 
 def parsed(kind: type[R], found: Mapping[str, Any]) -> R:
-    """A record of what is usable of these values.
-
-    >>> parsed(JobRecord, {"key": "a", "error": 5, "more": 6})
-    JobRecord(key='a', dials='', overrides=[], error=None)
-    """
+    """A record of what is usable of these values."""
     usable = {}
     for name, adapter in _adapters(kind).items():
         with contextlib.suppress(KeyError, ValidationError):

@@ -79,8 +79,8 @@ class Run:
 
     def saved(self) -> list[Path]:
         """The whole checkpoints that were asked for (not those saved on the way), by step; their files are not read."""
-        found = [folder for folder in all_of(self.checkpoints) if (folder / MANIFEST).is_file()]
-        return [folder for folder in reversed(found) if not is_interim(folder)]
+        found = reversed(all_of(self.checkpoints))
+        return [folder for folder in found if (folder / MANIFEST).is_file() and not is_interim(folder)]
 
     def write_json(self, name: str, value: object) -> None:
         """As `write_text`. Numbers stay what they are, secrets do not."""
@@ -195,11 +195,11 @@ def run_named(wanted: str, key: str = "run") -> Run | None:
     folder = path_of(key, wanted)
     if (folder / Result.FILE).is_file():
         return Run(folder.resolve())
-    by_id = [run for run in all_runs() if wanted and run.result().run_id == wanted]
-    if not by_id:
-        where = f"a run folder (below {outputs_dir() / 'train'}), an MLflow run id, or last"
-        raise RequestError(f"{key}={wanted}: no such run; give {where}")
-    return by_id[0]
+    for run in all_runs():
+        if wanted and run.result().run_id == wanted:
+            return run
+    where = f"a run folder (below {outputs_dir() / 'train'}), an MLflow run id, or last"
+    raise RequestError(f"{key}={wanted}: no such run; give {where}")
 
 
 def any_run(wanted: str, key: str = "run") -> Run:

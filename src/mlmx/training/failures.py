@@ -114,11 +114,9 @@ class Mishaps:
             raise WorkError(f"out of memory at step {step} with a single row ({reason}): {choose}")
         self.splits *= 2
         record({"perf/splits": float(self.splits)})
-        log.warning(
-            "out of memory at step %d (%s): from here on each micro-batch of %d rows is run in parts of %d; batch, "
-            "masks and loss stay the same",
-            *(step, reason, self.batch_size, self.rows_at_once),
-        )
+        then = "each micro-batch of %d rows is run in parts of %d; batch, masks and loss stay the same"
+        said = "out of memory at step %d (%s): from here on " + then
+        log.warning(said, step, reason, self.batch_size, self.rows_at_once)
 
 
 def outlive_signals(begin: Callable[[int], None] | None, left: c_byte, worker: int) -> None:

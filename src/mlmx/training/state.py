@@ -122,8 +122,8 @@ class Checkpoints:
         if self.keep == BEST_AND_LAST:  # a resumed training's history has the scores of all
             there = {checkpoints.step_of(path): path for path in checkpoints.all_of(self.folder)}
             scores = checkpoints.scores_of(state.log_history)
-            asked = {step for step in there if step in scores and not checkpoints.is_interim(there[step])}
-            step = checkpoints.best_step({step: scores[step] for step in asked})
+            asked = {at: scores[at] for at in there if at in scores and not checkpoints.is_interim(there[at])}
+            step = checkpoints.best_step(asked)
             best_ones += [] if step is None else [there[step]]
         checkpoints.rotate(self.folder, self.limit, *best_ones)
 

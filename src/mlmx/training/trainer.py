@@ -50,7 +50,6 @@ class Trainer(transformers.Trainer):
         mlm_probability: the share of positions that the head is run on.
         scores: logged beside the evaluation of the stock arithmetic, in place of the other's.
         fills: the rows of the example table, made before training and after each epoch.
-        on_nan: see `Mishaps`; stop_early: `StopEarly`; masked_logits: `Corrected`; keep: `Checkpoints`.
     """
 
     def __init__(
