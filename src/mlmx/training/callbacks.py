@@ -40,8 +40,7 @@ class Throughput(TrainerCallback):
         self.tokens, self.seconds = 0, 0.0
         self.marked = (0, 0.0)  # both at the last log
         self.began: float | None = None  # the training, on the clock of `time.perf_counter`
-        self.since = 0.0
-        self.chunk_size = 0
+        self.since, self.chunk_size = 0.0, 0
         self.flops: dict[int, float] = {}  # per token, by chunk size
 
     def state(self) -> dict[str, Any]:

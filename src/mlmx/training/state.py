@@ -94,8 +94,7 @@ class Checkpoints:
     def __init__(self, arguments: TrainingArguments, keep: str, save_seconds: float) -> None:
         self.folder = Path(str(arguments.output_dir))
         self.limit = checkpoints.limit_of(keep) or arguments.save_total_limit
-        self.keep, self.save_seconds = keep, save_seconds
-        self.saved_at = time.monotonic()
+        self.keep, self.save_seconds, self.saved_at = keep, save_seconds, time.monotonic()
 
     def write(self, state: TrainerState, parts: Mapping[str, Any], save_model: Callable[[str], None]) -> None:
         """One of this step with the state of each part, whole or not at all; older ones go as ``keep`` says."""
