@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -115,7 +116,9 @@ def test_a_run_does_without_what_cannot_be_kept(tmp_path: Path, said: pytest.Log
 
 
 def test_the_machine_is_told_in_words_and_numbers(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(provenance, "_gpus", lambda: [("NVIDIA H100", 79 * 2**30), ("NVIDIA H100", 80 * 2**30)])
+    gpus = [SimpleNamespace(name="NVIDIA H100", total_memory=size * 2**30) for size in (79, 80)]
+    cuda = SimpleNamespace(device_count=lambda: 2, get_device_properties=gpus.__getitem__)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
     monkeypatch.setattr(provenance, "memory_bytes", lambda: 31 * 2**30 + 2**29)
     found = provenance.machine()
     assert found["mlmx.hardware"].startswith("NVIDIA H100 (79 GiB) · NVIDIA H100 (80 GiB) · ")

@@ -28,6 +28,7 @@ from mlmx.models.encoders import load_model, weights_sha256
 from mlmx.models.fill import prompt_of
 from mlmx.runs import checkpoints, disk, identity, process, provenance, signals
 from mlmx.runs.log import log_to, log_to_file
+from mlmx.runs.metrics_file import loss_of
 from mlmx.runs.run import HELDOUT_FILE, Run, begin_run, discard_empty
 from mlmx.tracking.store import Store, store_of
 from mlmx.tracking.tracker import Tracker
@@ -106,7 +107,7 @@ def _train(cfg: TrainConfig, job: Job, dead: Sequence[Run] = (), stop_early: Sto
                     ready.measure.documents.save(run.folder / HELDOUT_FILE)
             draw_plots(run, name)
         log.info("%s", describe.ending(run, tracker.last, clock.seconds, tracker.store))
-    return tracker.last.get("heldout/loss", tracker.last.get("eval/loss", math.nan))
+    return loss_of(tracker.last)
 
 
 def opened(cfg: TrainConfig, job: Job, ready: Ready) -> Run:

@@ -103,10 +103,8 @@ class Resampled:
 def resampled(runs: Sequence[DocumentSums], *, draws: int = DRAWS) -> Resampled:
     """Bootstrap samples of runs that scored the same targets; refused where they did not."""
     first = runs[0]
-    require(
-        all(run.same_targets(first) for run in runs),
-        "these runs did not score the same held-out targets; only runs of one protocol can be compared",
-    )
+    same = all(run.same_targets(first) for run in runs)
+    require(same, "these runs did not score the same held-out targets; only runs of one protocol can be compared")
     losses = [np.ascontiguousarray(run.totals["loss"], np.float64) for run in runs]
     samples, rng, number = [], np.random.default_rng(SEED), len(first.keys)
     at_once = max(1, MOST_AT_ONCE // max(number, 1))

@@ -46,15 +46,9 @@ class Fills:
                 ids, _, real = pad(chunks, self.measure.vocabulary.pad_id)
                 at = np.arange(len(some)) * ids.shape[1] + np.array([one.position for one in some])
                 masked = batch(ids, at, self.measure.vocabulary.mask_id, real)
-                found = scoring.likeliest(trained, masked, top)
-                rows += [self._row(*parts) for parts in zip(some, *(part.tolist() for part in found), strict=True)]
+                parts = (part.tolist() for part in scoring.likeliest(trained, masked, top))
+                for one, ids, chances, own in zip(some, *parts, strict=True):
+                    row = {"sentence": one.sentence, "target": one.target, "target_probability": round(own, 4)}
+                    row |= {f"fill_{n}": str(self.tokenizer.decode([token])).strip() for n, token in enumerate(ids, 1)}
+                    rows.append(row | {"probabilities": " ".join(f"{chance:.4f}" for chance in chances)})
         return rows
-
-    def _row(self, example: Example, ids: list[int], probabilities: list[float], own: float) -> dict[str, Any]:
-        return {
-            "sentence": example.sentence,
-            "target": example.target,
-            "target_probability": round(own, 4),
-            **{f"fill_{n}": str(self.tokenizer.decode([token])).strip() for n, token in enumerate(ids, start=1)},
-            "probabilities": " ".join(f"{probability:.4f}" for probability in probabilities),
-        }

@@ -70,15 +70,14 @@ class Measure:
             return {}
         groups, yardstick = token_groups(rows.tokens, training), Yardstick(self.vocabulary)
         found = self.within_memory(lambda: scoring.score_groups(trained, rows, groups, yardstick, self.batch_size))
-        named: dict[str, Sums] = {}
+        named = dict.fromkeys([*BANDS, *PIECES], Sums())
         for group, sums in found.items():
             for name in (list(BANDS)[group // 2], PIECES[group % 2]):
-                named[name] = named.get(name, Sums()) + sums
+                named[name] += sums
         return {
-            f"final/heldout_{metric}_{name}": value / named[name].tokens
-            for name in [*BANDS, *PIECES]
-            if name in named
-            for metric, value in named[name].totals.items()
+            f"final/heldout_{metric}_{name}": value / sums.tokens
+            for name, sums in named.items()
+            for metric, value in sums.totals.items()
         }
 
     def within_memory(self, scored: Callable[[], Found]) -> Found:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlmx.config.errors import require
+from mlmx.config.errors import RequestError
 from mlmx.config.options import table
 from mlmx.config.plugins import F, call, load, plugins, states
 from mlmx.data.heldout import BANDS, PIECES
@@ -58,16 +58,12 @@ def all_metrics() -> dict[str, Metric]:
 
 def _of_plugin(name: str) -> Callable[..., Any]:
     function = load("metric", name)
-    require(
-        name.isidentifier() and name not in TAKEN,
-        f"metric '{name}' of {function.__module__}: its name is {'taken' if name in TAKEN else 'no identifier'}; give "
-        f"another in its package (taken: {', '.join(TAKEN)})",
-    )
-    require(
-        isinstance(getattr(function, "higher_is_better", None), bool),
-        f"metric '{name}' of {function.__module__}: does not say which direction is better; decorate it with "
-        "@metric(higher_is_better=…) of mlmx.evaluation.metrics",
-    )
+    who, fault = f"metric '{name}' of {function.__module__}", "taken" if name in TAKEN else "no identifier"
+    if name in TAKEN or not name.isidentifier():
+        raise RequestError(f"{who}: its name is {fault}; give another in its package (taken: {', '.join(TAKEN)})")
+    if not isinstance(getattr(function, "higher_is_better", None), bool):
+        way_on = "decorate it with @metric(higher_is_better=…) of mlmx.evaluation.metrics"
+        raise RequestError(f"{who}: does not say which direction is better; {way_on}")
     return function
 
 
@@ -83,14 +79,12 @@ def _values(
     """What a plugin's function gives for float32[M, V] and int64[M]."""
     for array in (logits, labels):
         array.flags.writeable = False  # other metrics get the very same
-    given = call(
-        "metric",
-        function,
-        *(logits, labels),
-        fits=lambda given: isinstance(given, np.ndarray) and given.shape == labels.shape and given.dtype.kind == "f",
-        needed="float[M], a value for each of M targets,",
-    )
-    return np.array(given, np.float64)
+
+    def fits(given: object) -> bool:
+        return isinstance(given, np.ndarray) and given.shape == labels.shape and given.dtype.kind == "f"
+
+    needed = "float[M], a value for each of M targets,"
+    return np.array(call("metric", function, logits, labels, fits=fits, needed=needed), np.float64)
 
 
 def try_out() -> None:
@@ -99,20 +93,13 @@ def try_out() -> None:
     for name in plugins("metric"):
         function = _of_plugin(name)
         values = _values(function, logits, np.array([7, 0, 3]))
-        require(
-            bool(np.isfinite(values).all()),
-            f"metric '{name}' of {function.__module__}: gives {values.tolist()} of finite logits; a mean needs numbers",
-        )
+        if not np.isfinite(values).all():
+            given = f"gives {values.tolist()} of finite logits; a mean needs numbers"
+            raise RequestError(f"metric '{name}' of {function.__module__}: {given}")
 
 
 def higher_is_better(name: str) -> bool:
-    """Whether more of a logged number is better, as its metric says; of one that nobody knows, less is.
-
-    >>> higher_is_better("heldout/accuracy"), higher_is_better("final/heldout_accuracy_rare")
-    (True, True)
-    >>> higher_is_better("eval/perplexity"), higher_is_better("train/grad_norm")
-    (False, False)
-    """
+    """Whether more of a logged number is better, as its metric says; of one that nobody knows, less is."""
     kinds = "|".join([*BANDS, *PIECES])
     known = [*METRICS, *OTHERS, *plugins("metric")]
     named = [one for one in known if re.search(rf"(^|[/_]){re.escape(one)}(_({kinds}))?$", name)]

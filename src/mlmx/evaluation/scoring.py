@@ -28,16 +28,13 @@ if TYPE_CHECKING:
 Batch = dict[str, "torch.Tensor"]
 Rows = Chunks | Sequence[Mapping[str, Any]]
 Collate = Callable[[Sequence[Any]], Batch]
+Metrics = Mapping[str, Metric]
 # Of the targets of a batch: the row of each, int64[M], its column, int64[M], and each metric's value, float64[M].
 Targets = tuple[NDArray[np.int64], NDArray[np.int64], dict[str, "torch.Tensor"]]
 
 
 def numbers(sums: Sums) -> dict[str, float]:
-    """Each metric's mean over targets, and ``perplexity`` = exp(loss); NaN where there was no target.
-
-    >>> numbers(Sums(2, {"loss": 2.0, "accuracy": 1.0}))["accuracy"]
-    0.5
-    """
+    """Each metric's mean over targets, and ``perplexity`` = exp(loss); NaN where there was no target."""
     if not sums.tokens:
         return dict.fromkeys([*all_metrics(), "perplexity"], math.nan)
     means = {name: total / sums.tokens for name, total in sums.totals.items()}
@@ -58,11 +55,7 @@ def score(model: PreTrainedModel, rows: Rows, collate: Collate, batch_size: int)
 
 
 def score_documents(
-    model: PreTrainedModel,
-    rows: HeldoutChunks,
-    collate: Collate,
-    batch_size: int,
-    metrics: Mapping[str, Metric] | None = None,
+    model: PreTrainedModel, rows: HeldoutChunks, collate: Collate, batch_size: int, metrics: Metrics | None = None
 ) -> DocumentSums:
     """Score held-out rows, summed per document; targets are added in the order of the rows, whatever the batch size."""
     metrics = all_metrics() if metrics is None else metrics
@@ -100,7 +93,7 @@ def bits_per_byte(words: DocumentSums, word_bytes: NDArray[np.int64]) -> float:
 
 
 def targets(
-    model: PreTrainedModel, rows: Rows, collate: Collate, batch_size: int, metrics: Mapping[str, Metric]
+    model: PreTrainedModel, rows: Rows, collate: Collate, batch_size: int, metrics: Metrics
 ) -> Iterator[Targets]:
     """Metrics at each target of rows in their order, ``batch_size`` at a time; to be used inside `exactly`."""
     for first in range(0, len(rows), batch_size):
@@ -110,8 +103,9 @@ def targets(
             yield first + row, column, _values(model, batch, metrics)
 
 
-def _values(model: PreTrainedModel, batch: Batch, metrics: Mapping[str, Metric]) -> dict[str, torch.Tensor]:
-    logits, labels = head.masked_logits(model, _on(model, batch))  # given back before the next batch
+def _values(model: PreTrainedModel, batch: Batch, metrics: Metrics) -> dict[str, torch.Tensor]:
+    # Their memory is given back before the next batch.
+    logits, labels = head.masked_logits(model, {name: value.to(model.device) for name, value in batch.items()})
     return {name: metric(logits, labels).double().cpu() for name, metric in metrics.items()}
 
 
@@ -119,14 +113,10 @@ def likeliest(
     model: PreTrainedModel, batch: Batch, top: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
     """Inside `exactly`: of each target the likeliest ids, int64[M, top], their probabilities, that of the right id."""
-    logits, labels = head.masked_logits(model, _on(model, batch))
+    logits, labels = head.masked_logits(model, {name: value.to(model.device) for name, value in batch.items()})
     probabilities = logits.float().softmax(-1)
     found, own = probabilities.topk(top), probabilities.gather(1, labels[:, None])[:, 0]
     return found.indices.cpu().numpy(), found.values.cpu().numpy(), own.cpu().numpy()
-
-
-def _on(model: PreTrainedModel, batch: Batch) -> Batch:
-    return {name: value.to(model.device) for name, value in batch.items()}
 
 
 @contextlib.contextmanager

@@ -11,11 +11,12 @@ in it is a pickle: tensors are safetensors, the rest JSON::
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,10 +88,8 @@ def newest_whole(checkpoints: Path) -> Path | None:
             verify(folder)
             return folder
         except DamagedError as error:
-            number, aside = 1, folder.with_name(f"damaged-{folder.name}")
-            while aside.exists():
-                number += 1
-                aside = folder.with_name(f"damaged-{folder.name}-{number}")
+            names = (f"damaged-{folder.name}{f'-{n}' if n > 1 else ''}" for n in itertools.count(1))
+            aside = next(path for path in map(folder.with_name, names) if not path.exists())
             folder.rename(aside)
             log.warning("checkpoint %s is damaged (%s); moved to %s", folder.name, error, aside)
     return None
@@ -152,18 +151,13 @@ def restored(kept: Any, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401 (
 
 
 def limit_of(keep: str) -> int | None:
-    """How many of the newest checkpoints stay, whatever they score; None for all of them.
-
-    >>> limit_of("all"), limit_of("best+last"), limit_of("3")
-    (None, 1, 3)
-    """
+    """How many of the newest checkpoints stay, whatever they score; None for all of them."""
     return {KEEP_ALL: None, BEST_AND_LAST: 1}[keep] if keep in (KEEP_ALL, BEST_AND_LAST) else int(keep)
 
 
-def loss_name(scores: Iterable[Mapping[str, float]]) -> str | None:
+def loss_name(scores: Collection[Mapping[str, float]]) -> str | None:
     """By which of `LOSSES` these are compared; None where none of them has one."""
-    there = {name for one in scores for name in one}
-    return next((name for name in LOSSES if name in there), None)
+    return next((name for name in LOSSES if any(name in one for one in scores)), None)
 
 
 def best_step(scores: Mapping[int, Mapping[str, float]]) -> int | None:
@@ -173,11 +167,8 @@ def best_step(scores: Mapping[int, Mapping[str, float]]) -> int | None:
     5
     """
     name = loss_name(scores.values()) or ""
-    losses = [
-        (one[name], step)
-        for step, one in scores.items()
-        if name in one and all(math.isfinite(one.get(loss, 0.0)) for loss in LOSSES)
-    ]
+    finite = [step for step, one in scores.items() if all(math.isfinite(one.get(loss, 0.0)) for loss in LOSSES)]
+    losses = [(scores[step][name], step) for step in finite if name in scores[step]]
     return min(losses)[1] if losses else None
 
 

@@ -35,11 +35,8 @@ def require_free(folder: Path, needed: int, kept: int) -> None:
     """Refuse a run that the disk has no room for."""
     free = free_bytes(folder)
     fewer = "keep fewer checkpoints (keep=1), " if kept > 1 else ""
-    require(
-        needed <= free,
-        f"{folder}: the run will take up to {in_words(needed)}, and {in_words(free)} are free there; make space, "
-        f"{fewer}or write to another disk (MLMX_OUTPUTS=<folder>)",
-    )
+    found = f"{folder}: the run will take up to {in_words(needed)}, and {in_words(free)} are free there"
+    require(needed <= free, f"{found}; make space, {fewer}or write to another disk (MLMX_OUTPUTS=<folder>)")
 
 
 def free_bytes(folder: Path) -> int:
@@ -53,11 +50,7 @@ def bytes_below(folder: Path) -> int:
 
 
 def in_words(size: int) -> str:
-    """Bytes as people read them.
-
-    >>> in_words(999), in_words(12_345), in_words(3_210_000_000)
-    ('999 B', '12.3 kB', '3.21 GB')
-    """
+    """Bytes as people read them: ``999 B``, ``12.3 kB``, ``3.21 GB``."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= factor:
             return f"{size / factor:.3g} {unit}"

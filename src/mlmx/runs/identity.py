@@ -22,7 +22,6 @@ TRAINER_WITHOUT_EFFECT = (
     "save_total_limit",
 )  # fmt: skip
 MOST_KEYS = 10_000
-INPUTS = ("data", "tokenizer", "precision", "processes")
 
 
 def dials(cfg: TrainConfig) -> dict[str, Any]:
@@ -75,12 +74,9 @@ def require_allowed(found: Mapping[str, tuple[Any, Any]], allowed: Iterable[str]
     names = list(allowed)
     left = {key: pair for key, pair in found.items() if not any(f"{key}.".startswith(f"{name}.") for name in names)}
     listed = "; ".join(f"{key} was {short(was)}, is {short(now)}" for key, (was, now) in left.items())
-    everything = ",".join(dict.fromkeys([*names, *left]))
-    require(
-        not left,
-        f"resume: this is not the run that was interrupted ({listed}); put it back as it was, "
-        f"or go on all the same, on record, with resume.allow=[{everything}]",
-    )
+    allowing = f"resume.allow=[{','.join(dict.fromkeys([*names, *left]))}]"
+    way_on = f"put it back as it was, or go on all the same, on record, with {allowing}"
+    require(not left, f"resume: this is not the run that was interrupted ({listed}); {way_on}")
 
 
 def without_resume(overrides: Iterable[str]) -> tuple[str, ...]:
@@ -89,8 +85,9 @@ def without_resume(overrides: Iterable[str]) -> tuple[str, ...]:
 
 
 def require_names(allowed: Iterable[str]) -> None:
-    """Refuse what ``resume.allow`` cannot hold: other names than dials, groups and their keys, and `INPUTS`."""
-    known = [*(f.name for f in fields(TrainConfig) if f.name not in WITHOUT_EFFECT), *INPUTS]
+    """Refuse what ``resume.allow`` cannot hold: other names than dials, groups and their keys, and a run's inputs."""
+    known = [*(f.name for f in fields(TrainConfig) if f.name not in WITHOUT_EFFECT)]
+    known += ["data", "tokenizer", "precision", "processes"]
     for name in allowed:
         if str(name).partition(".")[0] not in known:
             raise RequestError(f"resume.allow={name}: no such dial{did_you_mean(str(name), known)}")

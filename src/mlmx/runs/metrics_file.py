@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -22,10 +23,10 @@ class MetricsFile:
         self.path = folder / "metrics.jsonl"
         self.file = self.path.open("a+b", buffering=0)
         self.file.seek(0)
-        self.size = position = 0  # a process killed while writing, or a power cut, leaves something behind the last row
-        for line in self.file.read().splitlines(keepends=True):
-            position += len(line)
-            self.size = position if rows_of([line]) else self.size
+        lines = self.file.read().splitlines(keepends=True)
+        while lines and not rows_of(lines[-1:]):  # what a process killed while writing, or a power cut, leaves behind
+            lines.pop()
+        self.size = sum(map(len, lines))
         self.file.truncate(self.size)
         self.zone = datetime.now().astimezone().tzinfo  # asking for it at each line takes as long as writing one
         self.second, self.date = 0, ""
@@ -39,8 +40,7 @@ class MetricsFile:
         moment = f"{self.date[:19]}.{int((now - second) * 1e6):06}{self.date[19:]}"
         epoch = round(epoch * 1e6) / 1e6  # the same as round(epoch, 6), in a third of the time
         row = {"step": step, "epoch": epoch, "time": moment, **metrics}
-        line = memoryview((json.dumps(row) + "\n").encode())
-        written = 0
+        line, written = memoryview((json.dumps(row) + "\n").encode()), 0
         try:
             while written < len(line):
                 written += self.file.write(line[written:])
@@ -54,6 +54,11 @@ class MetricsFile:
     def close(self) -> None:
         """No more lines."""
         self.file.close()
+
+
+def loss_of(metrics: Mapping[str, float]) -> float:
+    """What a run is judged by: ``heldout/loss``, or ``eval/loss`` where nothing is held out; NaN without either."""
+    return float(metrics.get("heldout/loss", metrics.get("eval/loss", math.nan)))
 
 
 def rows_of(lines: Iterable[bytes]) -> list[dict[str, Any]]:

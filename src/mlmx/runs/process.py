@@ -41,8 +41,14 @@ def held(folder: Path) -> Iterator[None]:
     Where the run does not begin, or a request to go on with it is refused, nothing tells that it was held.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path, lock = folder / ProcessRecord.FILE, FileLock(folder / LOCK_FILE)
+    path, lock, ended = folder / ProcessRecord.FILE, FileLock(folder / LOCK_FILE), threading.Event()
     old_lock, old_run = Path(lock.lock_file).exists(), (folder / Result.FILE).exists()
+
+    def beat() -> None:  # the file's time is now, again and again
+        while not ended.wait(HEARTBEAT_SECONDS):
+            with contextlib.suppress(OSError):  # a disk that is away for a while is no end
+                os.utime(path)
+
     try:
         lock.acquire(timeout=LOOK_SECONDS, poll_interval=0.02)
     except Timeout:
@@ -50,8 +56,8 @@ def held(folder: Path) -> Iterator[None]:
     before = path.read_bytes() if path.is_file() else None
     try:
         records.write(replace(provenance.process(), started=records.moment()), folder)
-        with _heartbeat(path):
-            yield
+        threading.Thread(target=beat, name="heartbeat", daemon=True).start()
+        yield
     except BaseException as error:
         if (old_run and isinstance(error, RequestError)) or not (folder / Result.FILE).exists():
             with contextlib.suppress(OSError):  # what is under way says more
@@ -64,6 +70,7 @@ def held(folder: Path) -> Iterator[None]:
             discard_empty(folder)
         raise
     finally:
+        ended.set()
         lock.release()
 
 
@@ -74,25 +81,6 @@ def holder(run: Run) -> str:
         return "is in use by another process; wait for it, or choose another hydra.run.dir"
     since = f"since {who.started}" if who.started else ""
     return f"is in use by process {who.pid} on {who.host} {since}; wait for it, end it, or choose another hydra.run.dir"
-
-
-@contextlib.contextmanager
-def _heartbeat(path: Path) -> Iterator[None]:
-    """The file's time is now, again and again, inside the block."""
-    ended = threading.Event()
-
-    def beat() -> None:
-        while not ended.wait(HEARTBEAT_SECONDS):
-            with contextlib.suppress(OSError):  # a disk that is away for a while is no end
-                os.utime(path)
-
-    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def process_of(run: Run) -> ProcessRecord:
@@ -155,12 +143,11 @@ def mark_dead() -> list[Run]:
     for run in all_runs():
         if run.status == Status.RUNNING and not is_alive(run):
             with unless_held(run.folder) as is_free:
-                if not is_free or run.status != Status.RUNNING:  # resumed, or ended, since it was looked at
-                    continue
                 resumable = (run.folder / "config.yaml").is_file()  # else it had not begun
                 try:
-                    records.write(replace(run.result(), status=Status.KILLED, resumable=resumable), run.folder)
-                    dead.append(run)
+                    if is_free and run.status == Status.RUNNING:  # else resumed, or ended, since it was looked at
+                        records.write(replace(run.result(), status=Status.KILLED, resumable=resumable), run.folder)
+                        dead.append(run)
                 except OSError as error:
                     log.info("%s: its process is gone, but KILLED cannot be written (%s)", run.folder, error)
     return dead

@@ -18,6 +18,8 @@ from functools import cache
 from importlib.metadata import distributions, version
 from pathlib import Path
 
+import psutil
+
 from mlmx import __version__
 from mlmx.config.redaction import redact
 from mlmx.runs.records import ProcessRecord
@@ -102,8 +104,6 @@ def pid_started(pid: int) -> float | None:
     Counted from the machine's own beginning on Linux, where psutil adds that one to it, by a clock that may be set
     meanwhile; elsewhere since 1970.
     """
-    import psutil  # noqa: PLC0415 (a refused configuration does not load it)
-
     with contextlib.suppress(psutil.Error, *UNTOLD):
         found = psutil.Process(pid)
         if found.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
@@ -113,8 +113,6 @@ def pid_started(pid: int) -> float | None:
 
 def boot_time() -> float | None:
     """When this machine began, in seconds since 1970; None where the system does not tell."""
-    import psutil  # noqa: PLC0415 (a refused configuration does not load it)
-
     with contextlib.suppress(*UNTOLD):
         return float(psutil.boot_time())
     return None
@@ -123,29 +121,23 @@ def boot_time() -> float | None:
 def machine() -> dict[str, str]:
     """Tags of what a run computes on: as ``NVIDIA H100 (79 GiB) · 8 × AMD EPYC · 31 GiB``, and by number, to filter."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    info, memory, gpus = Path("/proc/cpuinfo"), memory_bytes(), _gpus()
+    info, memory, torch = Path("/proc/cpuinfo"), memory_bytes(), sys.modules.get("torch")
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if torch else []
     named = re.search(r"^model name[^:\n]*:(.*)$", info.read_text("utf-8"), re.MULTILINE) if info.is_file() else None
     processor = named.group(1).strip() if named else platform.processor() or platform.machine()
-    words = [f"{name} ({bytes_ / GIB:.0f} GiB)" for name, bytes_ in gpus] + [f"{cores} × {processor}"]
+    words = [f"{gpu.name} ({gpu.total_memory / GIB:.0f} GiB)" for gpu in gpus] + [f"{cores} × {processor}"]
     found = {"mlmx.cores": str(cores)}
     if memory:
         words.append(f"{memory / GIB:.0f} GiB")
         found["mlmx.memory_gib"] = f"{memory / GIB:.1f}"
     if gpus:
-        found |= {"mlmx.gpus": str(len(gpus)), "mlmx.gpu_memory_gib": f"{min(bytes_ for _, bytes_ in gpus) / GIB:.1f}"}
+        least = min(gpu.total_memory for gpu in gpus)
+        found |= {"mlmx.gpus": str(len(gpus)), "mlmx.gpu_memory_gib": f"{least / GIB:.1f}"}
     return {"mlmx.hardware": " · ".join(words), **found}
-
-
-def _gpus() -> list[tuple[str, int]]:  # name and bytes of each, where torch is loaded
-    torch = sys.modules.get("torch")
-    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if torch else []
-    return [(str(gpu.name), int(gpu.total_memory)) for gpu in found]
 
 
 def memory_bytes() -> int | None:
     """Main memory that this process may use: the machine's, or what a container is given of it."""
-    import psutil  # noqa: PLC0415 (a refused configuration does not load it)
-
     try:
         there = int(psutil.virtual_memory().total)
     except UNTOLD:
@@ -189,16 +181,14 @@ def kept(run: Run) -> Iterator[None]:
 
 def resumed_name(name: str) -> str:
     """``git.diff`` → ``git.resumed.diff``."""
-    stem, _, kind = name.rpartition(".")
-    return f"{stem}.resumed.{kind}"
+    return ".resumed.".join(name.rsplit(".", 1))
 
 
 @cache
 def packages() -> str:
     """As ``pip freeze`` lists them, headed by Python and the system."""
-    versions: dict[str, str] = {}
-    for found in distributions():  # of two of a name the first is imported
-        versions.setdefault(str(found.name), found.version)
+    # Of two of a name the first is imported.
+    versions = {str(found.name): found.version for found in reversed(list(distributions()))}
     listed = "".join(f"{name}=={versions[name]}\n" for name in sorted(versions, key=str.lower))
     return f"# Python {platform.python_version()}, {platform.platform()}\n{listed}"
 

@@ -1,11 +1,4 @@
-"""What a run and a sweep say of themselves: records, each a JSON file of its folder.
-
-::
-
-    result.json   how a run ended, its last numbers           process.json  which process makes it
-    data.json     what it is trained and measured on          job.json      which job of a sweep it is
-    mlflow.json   all that makes its MLflow run               sweep.json    what a sweep is, in its own folder
-"""
+"""What a run and a sweep say of themselves: records, each a JSON file of its folder."""
 
 from __future__ import annotations
 
@@ -47,11 +40,7 @@ class Status(StrEnum):
 
 
 def numbers(values: object) -> dict[str, float]:
-    """Of a mapping the entries that are numbers, by names that can be shown; empty where it is none.
-
-    >>> numbers({"eval/loss": 2.5, "steps": 7, "note": "7", "ok": True})
-    {'eval/loss': 2.5, 'steps': 7}
-    """
+    """Of a mapping the entries that are numbers, by names that can be shown; empty where it is none."""
     found = values.items() if isinstance(values, Mapping) else ()
     named = [(name, one) for name, one in found if isinstance(name, str) and name.isprintable()]
     largest = sys.float_info.max
@@ -65,7 +54,7 @@ Milliseconds = Count  # since 1970
 
 @dataclass
 class Result:
-    """How a run ended; where that was not written, as by a power cut, it says RUNNING."""
+    """How a run ended, its last numbers; where that was not written, as by a power cut, it says RUNNING."""
 
     FILE: ClassVar = "result.json"
     status: Status = Status.RUNNING
@@ -114,7 +103,7 @@ class ProcessRecord:
 
 @dataclass
 class JobRecord:
-    """A job of a sweep."""
+    """Which job of a sweep a run is."""
 
     FILE: ClassVar = "job.json"
     key: str = ""  # of everything that its numbers come from, see `identity.fingerprint`
@@ -125,7 +114,7 @@ class JobRecord:
 
 @dataclass
 class SweepRecord:
-    """A sweep; where its file is torn, nobody knows how it stands."""
+    """What a sweep is, in its own folder; where its file is torn, nobody knows how it stands."""
 
     FILE: ClassVar = "sweep.json"
     name: str = ""
@@ -141,7 +130,7 @@ class SweepRecord:
 
 @dataclass
 class SplitRecord:
-    """A part of the data report; what else it says is for people."""
+    """A part of the report on what a run is trained and measured on; what else it says is for people."""
 
     FILE: ClassVar = "data.json"  # that of all splits
     source: str = ""
@@ -179,16 +168,11 @@ def read_splits(folder: Path, notes: list[str] | None = None) -> dict[str, Split
 
 
 def parsed(kind: type[R], found: Mapping[str, Any]) -> R:
-    """A record of what is usable of these values.
-
-    >>> parsed(JobRecord, {"key": "a", "error": 5, "more": 6})
-    JobRecord(key='a', dials='', overrides=[], error=None)
-    """
+    """A record of what is usable of these values."""
     usable = {}
     for name, adapter in _adapters(kind).items():
-        if name in found:
-            with contextlib.suppress(ValidationError):
-                usable[name] = adapter.validate_python(found[name])
+        with contextlib.suppress(KeyError, ValidationError):
+            usable[name] = adapter.validate_python(found[name])
     return kind(**usable)
 
 
@@ -223,6 +207,11 @@ def _adapters(kind: type[Record]) -> dict[str, TypeAdapter[Any]]:
 def milliseconds() -> int:
     """What time it is, in milliseconds since 1970, as records and MLflow count."""
     return int(time.time() * 1000)
+
+
+def milliseconds_of(moment: str) -> int:
+    """A time as text, such as `moment`, in the same."""
+    return int(datetime.fromisoformat(moment).timestamp() * 1000)
 
 
 def moment() -> str:

@@ -79,8 +79,8 @@ class Run:
 
     def saved(self) -> list[Path]:
         """The whole checkpoints that were asked for (not those saved on the way), by step; their files are not read."""
-        found = [folder for folder in all_of(self.checkpoints) if (folder / MANIFEST).is_file()]
-        return [folder for folder in reversed(found) if not is_interim(folder)]
+        found = reversed(all_of(self.checkpoints))
+        return [folder for folder in found if (folder / MANIFEST).is_file() and not is_interim(folder)]
 
     def write_json(self, name: str, value: object) -> None:
         """As `write_text`. Numbers stay what they are, secrets do not."""
@@ -141,10 +141,8 @@ def begin_run(
 ) -> Run:
     """Write the first files of a run; refuse a folder that already holds one, unless that is what goes on.
 
-    Args:
-        inputs: what the run is made of beyond its config, see `identity`.
-        own: YAML of the user's own that its config was composed with.
-        drift: of a run that goes on what has changed about it, kept in ``drift.jsonl``; None for a new one.
+    ``inputs``: what it is made of beyond its config, see `identity`; ``own``: YAML of the user's own, which the config
+    was composed with; ``drift``: of a run that goes on what has changed about it (``drift.jsonl``), None for a new one.
     """
     if drift is None and (folder / "config.yaml").exists():
         choices = f"choose another hydra.run.dir, or go on with it by resume={folder}"
@@ -180,15 +178,14 @@ def keep_own(folder: Path, own: own_files.Files) -> None:
 
 def find_run(wanted: str) -> Run:
     """The finished run a user means: its folder, its MLflow run id, or ``last``; refuses any other."""
-    run = run_named(wanted)
-    if run is None:
-        finished = [run for run in all_runs() if run.status == Status.FINISHED]
-        if not finished:
-            raise RequestError(f"run=last: no finished run below {outputs_dir() / 'train'}; train one first")
-        return finished[-1]
-    if run.status != Status.FINISHED or not (run.model / "config.json").is_file():
-        raise RequestError(f"run={wanted}: this run is unfinished (status {run.status}); choose one that finished")
-    return run
+    if run := run_named(wanted):
+        if run.status != Status.FINISHED or not (run.model / "config.json").is_file():
+            raise RequestError(f"run={wanted}: this run is unfinished (status {run.status}); choose one that finished")
+        return run
+    for run in reversed(all_runs()):
+        if run.status == Status.FINISHED:
+            return run
+    raise RequestError(f"run=last: no finished run below {outputs_dir() / 'train'}; train one first")
 
 
 def run_named(wanted: str, key: str = "run") -> Run | None:
@@ -198,11 +195,11 @@ def run_named(wanted: str, key: str = "run") -> Run | None:
     folder = path_of(key, wanted)
     if (folder / Result.FILE).is_file():
         return Run(folder.resolve())
-    by_id = [run for run in all_runs() if wanted and run.result().run_id == wanted]
-    if not by_id:
-        where = f"a run folder (below {outputs_dir() / 'train'}), an MLflow run id, or last"
-        raise RequestError(f"{key}={wanted}: no such run; give {where}")
-    return by_id[0]
+    for run in all_runs():
+        if wanted and run.result().run_id == wanted:
+            return run
+    where = f"a run folder (below {outputs_dir() / 'train'}), an MLflow run id, or last"
+    raise RequestError(f"{key}={wanted}: no such run; give {where}")
 
 
 def any_run(wanted: str, key: str = "run") -> Run:

@@ -51,17 +51,25 @@ _asked = _Asked()
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
     """The signals inside the block are ours. What is ignored stays ignored (nohup), and only the main thread may."""
-    main = threading.current_thread() is threading.main_thread()
-    before = _taken() if main else {}
-    outer, _asked.handling = _asked.handling, True
+    before = _taken() if threading.current_thread() is threading.main_thread() else {}
     try:
-        yield
+        with _set(handling=True):
+            yield
     finally:
-        _asked.handling = outer
         if before:  # else they are another block's, around this one
             _asked.number = None
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _set(**flags: bool) -> Iterator[None]:
+    before = {name: getattr(_asked, name) for name in flags}
+    vars(_asked).update(flags)
+    try:
+        yield
+    finally:
+        vars(_asked).update(before)
 
 
 def _taken() -> dict[signal.Signals, Any]:
@@ -83,20 +91,15 @@ def _arrived(number: int, frame: object) -> None:
         raise Interrupted(number)
 
 
-@contextlib.contextmanager
-def deferred(wanted: bool = True) -> Iterator[None]:
+def deferred() -> contextlib.AbstractContextManager[None]:
     """Inside the block a signal is noted, not raised: see `raise_noted`."""
-    before, _asked.deferring = _asked.deferring, wanted
-    try:
-        yield
-    finally:
-        _asked.deferring = before
+    return _set(deferring=True)
 
 
 @contextlib.contextmanager
 def at_once() -> Iterator[None]:
     """Inside the block, within `deferred`, a signal is raised again, and so is one that was noted before."""
-    with deferred(False):
+    with _set(deferring=False):
         raise_noted()
         yield
 
@@ -104,15 +107,12 @@ def at_once() -> Iterator[None]:
 @contextlib.contextmanager
 def passed_on() -> Iterator[None]:
     """Around jobs in child processes: they get the signal, raised when they are done; a second one ends all at once."""
-    before, _asked.passing = _asked.passing, True
     try:
-        with deferred():
+        with _set(passing=True, deferring=True):
             yield
     except Exception:
         raise_noted()  # a child that was not ready for it has died of it
         raise
-    finally:
-        _asked.passing = before
     raise_noted()
 
 
@@ -130,12 +130,8 @@ def in_worker() -> Iterator[None]:
     if not _asked.patient:
         _asked.patient = _asked.deferring = True
         _taken()
-    _asked.working = True
-    try:
-        with at_once():
-            yield
-    finally:
-        _asked.working = False
+    with _set(working=True), at_once():
+        yield
 
 
 def noted() -> bool:

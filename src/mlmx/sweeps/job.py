@@ -22,6 +22,7 @@ from mlmx.experiment import parts_of, texts_sha256
 from mlmx.runs import identity, process, provenance, records, signals
 from mlmx.runs.explain import explain
 from mlmx.runs.log import log_to
+from mlmx.runs.metrics_file import loss_of
 from mlmx.runs.records import JobRecord, SplitRecord, Status
 from mlmx.runs.run import Run, discard_empty
 from mlmx.sweeps.sweep import Sweep, SweepJob
@@ -66,8 +67,7 @@ def _run_job(
         log.info("\njob %-5d%s%s", number, what, " is done" if done else "")
         if before is not None and done:
             discard_empty(job.folder)
-            metrics = before.run.result().metrics
-            return float(metrics.get("heldout/loss", metrics.get("eval/loss", math.nan)))
+            return loss_of(before.run.result().metrics)
         folder = before.folder if before is not None else sweep.free_folder(job.folder)
         if folder != job.folder:
             discard_empty(job.folder)

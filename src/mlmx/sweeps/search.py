@@ -18,6 +18,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from omegaconf import DictConfig
 
 from mlmx.config.errors import RequestError, did_you_mean, require
+from mlmx.runs.metrics_file import loss_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -143,7 +144,7 @@ def stop_early(
     trial = _trial(study, number)
 
     def reported(epoch: float, scores: Mapping[str, float]) -> bool:
-        value = scores.get("heldout/loss", scores.get("eval/loss", math.nan))
+        value = loss_of(scores)
         if epoch <= 0 or not math.isfinite(value):
             return False
         trial.report(value, round(epoch))

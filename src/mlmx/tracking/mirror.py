@@ -23,7 +23,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,7 +146,7 @@ class Mirror:
             self.sent_bytes += sum(map(len, lines))
             for row in rows:
                 if own := [name for name in row if name.startswith(SCORES)]:
-                    at = int(datetime.fromisoformat(row["time"]).timestamp() * 1000)  # of the last word on a step
+                    at = records.milliseconds_of(row["time"])  # of the last word on a step
                     self.scores.setdefault(row["step"], {}).update({name: (float(row[name]), at) for name in own})
                     self.scored = True
             self.heard = time.monotonic()
@@ -263,7 +262,7 @@ def _keep_id(run: Run, run_id: str) -> None:
 def _ended_at(run: Run, started: int) -> int:
     """When a run that could not say so ended, in milliseconds since 1970: at its last number or sign of life."""
     if rows := run.metrics():
-        return int(datetime.fromisoformat(rows[-1]["time"]).timestamp() * 1000)
+        return records.milliseconds_of(rows[-1]["time"])
     heartbeat = run.folder / ProcessRecord.FILE
     return max(started, int(heartbeat.stat().st_mtime * 1000)) if heartbeat.is_file() else started
 

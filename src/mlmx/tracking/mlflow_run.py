@@ -10,7 +10,6 @@ import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from mlflow import MlflowClient, entities
@@ -18,7 +17,7 @@ from mlflow.exceptions import MlflowException
 
 from mlmx.config.errors import brief
 from mlmx.runs.provenance import NOTE
-from mlmx.runs.records import MlflowRecord, SplitRecord
+from mlmx.runs.records import MlflowRecord, SplitRecord, milliseconds_of
 from mlmx.tracking.artifacts import Artifacts
 
 if TYPE_CHECKING:
@@ -110,10 +109,10 @@ class MlflowRun:
         were not there."""
         points, step_at = [], self.epoch_at
         for row in rows:
-            step, milliseconds = row["step"], int(datetime.fromisoformat(row["time"]).timestamp() * 1000)
+            step, at = row["step"], milliseconds_of(row["time"])
             known = {"step", "time"} | ({"epoch"} if step <= step_at else set()) | self.refused
             names = [name for name in row if name not in known and as_kept(name, step, row[name]) not in self.has]
-            points += [entities.Metric(name, row[name], milliseconds, step) for name in names]
+            points += [entities.Metric(name, row[name], at, step) for name in names]
             step_at = max(step_at, step)
         sent = self._send(points)
         self.epoch_at = step_at

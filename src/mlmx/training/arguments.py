@@ -60,10 +60,8 @@ MOMENTS = {"sgd": 0, "adafactor": 0, "adagrad": 1, "rmsprop": 1}
 def require_names(options: Mapping[str, Any]) -> None:
     """What can be judged of the ``trainer`` group without importing the library."""
     name = options.get("name")
-    require(
-        name in ARITHMETICS,
-        f"trainer.name={name}: choose one of {', '.join(ARITHMETICS)}{did_you_mean(str(name), ARITHMETICS)}",
-    )
+    choices = f"{', '.join(ARITHMETICS)}{did_you_mean(str(name), ARITHMETICS)}"
+    require(name in ARITHMETICS, f"trainer.name={name}: choose one of {choices}")
     for key in options:
         require(key not in SET_BY, f"trainer.{key}: is set by {SET_BY.get(key)}; leave it out of trainer")
 
@@ -87,10 +85,8 @@ def training_arguments(
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
     on_cpu = bool(given.pop("use_cpu", False)) or not accelerated
     on_cuda = torch.cuda.is_available() and not on_cpu
-    require(
-        not given.get("tf32") or torch.cuda.is_available(),
-        "trainer.tf32=true: needs a CUDA device, and there is none; leave it out, or use trainer=cpu",
-    )
+    ok = not given.get("tf32") or torch.cuda.is_available()
+    require(ok, "trainer.tf32=true: needs a CUDA device, and there is none; leave it out, or use trainer=cpu")
     resolved = resolve_precision(precision, on_cpu)
     if not on_cpu:
         # Batches are pinned by the loader; their copies then overlap with the step before.

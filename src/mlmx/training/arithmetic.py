@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, PreTrainedModel, TrainingArguments
 
 from mlmx.config.labels import IGNORE_INDEX
 from mlmx.kernels.cpu import CpuKernels
 from mlmx.kernels.memory import Batch
-
-if TYPE_CHECKING:
-    from _typeshed import SupportsLenAndGetItem
 
 # Logits and labels of a batch's masked positions, in so many rows.
 MaskedLogits = Callable[[torch.nn.Module, Batch, int | None], tuple[torch.Tensor, torch.Tensor]]
@@ -44,11 +41,9 @@ class Corrected:
     def loss(
         self, model: torch.nn.Module, inputs: Batch, num_items: torch.Tensor | int | None, share: tuple[int, int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss, float[], and logits.
+        """Loss, float[], and logits; ``share``: rows of this batch, of how many in a whole one.
 
-        Args:
-            num_items: targets of the whole effective batch; None for those of this one.
-            share: rows of this one, of how many in a whole batch.
+        ``num_items``: targets of the whole effective batch; None for those of this one.
         """
         # Rows of few shapes, since kernels are made for each; on a GPU of one, so that nothing waits for the device and
         # compiled code is made once.
@@ -66,18 +61,11 @@ class Corrected:
         return loss, logits
 
 
-class InputIds(torch.utils.data.Dataset[dict[str, Any]]):
-    """Rows as the stock collator expects them: ``{"input_ids": int64[T], "attention_mask": int64[T]}``."""
-
-    def __init__(self, chunks: SupportsLenAndGetItem[dict[str, Any]]) -> None:
-        self.chunks, self.epoch = chunks, 0
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        ids = torch.tensor(self.chunks[index]["input_ids"], dtype=torch.long)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+def stock_batch(collate: DataCollatorForLanguageModeling, rows: Any) -> Any:  # noqa: ANN401 (as the library's)
+    """What the stock collator makes of chunks (see `Chunks`), of which it knows ids and attention, int64[T] each."""
+    own = rows["input_ids"] if isinstance(rows, dict) else [row["input_ids"] for row in rows]
+    ids = [torch.tensor(row, dtype=torch.long) for row in own]
+    return collate([{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in ids])
 
 
 @contextlib.contextmanager

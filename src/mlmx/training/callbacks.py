@@ -40,9 +40,8 @@ class Throughput(TrainerCallback):
         self.tokens, self.seconds = 0, 0.0
         self.marked = (0, 0.0)  # both at the last log
         self.began: float | None = None  # the training, on the clock of `time.perf_counter`
-        self.since = 0.0
-        self.chunk_size = self.measured_at = 0
-        self.flops = 0.0
+        self.since, self.chunk_size = 0.0, 0
+        self.flops: dict[int, float] = {}  # per token, by chunk size
 
     def state(self) -> dict[str, Any]:
         waited = time.perf_counter() - (self.began or time.perf_counter())
@@ -83,14 +82,13 @@ class Throughput(TrainerCallback):
         self.marked = (self.tokens, self.seconds)
         waited = time.perf_counter() - (self.began or 0.0)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-        if self.measured_at != self.chunk_size:
-            self.measured_at = self.chunk_size
-            self.flops = flops_per_token(model, self.chunk_size, self.scored_share)
+        if self.chunk_size not in self.flops:
+            self.flops[self.chunk_size] = flops_per_token(model, self.chunk_size, self.scored_share)
         peak = matmul_peak(args.device.type, dtype) * args.world_size
         return {
             "train/tokens_per_second": speed,
             "perf/tokens_per_second": self.tokens / max(waited, 1e-9),
-            "perf/mfu": self.flops * speed / peak,
+            "perf/mfu": self.flops[self.chunk_size] * speed / peak,
         }
 
 
@@ -174,8 +172,7 @@ class Progress(TrainerCallback):
             return
         steps, spent = state.global_step - self.start[0], seconds - self.start[1]
         left = spent / steps * (state.max_steps - state.global_step)  # of steps: scoring before them says nothing of it
-        until = time.strftime("%H:%M:%S", time.gmtime(left))
-        at = f"step {state.global_step} of {state.max_steps}"
+        at, until = f"step {state.global_step} of {state.max_steps}", time.strftime("%H:%M:%S", time.gmtime(left))
         log.info("%s · %s tok/s · loss %s · %s left", at, speed, loss, until)
 
     def close(self) -> None:

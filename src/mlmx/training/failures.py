@@ -105,22 +105,18 @@ class Mishaps:
     def split(self, step: int, reason: str, never: str | None, record: Record) -> None:
         """Twice as many parts from here on; a `WorkError` where a part is one row already, or ``never`` says why."""
         if never is not None:
+            choose = "choose a smaller batch_size and as many times more trainer.gradient_accumulation_steps"
             raise WorkError(
-                f"out of memory at step {step} ({reason}): {never} a batch is not split by itself; choose a smaller "
-                "batch_size and as many times more trainer.gradient_accumulation_steps"
+                f"out of memory at step {step} ({reason}): {never} a batch is not split by itself; {choose}"
             )
         if self.rows_at_once == 1:
-            raise WorkError(
-                f"out of memory at step {step} with a single row ({reason}): choose a smaller chunk_size, or "
-                "trainer.activation_checkpointing=true"
-            )
+            choose = "choose a smaller chunk_size, or trainer.activation_checkpointing=true"
+            raise WorkError(f"out of memory at step {step} with a single row ({reason}): {choose}")
         self.splits *= 2
         record({"perf/splits": float(self.splits)})
-        log.warning(
-            "out of memory at step %d (%s): from here on each micro-batch of %d rows is run in parts of %d; batch, "
-            "masks and loss stay the same",
-            *(step, reason, self.batch_size, self.rows_at_once),
-        )
+        then = "each micro-batch of %d rows is run in parts of %d; batch, masks and loss stay the same"
+        said = "out of memory at step %d (%s): from here on " + then
+        log.warning(said, step, reason, self.batch_size, self.rows_at_once)
 
 
 def outlive_signals(begin: Callable[[int], None] | None, left: c_byte, worker: int) -> None:

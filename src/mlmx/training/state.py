@@ -69,8 +69,8 @@ class OptimizerState:
             group["initial_lr"], group["weight_decay"] = lr, decay
         if isinstance(scheduler, LambdaLR):
             scheduler.base_lrs = [lr for lr, _ in asked]
-            at = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-            rates = [base * factor for base, factor in zip(scheduler.base_lrs, at, strict=True)]
+            last, factors = scheduler.last_epoch, scheduler.lr_lambdas
+            rates = [lr * factor(last) for lr, factor in zip(scheduler.base_lrs, factors, strict=True)]
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
             scheduler._last_lr = rates  # noqa: SLF001 (what its get_last_lr returns)
@@ -86,18 +86,15 @@ def load_random_states(states: Mapping[str, Any]) -> None:
 
 
 class Checkpoints:
-    """Those of a training: when the next one is due, what is in one, and which stay.
+    """Those of a training: what is in one, and which stay (``keep``: all of them leaves it to ``save_total_limit``).
 
-    Args:
-        keep: which stay; ``all`` leaves it to ``save_total_limit``.
-        save_seconds: after so long without a checkpoint an interim one is saved, which the next one replaces.
+    After ``save_seconds`` without a checkpoint an interim one is due, which the next one replaces.
     """
 
     def __init__(self, arguments: TrainingArguments, keep: str, save_seconds: float) -> None:
         self.folder = Path(str(arguments.output_dir))
         self.limit = checkpoints.limit_of(keep) or arguments.save_total_limit
-        self.keep, self.save_seconds = keep, save_seconds
-        self.saved_at = time.monotonic()
+        self.keep, self.save_seconds, self.saved_at = keep, save_seconds, time.monotonic()
 
     def write(self, state: TrainerState, parts: Mapping[str, Any], save_model: Callable[[str], None]) -> None:
         """One of this step with the state of each part, whole or not at all; older ones go as ``keep`` says."""
@@ -124,8 +121,8 @@ class Checkpoints:
         if self.keep == BEST_AND_LAST:  # a resumed training's history has the scores of all
             there = {checkpoints.step_of(path): path for path in checkpoints.all_of(self.folder)}
             scores = checkpoints.scores_of(state.log_history)
-            asked = {step for step in there if step in scores and not checkpoints.is_interim(there[step])}
-            step = checkpoints.best_step({step: scores[step] for step in asked})
+            asked = {at: scores[at] for at in there if at in scores and not checkpoints.is_interim(there[at])}
+            step = checkpoints.best_step(asked)
             best_ones += [] if step is None else [there[step]]
         checkpoints.rotate(self.folder, self.limit, *best_ones)
 

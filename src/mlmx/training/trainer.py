@@ -25,7 +25,7 @@ from mlmx.kernels import cpu
 from mlmx.kernels.memory import Batch, brief, is_out_of_memory, parts, release
 from mlmx.runs import checkpoints, signals
 from mlmx.training import callbacks, failures, state
-from mlmx.training.arithmetic import Corrected, InputIds, MaskedLogits, in_full_precision
+from mlmx.training.arithmetic import Corrected, MaskedLogits, in_full_precision, stock_batch
 
 if TYPE_CHECKING:
     import optuna
@@ -50,7 +50,6 @@ class Trainer(transformers.Trainer):
         mlm_probability: the share of positions that the head is run on.
         scores: logged beside the evaluation of the stock arithmetic, in place of the other's.
         fills: the rows of the example table, made before training and after each epoch.
-        on_nan: see `Mishaps`; stop_early: `StopEarly`; masked_logits: `Corrected`; keep: `Checkpoints`.
     """
 
     def __init__(
@@ -76,8 +75,7 @@ class Trainer(transformers.Trainer):
     ) -> None:
         self.corrected = None if name == "stock" else Corrected(arguments, masked_logits, most_targets)
         if self.corrected is None:
-            train_chunks, eval_chunks = InputIds(train_chunks), InputIds(eval_chunks)
-            mask = DataCollatorForLanguageModeling(tokenizer=tokenizer, mlm_probability=mlm_probability)
+            mask = partial(stock_batch, DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability))
         super().__init__(model, arguments, mask, train_chunks, eval_chunks, tokenizer)
         if self.corrected is not None:
             self.loss_is_scaled_for_ga = True
