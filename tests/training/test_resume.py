@@ -294,6 +294,17 @@ def test_changed_data_and_weights_are_refused(killed, corpus, dropping, capsys):
         (dropping / "model.safetensors").write_bytes(weights)
 
 
+def test_checkpoints_of_another_form_are_refused_and_nothing_is_changed(killed, capsys):
+    path = sorted(killed.glob("checkpoints/checkpoint-*/state.json"))[-1]
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    path.unlink()  # a link to the file of the whole run
+    path.write_text(json.dumps(kept | {"format": 1}), encoding="utf-8")
+    before = contents(killed)
+    assert main(["train", f"resume={killed}"]) == 2
+    assert f"resume={killed}: {path.parent.name} is of format 1, written by another version" in capsys.readouterr().err
+    assert contents(killed) == before
+
+
 def test_an_allowed_change_takes_effect_and_is_on_record(killed):
     assert main(["train", f"resume={killed}", "lr=2e-3", "epochs=3", "resume.allow=[lr,epochs]"]) == 0
     rates = {row["step"]: row["train/learning_rate"] for row in Run(killed).metrics() if "train/learning_rate" in row}

@@ -125,6 +125,7 @@ def opened(cfg: TrainConfig, job: Job, ready: Ready) -> Run:
     if cfg.resume.run is None:
         return begin_run(job.folder, cfg, job.overrides, inputs, job.own)
     run = Run(job.folder)
+    checkpoints.require_format(run.checkpoints)
     before = identity.dials(run.config()) | (run.read_json("inputs.json") or inputs)
     drift = identity.differences(before, identity.dials(cfg) | inputs)
     identity.require_allowed(drift, cfg.resume.allow)

@@ -10,6 +10,7 @@ in it is a pickle: tensors are safetensors, the rest JSON::
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlmx.config import whole
+from mlmx.config.errors import require
 from mlmx.config.schema import BEST_AND_LAST, KEEP_ALL
 from mlmx.runs import disk
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mlmx")
 PREFIX, MANIFEST = "checkpoint-", "manifest.json"
+FORMAT = 2  # of state.json
 LOSSES = ("heldout/loss", "eval/loss")  # what checkpoints are compared by: the first that any of them has
 
 
@@ -93,6 +96,16 @@ def newest_whole(checkpoints: Path) -> Path | None:
             folder.rename(aside)
             log.warning("checkpoint %s is damaged (%s); moved to %s", folder.name, error, aside)
     return None
+
+
+def require_format(checkpoints: Path) -> None:
+    """Refuse to go on from checkpoints that another version of mlmx wrote in a form of its own."""
+    for folder in all_of(checkpoints):
+        found: object = FORMAT
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # damaged, which is told when it is verified
+            found = json.loads((folder / "state.json").read_text(encoding="utf-8")).get("format")
+        form = f"{folder.name} is of format {found}, written by another version of mlmx, and this one reads {FORMAT}"
+        require(found == FORMAT, f"resume={folder.parent.parent}: {form}; go on with that version")
 
 
 def clear_half_written(checkpoints: Path, name: str = f"{PREFIX}*") -> None:

@@ -18,8 +18,6 @@ from functools import cache
 from importlib.metadata import distributions, version
 from pathlib import Path
 
-import psutil
-
 from mlmx import __version__
 from mlmx.config.redaction import redact
 from mlmx.runs.records import ProcessRecord
@@ -104,6 +102,8 @@ def pid_started(pid: int) -> float | None:
     Counted from the machine's own beginning on Linux, where psutil adds that one to it, by a clock that may be set
     meanwhile; elsewhere since 1970.
     """
+    import psutil  # noqa: PLC0415 (a refused configuration does not load it)
+
     with contextlib.suppress(psutil.Error, *UNTOLD):
         found = psutil.Process(pid)
         if found.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
@@ -113,6 +113,8 @@ def pid_started(pid: int) -> float | None:
 
 def boot_time() -> float | None:
     """When this machine began, in seconds since 1970; None where the system does not tell."""
+    import psutil  # noqa: PLC0415 (a refused configuration does not load it)
+
     with contextlib.suppress(*UNTOLD):
         return float(psutil.boot_time())
     return None
@@ -138,6 +140,8 @@ def machine() -> dict[str, str]:
 
 def memory_bytes() -> int | None:
     """Main memory that this process may use: the machine's, or what a container is given of it."""
+    import psutil  # noqa: PLC0415 (a refused configuration does not load it)
+
     try:
         there = int(psutil.virtual_memory().total)
     except UNTOLD:

@@ -113,7 +113,7 @@ class Checkpoints:
             every = {**parts, "random": drawn}
             kept = {name: checkpoints.flattened(part, tensors, name) for name, part in every.items()}
             save_file(tensors, aside / TENSORS)
-            (aside / "state.json").write_text(json.dumps({"format": 2, **kept}), encoding="utf-8")
+            (aside / "state.json").write_text(json.dumps({"format": checkpoints.FORMAT, **kept}), encoding="utf-8")
             state.save_to_json(str(aside / "trainer_state.json"))
 
         checkpoints.write(folder, fill)
