@@ -274,4 +274,4 @@ def test_the_examples_in_docstrings_are_true():
         result = doctest.testmod(importlib.import_module(found.name))
         assert result.failed == 0, found.name
         tried[found.name] = result.attempted
-    assert min(tried[f"mlmx.{name}"] for name in ("config.options", "runs.explain", "evaluation.scoring")) > 0
+    assert min(tried[f"mlmx.{name}"] for name in ("config.options", "runs.explain", "tracking.model_files")) > 0
