@@ -295,7 +295,7 @@ def test_changed_data_and_weights_are_refused(killed, corpus, dropping, capsys):
 
 
 def test_checkpoints_of_another_form_are_refused_and_nothing_is_changed(killed, capsys):
-    path = sorted(killed.glob("checkpoints/checkpoint-*/state.json"))[-1]
+    path = max(killed.glob("checkpoints/checkpoint-*/state.json"))
     kept = json.loads(path.read_text(encoding="utf-8"))
     path.unlink()  # a link to the file of the whole run
     path.write_text(json.dumps(kept | {"format": 1}), encoding="utf-8")
